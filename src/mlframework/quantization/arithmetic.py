@@ -1,0 +1,166 @@
+r"""The arithmetic of quantization, and the only place that rounds.
+
+Every formula here works on plain tensors; what checks arguments stands above it (:mod:`.parameters`). Rounding is
+half to even everywhere (:func:`torch.round`), and float arithmetic is float32 in the order written, which is what
+ONNX Runtime computes (``QuantizeLinear``, ``QLinearConv``, ``QGemm``, ``QLinearAdd``).
+
+=============  ====================================================================================
+quantize       :math:`q = \mathrm{clamp}(\mathrm{rne}(x / s) + z,\ q_{min},\ q_{max})`
+dequantize     :math:`x = (q - z)\, s`
+requantize     :math:`q_y = \mathrm{rne}(\mathrm{clamp}((a + b) \cdot ((s_x s_w) / s_y),\
+               q_{min} - z_y,\ q_{max} - z_y)) + z_y`
+bias           :math:`b = \mathrm{rne}(\beta / (s_x s_w))` as int32
+float result   :math:`y = (a + b) \cdot (s_x s_w)`
+add            :math:`q_y = \mathrm{clamp}(\mathrm{rne}(q_a (s_a / s_y) + C + q_b (s_b / s_y)))`,
+               :math:`C = z_y - ((s_a / s_y) z_a + (s_b / s_y) z_b)`
+=============  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .scheme import QuantizationScheme
+
+# With every scale within these bounds, the products and quotients of two or three scales that the formulas form
+# stay normal float32 numbers: no underflow, no overflow, no zero divisor.
+SMALLEST_SCALE = 2.0**-40
+LARGEST_SCALE = 2.0**40
+
+# The bias and the accumulator of an integer layer share an int32: each is kept below half of its range.
+LARGEST_BIAS_CODE = 2**30
+
+
+def along_axis(values: Tensor, dimensions: int, axis: int | None) -> Tensor:
+    """``values`` of shape (1,) or (C,), viewed so that they broadcast along ``axis`` of a tensor."""
+    if axis is None:
+        return values.reshape((1,) * dimensions)
+    return values.reshape([-1 if dimension == axis else 1 for dimension in range(dimensions)])
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """Half precision has too few digits to divide by a scale: float32 at least, float64 for float64."""
+    return torch.promote_types(input.dtype, torch.float32)
+
+
+def grid_zero_point(zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """The code that a (possibly learned, hence fractional) zero point stands for."""
+    return torch.round(zero_point).clamp(scheme.quant_min, scheme.quant_max)
+
+
+def unsaturated_codes(input: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """``rne(x / s) + z`` in floating point, before saturation; the operands broadcast."""
+    return torch.round(input / scale) + zero_point
+
+
+def quantize_values(input: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """Float values to integer codes; ``scale`` and ``zero_point`` of shape (1,) or (C,)."""
+    axis = scheme.resolve_channel_axis(input.dim())
+    dtype = compute_dtype(input)
+    codes = unsaturated_codes(
+        input.to(dtype), along_axis(scale.to(dtype), input.dim(), axis), along_axis(zero_point, input.dim(), axis)
+    )
+    return codes.clamp_(scheme.quant_min, scheme.quant_max).to(scheme.dtype)
+
+
+def dequantize_codes(codes: Tensor, scale: Tensor, zero_point: Tensor, channel_axis: int | None) -> Tensor:
+    """Integer codes to float32 values on the grid."""
+    axis = channel_axis if channel_axis is None else channel_axis % codes.dim()
+    offset = along_axis(zero_point.to(torch.float32), codes.dim(), axis)
+    return (codes.to(torch.float32) - offset) * along_axis(scale.to(torch.float32), codes.dim(), axis)
+
+
+def quantize_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
+    """The bias in units of the accumulator, as int32 codes (zero point 0)."""
+    return torch.round(bias / accumulator_scale).to(torch.int32)
+
+
+def rescale_codes(codes: Tensor, ratio: Tensor) -> Tensor:
+    """int8 codes with zero point 0 on a coarser grid: ``ratio`` is old scale / new scale, at most 1."""
+    return torch.round(codes * ratio).to(torch.int8)
+
+
+def requantize_accumulator(
+    accumulator: Tensor,
+    multiplier: Tensor,
+    zero_point: int | Tensor,
+    lowest: int | Tensor,
+    highest: int | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """An accumulator (bias included) to the codes of the output grid, saturating at ``lowest`` and ``highest``.
+
+    ``multiplier`` is ``(sx * sw) / sy`` and broadcasts. An activation that only clips (ReLU, ReLU6) is the choice
+    of ``lowest`` and ``highest``.
+    """
+    scaled = accumulator.to(torch.float32) * multiplier
+    # The two ends are both numbers or both tensors, which the signatures of clamp tell apart.
+    scaled = scaled.clamp_(lowest - zero_point, highest - zero_point)  # type: ignore[arg-type]
+    return scaled.round_().add_(zero_point).to(dtype)
+
+
+def rescale_accumulator(accumulator: Tensor, accumulator_scale: Tensor) -> Tensor:
+    """An accumulator (bias included) to float32 values, for a layer whose output stays float."""
+    return accumulator.to(torch.float32) * accumulator_scale
+
+
+def add_codes(
+    left: Tensor,
+    left_ratio: Tensor,
+    right: Tensor,
+    right_ratio: Tensor,
+    constant: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sum of two quantized tensors on the output's grid (see :func:`add_constants` for the operands)."""
+    total = (left.to(torch.float32) * left_ratio + constant) + right.to(torch.float32) * right_ratio
+    return total.round_().clamp_(lowest, highest).to(dtype)
+
+
+def add_constants(
+    left_scale: Tensor,
+    left_zero_point: Tensor,
+    right_scale: Tensor,
+    right_zero_point: Tensor,
+    output_scale: Tensor,
+    output_zero_point: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sa / sy``, ``sb / sy`` and the constant ``C`` of :func:`add_codes`, each of shape (1,)."""
+    left_ratio = left_scale / output_scale
+    right_ratio = right_scale / output_scale
+    constant = output_zero_point - (left_ratio * left_zero_point + right_ratio * right_zero_point)
+    return left_ratio, right_ratio, constant
+
+
+def code_of_value(value: float, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """The code nearest to one real value, saturated (infinity included); shape of ``scale``."""
+    return unsaturated_codes(torch.full_like(scale, value), scale, zero_point).clamp_(
+        scheme.quant_min, scheme.quant_max
+    )
+
+
+def range_to_scale_and_zero_point(
+    minimum: Tensor, maximum: Tensor, scheme: QuantizationScheme
+) -> tuple[Tensor, Tensor]:
+    r"""The finest grid that covers ``[minimum, maximum]`` and holds zero exactly.
+
+    Affine: :math:`s = (max - min) / (q_{max} - q_{min})`, :math:`z = \mathrm{rne}(q_{min} - min / s)`. Symmetric: the
+    smallest scale whose grid covers both ends. A range of no width (all zeros) gets scale 1.
+    """
+    minimum = minimum.to(torch.float32).clamp(max=0.0)
+    maximum = maximum.to(torch.float32).clamp(min=0.0)
+    if scheme.symmetric:
+        zero = scheme.symmetric_zero_point
+        scale = maximum / (scheme.quant_max - zero)
+        if scheme.quant_min < zero:
+            scale = torch.maximum(scale, minimum / (scheme.quant_min - zero))
+    else:
+        # Halved before subtracting: max - min of two large finite values may be infinite.
+        scale = (maximum * 0.5 - minimum * 0.5) / ((scheme.quant_max - scheme.quant_min) * 0.5)
+    scale = torch.where(scale > 0, scale.clamp(SMALLEST_SCALE, LARGEST_SCALE), 1.0)
+    if scheme.symmetric:
+        return scale, torch.full_like(scale, scheme.symmetric_zero_point)
+    return scale, grid_zero_point(scheme.quant_min - minimum / scale, scheme)

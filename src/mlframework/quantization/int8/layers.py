@@ -1,0 +1,251 @@
+"""Integer layers: codes in, exact int32 sums, codes (or float) out.
+
+Each holds int8 weights, an int32 bias and the scales, and nothing in floating point besides. What it derives from
+them (packed weights, multipliers) is made at the first call and remade when its tensors are loaded or moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import arithmetic
+from ..kernels import ConvolutionGeometry, PackedConvolution, PackedLinear, PackedTransposedConvolution
+from ..kernels.integer_products import EXACT_IN_FLOAT32
+from ..parameters import QuantizationParameters
+from ..precision import keep_float32
+from .folding import IntegerWeights
+
+Product = PackedLinear | PackedConvolution | PackedTransposedConvolution
+
+
+@dataclass
+class _Plan:
+    """What a layer derives from its tensors, ready to run."""
+
+    product: Product
+    bias: Tensor
+    multiplier: Tensor
+    zero_point: int = 0
+    lowest: int = 0
+    highest: int = 0
+
+
+class Int8Layer(nn.Module):
+    """A linear operation on codes with the epilogue of :mod:`mlframework.quantization.arithmetic`.
+
+    Args:
+        weights: integer weights, batch normalization folded in.
+        input: the input's parameters, per tensor.
+        output: the output's parameters, per tensor; None leaves the output float32.
+        clip: the range of the activation that follows, (0, inf) for a ReLU; infinite ends for none.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    output_scale: Tensor | None
+    output_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        weights: IntegerWeights,
+        input: QuantizationParameters,
+        output: QuantizationParameters | None,
+        clip: tuple[float, float] = (-math.inf, math.inf),
+    ) -> None:
+        super().__init__()
+        self.input_scheme = input.scheme
+        self.output_scheme = None if output is None else output.scheme
+        self.clip = clip
+        self.register_buffer("weight", weights.codes.contiguous())
+        self.register_buffer("weight_scale", weights.scale)
+        self.register_buffer("bias", weights.bias)
+        self.register_buffer("input_scale", input.scale.detach().clone())
+        self.register_buffer("input_zero_point", input.zero_point.detach().to(torch.int32))
+        self.register_buffer("output_scale", None if output is None else output.scale.detach().clone())
+        self.register_buffer(
+            "output_zero_point", None if output is None else output.zero_point.detach().to(torch.int32)
+        )
+        self._plan: _Plan | None = None
+
+    def _product(self, zero_point: int) -> Product:
+        """The operation's exact sums."""
+        raise NotImplementedError
+
+    def _channels_view(self, values: Tensor) -> Tensor:
+        """Per-channel values of shape (O,), viewed to broadcast against the sums."""
+        return values
+
+    def _make_plan(self) -> _Plan:
+        product = self._product(int(self.input_zero_point))
+        bias = self.bias
+        if product.bound + int(bias.abs().max()) < EXACT_IN_FLOAT32:
+            bias = bias.to(torch.float32)
+        accumulator_scale = self.input_scale * self.weight_scale
+        if self.output_scheme is None:
+            return _Plan(product, self._channels_view(bias), self._channels_view(accumulator_scale))
+        assert self.output_scale is not None and self.output_zero_point is not None
+        low, high = (
+            int(arithmetic.code_of_value(end, self.output_scale, self.output_zero_point, self.output_scheme))
+            for end in self.clip
+        )
+        return _Plan(
+            product,
+            self._channels_view(bias),
+            self._channels_view(accumulator_scale / self.output_scale),
+            int(self.output_zero_point),
+            low,
+            high,
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes of the input's grid to codes of the output's grid, or to float32."""
+        if self._plan is None:
+            self._plan = self._make_plan()
+        plan = self._plan
+        sums = plan.product(codes)
+        if plan.bias.dtype is torch.int32:
+            sums = sums.to(torch.int32)
+        accumulator = sums + plan.bias
+        if self.output_scheme is None:
+            return arithmetic.rescale_accumulator(accumulator, plan.multiplier).clamp_(*self.clip)
+        return arithmetic.requantize_accumulator(
+            accumulator, plan.multiplier, plan.zero_point, plan.lowest, plan.highest, self.output_scheme.dtype
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
+        self._plan = None
+        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._plan = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}
+
+    def extra_repr(self) -> str:
+        output = "float32" if self.output_scheme is None else str(self.output_scheme)
+        clip = "" if self.clip == (-math.inf, math.inf) else f", clip={self.clip}"
+        return f"weight={tuple(self.weight.shape)}, {self.input_scheme} -> {output}{clip}"
+
+
+class Int8Linear(Int8Layer):
+    """``nn.Linear`` on codes: (*, in_features) to (*, out_features)."""
+
+    def _product(self, zero_point: int) -> Product:
+        return PackedLinear(self.weight, zero_point, self.input_scheme.dtype)
+
+
+class Int8Convolution(Int8Layer):
+    """``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` on codes: (N, I, *size) or (I, *size) to (..., O, *size').
+
+    Args:
+        padding_mode: of the convolution; everything but ``"zeros"`` pads the codes before the product.
+        padding: for every spatial dimension, last first, what to add before and after, as :func:`F.pad` takes it;
+            used where the product's own symmetric zero padding cannot serve.
+    """
+
+    def __init__(
+        self,
+        weights: IntegerWeights,
+        input: QuantizationParameters,
+        output: QuantizationParameters | None,
+        clip: tuple[float, float],
+        geometry: ConvolutionGeometry,
+        padding: tuple[int, ...] = (),
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__(weights, input, output, clip)
+        self.geometry = geometry
+        self.padding = padding
+        self.padding_mode = padding_mode
+
+    def _product(self, zero_point: int) -> Product:
+        return PackedConvolution(self.weight, zero_point, self.input_scheme.dtype, self.geometry)
+
+    def _channels_view(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * len(self.geometry.stride))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes to codes, or to float32."""
+        if self.padding:
+            codes = self._pad(codes)
+        if codes.dim() == len(self.geometry.stride) + 1:
+            return super().forward(codes.unsqueeze(0)).squeeze(0)
+        return super().forward(codes)
+
+    def _pad(self, codes: Tensor) -> Tensor:
+        if self.padding_mode == "zeros":
+            return F.pad(codes, self.padding, value=int(self.input_zero_point))
+        # Padding by reflection and the like is not implemented for integers; codes are exact in float32.
+        return F.pad(codes.to(torch.float32), self.padding, mode=self.padding_mode).to(codes.dtype)
+
+
+class Int8ConvTranspose2d(Int8Layer):
+    """``nn.ConvTranspose2d`` on codes: (N, I, H, W) or (I, H, W) to (..., O, H', W')."""
+
+    def __init__(
+        self,
+        weights: IntegerWeights,
+        input: QuantizationParameters,
+        output: QuantizationParameters | None,
+        clip: tuple[float, float],
+        geometry: ConvolutionGeometry,
+        output_padding: tuple[int, ...],
+    ) -> None:
+        super().__init__(weights, input, output, clip)
+        self.geometry = geometry
+        self.output_padding = output_padding
+
+    def _product(self, zero_point: int) -> Product:
+        return PackedTransposedConvolution(
+            self.weight, zero_point, self.input_scheme.dtype, self.geometry, self.output_padding
+        )
+
+    def _channels_view(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, 1, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes to codes, or to float32."""
+        if codes.dim() == 3:
+            return super().forward(codes.unsqueeze(0)).squeeze(0)
+        return super().forward(codes)
+
+
+class Int8Embedding(nn.Module):
+    """``nn.Embedding`` with an int8 table: indices to float32 rows on the table's grid.
+
+    Args:
+        weight: codes (num_embeddings, embedding_dim), int8.
+        scale: float32, (1,) or (num_embeddings,).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Indices (*) to rows (*, embedding_dim)."""
+        rows = F.embedding(indices, self.weight).to(torch.float32)
+        scale = self.weight_scale if self.weight_scale.numel() == 1 else self.weight_scale[indices].unsqueeze(-1)
+        return rows * scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Embedding:
+        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}"

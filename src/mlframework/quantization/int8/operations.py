@@ -1,0 +1,106 @@
+"""What stands between integer layers: into codes, out of codes, and sums of codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import arithmetic
+from ..parameters import QuantizationParameters
+from ..precision import keep_float32
+
+
+class _OnGrid(nn.Module):
+    """Holds the parameters of one grid, per tensor or per channel."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, parameters: QuantizationParameters) -> None:
+        super().__init__()
+        self.scheme = parameters.scheme
+        self.register_buffer("scale", parameters.scale.detach().clone())
+        self.register_buffer("zero_point", parameters.zero_point.detach().to(torch.int32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _OnGrid:
+        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return str(self.scheme)
+
+
+class Quantize(_OnGrid):
+    """Float values to codes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return arithmetic.quantize_values(input, self.scale, self.zero_point, self.scheme)
+
+
+class Dequantize(_OnGrid):
+    """Codes to float32 values."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return arithmetic.dequantize_codes(codes, self.scale, self.zero_point, self.scheme.channel_axis)
+
+
+class Int8ReLU(_OnGrid):
+    """ReLU on codes, on the grid that they are on: no code below that of zero."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return torch.maximum(codes, self.zero_point.to(codes.dtype))
+
+
+class Int8Add(nn.Module):
+    """The sum of two quantized tensors, as ONNX Runtime's ``QLinearAdd``; broadcasts.
+
+    Args:
+        left, right, output: parameters of the operands and of the sum, per tensor.
+        clip: the range of the activation that follows, (0, inf) for a ReLU.
+    """
+
+    left_scale: Tensor
+    left_zero_point: Tensor
+    right_scale: Tensor
+    right_zero_point: Tensor
+    output_scale: Tensor
+    output_zero_point: Tensor
+
+    def __init__(
+        self,
+        left: QuantizationParameters,
+        right: QuantizationParameters,
+        output: QuantizationParameters,
+        clip: tuple[float, float] = (-math.inf, math.inf),
+    ) -> None:
+        super().__init__()
+        self.output_scheme = output.scheme
+        self.clip = clip
+        for name, parameters in (("left", left), ("right", right), ("output", output)):
+            self.register_buffer(f"{name}_scale", parameters.scale.detach().clone())
+            self.register_buffer(f"{name}_zero_point", parameters.zero_point.detach().to(torch.int32))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        left_ratio, right_ratio, constant = arithmetic.add_constants(
+            self.left_scale,
+            self.left_zero_point,
+            self.right_scale,
+            self.right_zero_point,
+            self.output_scale,
+            self.output_zero_point,
+        )
+        lowest, highest = (
+            arithmetic.code_of_value(end, self.output_scale, self.output_zero_point, self.output_scheme)
+            for end in self.clip
+        )
+        return arithmetic.add_codes(
+            left, left_ratio, right, right_ratio, constant, lowest, highest, self.output_scheme.dtype
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Add:
+        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return str(self.output_scheme)

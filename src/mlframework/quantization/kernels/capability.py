@@ -1,0 +1,89 @@
+"""What this machine's integer kernels compute exactly, found out by asking them.
+
+Without VNNI, x86 multiplies uint8 by int8 in pairs that saturate at 16 bits: fast and wrong. Flags of the processor do
+not tell what a library makes of it (oneDNN can be held to an older instruction set), so each kernel is given the
+largest products there are, once per process, and believed only if they come out right.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+_CHANNELS = 64
+
+
+@functools.cache
+def onednn_is_exact() -> bool:
+    """Whether oneDNN's convolution of uint8 by int8 gives exact sums on this machine's CPU."""
+    codes = torch.full((1, _CHANNELS, 4, 4), 255, dtype=torch.uint8)
+    weight = torch.full((_CHANNELS, _CHANNELS, 3, 3), 127, dtype=torch.int8)
+    try:
+        sums = onednn_convolution(
+            codes, 0, onednn_pack(weight, 0, (1, 1), (0, 0), (1, 1), 1), (1, 1), (0, 0), (1, 1), 1
+        )
+    except (RuntimeError, AttributeError, NotImplementedError):  # built without oneDNN, or another architecture
+        return False
+    return bool((sums == 255 * 127 * _CHANNELS * 9).all())
+
+
+@functools.cache
+def int_mm_is_exact(device_type: str) -> bool:
+    """Whether ``torch._int_mm`` gives exact int32 sums on that kind of device."""
+    left = torch.full((32, _CHANNELS), 127, dtype=torch.int8, device=device_type)
+    right = torch.full((_CHANNELS, 32), -127, dtype=torch.int8, device=device_type)
+    try:
+        sums = torch._int_mm(left, right)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool((sums == -127 * 127 * _CHANNELS).all())
+
+
+def onednn_pack(
+    weight: torch.Tensor,
+    zero_point: int,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> torch.Tensor:
+    """int8 weights in the blocked layout of oneDNN's convolution."""
+    scales = torch.ones(weight.shape[0])
+    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(
+        weight, scales, 1.0, zero_point, stride, padding, dilation, groups, None
+    )
+    return packed
+
+
+def onednn_convolution(
+    codes: torch.Tensor,
+    zero_point: int,
+    packed: torch.Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> torch.Tensor:
+    """uint8 by int8 with unit scales and float32 output: the sums themselves, exact below 2**24."""
+    channels = packed.shape[0]
+    sums: torch.Tensor = torch.ops.onednn.qconv_pointwise(
+        codes,
+        1.0,
+        zero_point,
+        packed,
+        torch.ones(channels),
+        torch.zeros(channels, dtype=torch.int32),
+        None,
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return sums

@@ -1,0 +1,177 @@
+r"""Exact sums :math:`\sum (q_x - z_x)\, q_w` of linear layers and convolutions, with weights packed once.
+
+Each class takes the weights at construction, picks the fastest path that is exact on their device, and maps codes to
+sums: float32 where every sum is known to lie below :math:`2^{24}` (and so is exact), int32 otherwise. The fallback
+computes in floating point wide enough to be exact, on any device; ``torch.compile`` traces the fallback too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .capability import int_mm_is_exact, onednn_convolution, onednn_is_exact, onednn_pack
+
+# Integers up to here are float32 numbers.
+EXACT_IN_FLOAT32 = 2**24
+
+
+class ConvolutionGeometry(NamedTuple):
+    """Per spatial dimension: stride, zero padding (code ``zero_point``) and dilation; and the number of groups."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+
+class PackedLinear:
+    """Sums of a linear layer.
+
+    Args:
+        weight: codes of shape (out_features, in_features), int8.
+        zero_point: the input's.
+        dtype: of the input's codes, ``torch.int8`` or ``torch.uint8``.
+    """
+
+    def __init__(self, weight: Tensor, zero_point: int, dtype: torch.dtype) -> None:
+        self.weight = weight
+        self.zero_point = zero_point
+        self.bound = largest_sum(weight, zero_point, dtype)
+        # The kernel multiplies int8 by int8: uint8 codes are lowered by 128, and the rows of the weight make up
+        # for that together with the zero point.
+        self.unsigned = dtype is torch.uint8
+        offset = (128 if self.unsigned else 0) - zero_point
+        self.correction = weight.sum(dim=1, dtype=torch.int32) * offset if offset else None
+        self.use_int_mm = int_mm_is_exact(weight.device.type)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Codes (*, in_features) to sums (*, out_features)."""
+        rows = codes.reshape(-1, codes.shape[-1])
+        if self._kernel_takes(rows):
+            signed = (rows ^ 128).view(torch.int8) if self.unsigned else rows
+            sums = torch._int_mm(signed, self.weight.t())
+            if self.correction is not None:
+                sums += self.correction
+        else:
+            wide = _wide_enough(self.bound, rows)
+            sums = _narrowed(F.linear(rows.to(wide) - self.zero_point, self.weight.to(wide)))
+        return sums.reshape(*codes.shape[:-1], sums.shape[-1])
+
+    def _kernel_takes(self, rows: Tensor) -> bool:
+        if not self.use_int_mm or rows.shape[0] == 0 or torch.compiler.is_compiling():
+            return False
+        # CUDA's wants more than 16 rows, and both sides of the weight in multiples of 8.
+        return not rows.is_cuda or (rows.shape[0] > 16 and all(size % 8 == 0 for size in self.weight.shape))
+
+
+class PackedConvolution:
+    """Sums of a 1-d, 2-d or 3-d convolution.
+
+    Args:
+        weight: codes of shape (O, I / groups, *kernel), int8.
+        zero_point, dtype: of the input's codes.
+        geometry: stride, padding, dilation, groups.
+    """
+
+    def __init__(self, weight: Tensor, zero_point: int, dtype: torch.dtype, geometry: ConvolutionGeometry) -> None:
+        self.weight = weight
+        self.zero_point = zero_point
+        self.geometry = geometry
+        self.bound = largest_sum(weight, zero_point, dtype)
+        # oneDNN takes uint8 activations only; an int8 code becomes the uint8 code 128 above it.
+        self.signed = dtype is torch.int8
+        self.packed: list[tuple[slice, Tensor]] = []
+        if weight.device.type == "cpu" and weight.dim() == 4 and onednn_is_exact():
+            self._pack(dtype)
+
+    def _pack(self, dtype: torch.dtype) -> None:
+        """Packs blocks of input channels whose sums are exact in oneDNN's float32; nothing where there are none."""
+        channels = self.weight.shape[1]
+        blocks = 1 + self.bound // EXACT_IN_FLOAT32
+        size = -(-channels // blocks)
+        slices = [slice(start, start + size) for start in range(0, channels, size)]
+        exact = all(largest_sum(self.weight[:, part], self.zero_point, dtype) < EXACT_IN_FLOAT32 for part in slices)
+        if not exact or (len(slices) > 1 and self.geometry.groups > 1):
+            return
+        for part in slices:
+            weight = self.weight[:, part].contiguous()
+            self.packed.append((part, onednn_pack(weight, self._unsigned_zero_point, *self.geometry)))
+
+    @property
+    def _unsigned_zero_point(self) -> int:
+        return self.zero_point + 128 if self.signed else self.zero_point
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Codes (N, I, *size) to sums (N, O, *size)."""
+        if self.packed and codes.numel() > 0 and not torch.compiler.is_compiling():
+            unsigned = codes.view(torch.uint8) ^ 128 if self.signed else codes
+            if len(self.packed) == 1:
+                return onednn_convolution(unsigned, self._unsigned_zero_point, self.packed[0][1], *self.geometry)
+            sums = [
+                onednn_convolution(unsigned[:, part], self._unsigned_zero_point, packed, *self.geometry)
+                for part, packed in self.packed
+            ]
+            return torch.stack([partial.to(torch.int32) for partial in sums]).sum(dim=0, dtype=torch.int32)
+        wide = _wide_enough(self.bound, codes)
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
+        return _narrowed(convolution(codes.to(wide) - self.zero_point, self.weight.to(wide), None, *self.geometry))
+
+
+class PackedTransposedConvolution:
+    """Sums of a 2-d transposed convolution; weight codes of shape (I, O / groups, *kernel), int8.
+
+    There is no integer kernel for it in PyTorch: it always takes the exact floating-point path.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        zero_point: int,
+        dtype: torch.dtype,
+        geometry: ConvolutionGeometry,
+        output_padding: tuple[int, ...],
+    ) -> None:
+        self.weight = weight
+        self.zero_point = zero_point
+        self.geometry = geometry
+        self.output_padding = output_padding
+        # Every tap of every input channel may meet in one output.
+        self.bound = largest_sum(weight.transpose(0, 1), zero_point, dtype)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Codes (N, I, H, W) to sums (N, O, H', W')."""
+        wide = _wide_enough(self.bound, codes)
+        stride, padding, dilation, groups = self.geometry
+        return _narrowed(
+            F.conv_transpose2d(
+                codes.to(wide) - self.zero_point,
+                self.weight.to(wide),
+                None,
+                stride,
+                padding,
+                self.output_padding,
+                groups,
+                dilation,
+            )
+        )
+
+
+def largest_sum(weight: Tensor, zero_point: int, dtype: torch.dtype) -> int:
+    """A bound on the magnitude of any sum: weight codes with outputs first, input codes of that dtype."""
+    codes = torch.iinfo(dtype)
+    offset = max(codes.max - zero_point, zero_point - codes.min)
+    return int(weight.flatten(1).abs().sum(dim=1, dtype=torch.int64).max()) * offset
+
+
+def _wide_enough(bound: int, codes: Tensor) -> torch.dtype:
+    """float32 where it is exact: on a CPU (a GPU may convolve by inexact transforms) and below 2**24."""
+    return torch.float32 if codes.device.type == "cpu" and bound < EXACT_IN_FLOAT32 else torch.float64
+
+
+def _narrowed(sums: Tensor) -> Tensor:
+    """float64 sums as int32 (rounded: a GPU's transforms leave them a hair off); exact float32 sums as they are."""
+    return sums.round().to(torch.int32) if sums.dtype is torch.float64 else sums

@@ -1,0 +1,1 @@
+"""Simulating the integer grid while training: estimators, observers, layers."""

@@ -1,0 +1,199 @@
+"""Observers: what they measure of a batch, how they keep it, and the range that they make of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..scheme import QuantizationScheme
+from .moving_average_statistics import MovingAverageStatistics
+
+
+class BatchStatistics(NamedTuple):
+    """What an observer measured of one batch, in a form that reduces over ranks.
+
+    ``extremes`` of shape (2, C) holds ``[-minimum, maximum]`` and reduces by MAX (minus infinity where nothing finite
+    was seen); ``counts`` is a histogram and reduces by SUM, or None.
+    """
+
+    extremes: Tensor
+    counts: Tensor | None = None
+
+
+class ActivationObserver(nn.Module):
+    """Watches tensors and says what range they span.
+
+    Calling an observer folds the tensor into its statistics and returns the tensor. State has its final shape from
+    construction, is updated in place and lives in ``state_dict()``; nothing reads a value back to the host.
+    A batch end that is not finite (NaN, infinity, an empty batch) leaves the statistics as they were.
+
+    Args:
+        channel_axis: axis along which channels have statistics of their own; None is per tensor.
+        num_channels: how many channels that axis has.
+        update_every: after how many batches quantization parameters are recomputed from the statistics. The first
+            batch always counts.
+
+    Attributes:
+        enabled: switch observation off with ``observer.enabled = False``; on again with True.
+        batches: int64 buffer of shape (1,), the number of batches seen.
+
+    Raises:
+        ValueError: an argument is out of range, or a tensor does not have the channels that were announced.
+    """
+
+    batches: Tensor
+
+    def __init__(self, *, channel_axis: int | None = None, num_channels: int = 1, update_every: int = 1) -> None:
+        super().__init__()
+        for name, value in (("num_channels", num_channels), ("update_every", update_every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if channel_axis is None and num_channels != 1:
+            raise ValueError(f"num_channels must be 1 without a channel_axis, got {num_channels}")
+        self.channel_axis = channel_axis
+        self.num_channels = num_channels
+        self.update_every = update_every
+        self.enabled = True
+        self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Folds ``input`` into the statistics and returns it."""
+        if self.enabled:
+            self.update(self.measure(input))
+        return input
+
+    @torch.no_grad()
+    def measure(self, input: Tensor) -> BatchStatistics:
+        """The statistics of one tensor, without keeping them."""
+        if not input.is_floating_point():
+            raise TypeError(f"input must be a floating-point tensor, got {input.dtype}")
+        return self._measure(input.detach())
+
+    @torch.no_grad()
+    def update(self, statistics: BatchStatistics) -> None:
+        """Keeps what :meth:`measure` returned."""
+        self._update(statistics)
+        self.batches.add_(1)
+
+    def nothing(self) -> BatchStatistics:
+        """What :meth:`measure` says of an empty tensor."""
+        return BatchStatistics(torch.full((2, self.num_channels), -torch.inf, device=self.batches.device))
+
+    def due(self) -> Tensor:
+        """Whether parameters are to be recomputed after the newest batch: a bool tensor of shape (1,)."""
+        return (self.batches - 1) % self.update_every == 0
+
+    def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
+        """The range to cover with that grid: minimum and maximum, each of shape (C,); (0, 0) before any data."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.batches.zero_()
+
+    def _measure(self, input: Tensor) -> BatchStatistics:
+        return BatchStatistics(batch_extremes(input, self.channel_axis, self.num_channels))
+
+    def _update(self, statistics: BatchStatistics) -> None:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        parts = [] if self.channel_axis is None else [f"channel_axis={self.channel_axis}, channels={self.num_channels}"]
+        if self.update_every != 1:
+            parts.append(f"update_every={self.update_every}")
+        return ", ".join(parts)
+
+
+class MinMaxObserver(ActivationObserver):
+    """The extremes of everything seen so far: the range only ever widens.
+
+    Example:
+        >>> observer = MinMaxObserver()
+        >>> _ = observer(torch.tensor([-1.0, 2.0])), observer(torch.tensor([0.0, 3.0]))
+        >>> observer.range(QuantizationScheme())
+        (tensor([-1.]), tensor([3.]))
+    """
+
+    extremes: Tensor
+
+    def __init__(self, *, channel_axis: int | None = None, num_channels: int = 1, update_every: int = 1) -> None:
+        super().__init__(channel_axis=channel_axis, num_channels=num_channels, update_every=update_every)
+        self.register_buffer("extremes", torch.full((2, num_channels), -torch.inf))
+
+    def _update(self, statistics: BatchStatistics) -> None:
+        self.extremes.copy_(torch.maximum(self.extremes, statistics.extremes))
+
+    def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
+        return finite_range(-self.extremes[0], self.extremes[1])
+
+    def reset(self) -> None:
+        super().reset()
+        self.extremes.fill_(-torch.inf)
+
+
+class MovingAverageObserver(ActivationObserver):
+    """Moving averages of the batch extremes (:class:`MovingAverageStatistics`): outliers fade, drift is followed.
+
+    Args:
+        momentum: weight of the newest batch; 1 follows the newest batch alone.
+
+    Example:
+        >>> observer = MovingAverageObserver(momentum=0.5)
+        >>> _ = observer(torch.tensor([-1.0, 2.0])), observer(torch.tensor([-1.0, 4.0]))
+        >>> observer.range(QuantizationScheme())
+        (tensor([-1.]), tensor([3.]))
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.01,
+        *,
+        channel_axis: int | None = None,
+        num_channels: int = 1,
+        update_every: int = 1,
+    ) -> None:
+        super().__init__(channel_axis=channel_axis, num_channels=num_channels, update_every=update_every)
+        self.statistics = MovingAverageStatistics(momentum, num_channels)
+
+    def _update(self, statistics: BatchStatistics) -> None:
+        self.statistics.update(-statistics.extremes[0], statistics.extremes[1])
+
+    def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
+        return finite_range(self.statistics.minimum, self.statistics.maximum)
+
+    def reset(self) -> None:
+        super().reset()
+        self.statistics.reset()
+
+
+def finite_range(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    """A range whose ends that were never seen are 0."""
+    return torch.where(torch.isfinite(minimum), minimum, 0.0), torch.where(torch.isfinite(maximum), maximum, 0.0)
+
+
+def batch_extremes(input: Tensor, channel_axis: int | None, num_channels: int) -> Tensor:
+    """``[-minimum, maximum]`` of a tensor, shape (2, C), float32; minus infinity where an end is not finite."""
+    if channel_axis is not None and (
+        not -input.dim() <= channel_axis < input.dim() or input.shape[channel_axis] != num_channels
+    ):
+        raise ValueError(
+            f"input must have {num_channels} channels along axis {channel_axis}, got shape {tuple(input.shape)}"
+        )
+    if input.numel() == 0:
+        return torch.full((2, num_channels), -torch.inf, device=input.device)
+    if channel_axis is None:
+        minimum, maximum = torch.aminmax(memory_order(input))
+    else:
+        minimum, maximum = torch.aminmax(input.movedim(channel_axis, 0).reshape(num_channels, -1), dim=1)
+    extremes = torch.stack([-minimum, maximum]).to(torch.float32).reshape(2, num_channels)
+    return torch.where(torch.isfinite(extremes), extremes, -torch.inf)
+
+
+def memory_order(input: Tensor) -> Tensor:
+    """The elements as a vector in the order in which they lie: a view of any dense tensor, channels-last included."""
+    if input.is_contiguous() or torch.compiler.is_compiling():
+        return input.reshape(-1)
+    order = sorted(range(input.dim()), key=input.stride, reverse=True)
+    return input.permute(order).reshape(-1)

@@ -1,0 +1,135 @@
+"""What to quantize, and how."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..scheme import QuantizationScheme
+from .activation_observer import ActivationObserver, MovingAverageObserver
+from .straight_through_estimator import StraightThroughEstimator
+from .targets import TARGETS, Target
+
+Selector = str | type[nn.Module]
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """How a model is quantized, for :func:`prepare` and :class:`QATModuleWrapper`.
+
+    Layers are selected by qualified name (``"features.0"``, or a shell pattern such as ``"features.*"``) or by type
+    (``nn.Linear``).
+
+    Args:
+        target: the engine whose grids to use: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"executorch"``.
+        weight_bits: width of the weights' codes, 2 to 8.
+        activation_bits: width of the activations' codes, 2 to 8.
+        per_channel_weights: a scale for every output channel of a weight; otherwise one for the whole weight.
+        learnable: scales and zero points are trained by the optimizer (LSQ, LSQ+) from where the first batch sets them.
+        activation_observer: makes the observer of an activation; :class:`MovingAverageObserver` by default.
+        estimator: what passes backward.
+        quantize_last_linear: also quantize the output of a linear layer that is the model's result.
+        overrides: another configuration for selected layers; of several that match, the first counts.
+        skip: layers that stay float.
+
+    Raises:
+        TypeError: a field is not of its type.
+        ValueError: an unknown target, or bits out of range.
+
+    Example:
+        >>> config = QATConfig(weight_bits=4, skip=("head",), overrides={"stem.*": QATConfig()})
+        >>> config.for_layer("stem.0", nn.Conv2d(3, 8, 3)).weight_scheme.bits
+        8
+        >>> config.for_layer("head", nn.Linear(8, 2)) is None
+        True
+    """
+
+    target: str = "onnxruntime"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    per_channel_weights: bool = True
+    learnable: bool = False
+    activation_observer: Callable[[], ActivationObserver] = MovingAverageObserver
+    estimator: StraightThroughEstimator = field(default_factory=StraightThroughEstimator)
+    quantize_last_linear: bool = False
+    overrides: Mapping[Selector, QATConfig] = field(default_factory=dict)
+    skip: tuple[Selector, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(sorted(TARGETS))}, got {self.target!r}")
+        for name in ("weight_bits", "activation_bits"):
+            bits = getattr(self, name)
+            if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+                raise ValueError(f"{name} must be an int between 2 and 8, got {bits!r}")
+        if not callable(self.activation_observer) or isinstance(self.activation_observer, ActivationObserver):
+            raise TypeError(
+                "activation_observer must make a new observer at each call (a class or functools.partial), "
+                f"got {self.activation_observer!r}"
+            )
+        if not isinstance(self.estimator, StraightThroughEstimator):
+            raise TypeError(f"estimator must be a StraightThroughEstimator, got {self.estimator!r}")
+        if isinstance(self.skip, (str, type)):
+            raise TypeError(f"skip must be a tuple of names, patterns or types, got {self.skip!r}")
+        for selector in (*self.overrides, *self.skip):
+            if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
+                raise TypeError(f"overrides and skip must select by name, pattern or module type, got {selector!r}")
+        for selector, config in self.overrides.items():
+            if not isinstance(config, QATConfig):
+                raise TypeError(f"overrides[{selector!r}] must be a QATConfig, got {type(config).__name__}")
+
+    @classmethod
+    def for_target(cls, target: str, **fields: Any) -> QATConfig:
+        """The configuration for an engine; ``fields`` are those of the class.
+
+        Example:
+            >>> str(QATConfig.for_target("tensorrt").activation_scheme)
+            'int8 [-128, 127] symmetric, per tensor'
+        """
+        return cls(target=target, **fields)
+
+    @property
+    def _grids(self) -> Target:
+        return TARGETS[self.target].with_bits(self.activation_bits, self.weight_bits)
+
+    @property
+    def activation_scheme(self) -> QuantizationScheme:
+        """The grid of activations of either sign."""
+        return self._grids.activation
+
+    @property
+    def non_negative_activation_scheme(self) -> QuantizationScheme:
+        """The grid of activations that are never negative."""
+        return self._grids.non_negative_activation
+
+    @property
+    def weight_scheme(self) -> QuantizationScheme:
+        """The grid of weights; per channel, its axis 0 stands for the output's channels."""
+        return self._grids.weight
+
+    def for_layer(self, name: str, layer: nn.Module) -> QATConfig | None:
+        """The configuration that a layer gets: its override, this one, or None where it is skipped."""
+        if any(_selects(selector, name, layer) for selector in self.skip):
+            return None
+        for selector, config in self.overrides.items():
+            if _selects(selector, name, layer):
+                return config
+        return self
+
+    def unused_selectors(self, layers: Mapping[str, nn.Module]) -> list[Selector]:
+        """Selectors of ``overrides`` and ``skip`` that match none of these layers (a typing mistake, most likely)."""
+        return [
+            selector
+            for selector in (*self.overrides, *self.skip)
+            if not any(_selects(selector, name, layer) for name, layer in layers.items())
+        ]
+
+
+def _selects(selector: Selector, name: str, layer: nn.Module) -> bool:
+    if isinstance(selector, str):
+        return fnmatch.fnmatchcase(name, selector)
+    return isinstance(layer, selector)

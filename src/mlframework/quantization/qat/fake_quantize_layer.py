@@ -1,0 +1,266 @@
+"""A point of the model that is quantized: observer, scale, zero point and fake quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import arithmetic
+from ..parameters import QuantizationParameters
+from ..precision import keep_float32
+from ..scheme import QuantizationScheme
+from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
+from .fake_quantize_operation import fake_quantize_tensor
+from .observer_synchronizer import reduce_over_ranks
+from .scale_projection import project_after_optimizer_steps
+from .snapshot import snapshot
+from .straight_through_estimator import StraightThroughEstimator
+
+if TYPE_CHECKING:
+    from .observer_synchronizer import ObserverSynchronizer
+
+
+class FakeQuantizeLayer(nn.Module):
+    """Observes what passes, keeps ``scale`` and ``zero_point`` for it, and fake-quantizes it.
+
+    In training mode every batch is observed first and then quantized with the parameters that follow from it. (Inside
+    a model made by :func:`prepare`, updates land together when the model's forward ends.) In evaluation mode nothing
+    is observed. With ``learnable=True`` the first batch sets the parameters and from then on the optimizer does
+    (LSQ, LSQ+); attribute names, state-dict keys and shapes are the same both ways, from construction on.
+
+    Args:
+        scheme: the grid; signed 8-bit symmetric per tensor by default.
+        observer: what sets the range; a :class:`MovingAverageObserver` by default.
+        learnable: ``scale`` and, on affine grids, ``zero_point`` are trained by the optimizer.
+        layer: a module to wrap: its output is what is observed and quantized.
+        num_channels: channels along ``scheme.channel_axis``.
+        estimator: what passes backward.
+
+    Attributes:
+        scale, zero_point: float32, shape (1,) or (num_channels,); ``nn.Parameter`` if learnable, otherwise buffers.
+        observer: the observer; ``observer.enabled`` switches it.
+        fake_quantize_enabled: False lets values pass as they are.
+
+    Raises:
+        TypeError: an argument is not of its type, or the input is not floating point.
+        ValueError: observer, channels and scheme disagree.
+        RuntimeError: evaluation before any data was seen; loading the state of another scheme.
+
+    Example:
+        >>> layer = FakeQuantizeLayer(QuantizationScheme(bits=2, narrow_range=True))
+        >>> layer(torch.tensor([-1.0, 0.4, 0.6]))
+        tensor([-1.,  0.,  1.])
+        >>> layer.scale
+        tensor([1.])
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    initialized: Tensor
+    grid: Tensor
+
+    def __init__(
+        self,
+        scheme: QuantizationScheme | None = None,
+        observer: ActivationObserver | None = None,
+        learnable: bool = False,
+        layer: nn.Module | None = None,
+        *,
+        num_channels: int = 1,
+        estimator: StraightThroughEstimator | None = None,
+    ) -> None:
+        super().__init__()
+        scheme = QuantizationScheme() if scheme is None else scheme
+        if not isinstance(scheme, QuantizationScheme):
+            raise TypeError(f"scheme must be a QuantizationScheme, got {type(scheme).__name__}")
+        if observer is None:
+            observer = MovingAverageObserver(channel_axis=scheme.channel_axis, num_channels=num_channels)
+        if not isinstance(observer, ActivationObserver):
+            raise TypeError(f"observer must be an ActivationObserver, got {type(observer).__name__}")
+        if layer is not None and not isinstance(layer, nn.Module):
+            raise TypeError(f"layer must be a module or None, got {type(layer).__name__}")
+        if observer.channel_axis != scheme.channel_axis:
+            raise ValueError(
+                f"observer must watch the scheme's channel_axis {scheme.channel_axis}, got {observer.channel_axis}"
+            )
+        if observer.num_channels != num_channels:
+            raise ValueError(f"observer must have num_channels={num_channels}, got {observer.num_channels}")
+        self.scheme = scheme
+        self.observer = observer
+        self.learnable = learnable
+        self.layer = layer
+        self.estimator = StraightThroughEstimator() if estimator is None else estimator
+        self.name = ""  # for messages; prepare() sets it
+        self.fake_quantize_enabled = True
+        self.calibrating = False
+        self.synchronizer: ObserverSynchronizer | None = None
+        self.synchronizer_index = 0
+        self.reduces_over_ranks = True
+        # What the Python flag decides in forward, where reading the buffer would wait for the device.
+        self._ready = False
+
+        scale = torch.ones(num_channels)
+        zero_point = torch.full((num_channels,), float(scheme.symmetric_zero_point))
+        if learnable:
+            self.scale = nn.Parameter(scale)
+            self.zero_point = nn.Parameter(zero_point, requires_grad=not scheme.symmetric)
+            project_after_optimizer_steps(self)
+        else:
+            self.register_buffer("scale", scale)
+            self.register_buffer("zero_point", zero_point)
+        self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
+        self.register_buffer("grid", grid_of(scheme))
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether ``scale`` and ``zero_point`` come from data (or :meth:`set_parameters`)."""
+        return self._ready
+
+    @property
+    def observes(self) -> bool:
+        """Whether the next forward feeds the observer."""
+        if self.calibrating:
+            return True
+        return self.training and self.observer.enabled and not (self.learnable and self._ready)
+
+    @property
+    def parameters_on_grid(self) -> QuantizationParameters:
+        """Scale and zero point as evaluation uses them, detached; a learned zero point is rounded."""
+        self.require_initialized()
+        zero_point = arithmetic.grid_zero_point(self.zero_point.detach(), self.scheme)
+        return QuantizationParameters(self.scale.detach(), zero_point, self.scheme)
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Values on the grid: shape, dtype and memory format of ``input`` (of the wrapped layer's output)."""
+        output = input if self.layer is None else self.layer(input, *args, **kwargs)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            got = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f"input must be a floating-point tensor, got {got}")
+        axis = self.scheme.resolve_channel_axis(output.dim())
+        if axis is not None and output.shape[axis] != self.scale.numel():
+            raise ValueError(
+                f"input must have {self.scale.numel()} channels along axis {axis}, got shape {tuple(output.shape)}"
+            )
+        if self.observes:
+            self._observe(output)
+        if self.calibrating or not self.fake_quantize_enabled:
+            return output
+        self.require_initialized()
+        scale, zero_point = self.scale, self.zero_point
+        if not self.learnable:  # the observer may update them in place before backward reads them
+            scale, zero_point = snapshot(scale), snapshot(zero_point)
+        return fake_quantize_tensor(output, scale, zero_point, self.scheme, self.estimator, axis)
+
+    def _observe(self, input: Tensor) -> None:
+        statistics = self.observer.measure(input)
+        if self.synchronizer is not None and (self._ready or self.calibrating):
+            self.synchronizer.defer(self.synchronizer_index, statistics)
+            return
+        if self.reduces_over_ranks:
+            (statistics,) = reduce_over_ranks([statistics])
+        self.commit(statistics)
+
+    def commit(self, statistics: BatchStatistics) -> None:
+        """Folds measured statistics in and, where due, recomputes the parameters from them."""
+        self.observer.update(statistics)
+        if not self.calibrating:
+            self.update_parameters(self.observer.due() if self._ready else None)
+
+    @torch.no_grad()
+    def update_parameters(self, due: Tensor | None = None) -> None:
+        """Recomputes ``scale`` and ``zero_point`` from the observer, in place.
+
+        ``due``, a bool tensor where given, says whether to take the new values over.
+        """
+        scale, zero_point = arithmetic.range_to_scale_and_zero_point(*self.observer.range(self.scheme), self.scheme)
+        if due is not None:
+            scale, zero_point = torch.where(due, scale, self.scale), torch.where(due, zero_point, self.zero_point)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self._mark_ready()
+
+    @torch.no_grad()
+    def set_parameters(self, parameters: QuantizationParameters) -> None:
+        """Takes known parameters over, as if data had shown them.
+
+        Raises:
+            ValueError: they are of another scheme or shape.
+        """
+        if parameters.scheme != self.scheme or parameters.scale.shape != self.scale.shape:
+            raise ValueError(
+                f"parameters must be of scheme {self.scheme} and shape {tuple(self.scale.shape)}, "
+                f"got {parameters.scheme} and {tuple(parameters.scale.shape)}"
+            )
+        self.scale.copy_(parameters.scale)
+        self.zero_point.copy_(parameters.zero_point)
+        self._mark_ready()
+
+    def reset(self) -> None:
+        """Forgets all data: the next training batch is the first."""
+        self.observer.reset()
+        self.initialized.zero_()
+        self._ready = False
+
+    def require_initialized(self) -> None:
+        """Raises RuntimeError where no data has set the parameters."""
+        if not self._ready:
+            raise RuntimeError(
+                f"{self.name or 'this layer'} has seen no data, which its scale and zero point come from: "
+                "train or calibrate first"
+            )
+
+    def _mark_ready(self) -> None:
+        if not self._ready:
+            self.initialized.fill_(1)
+            self._ready = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantizeLayer:
+        if self.layer is not None:
+            self.layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_grid(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._ready = bool(self.initialized)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.learnable:
+            project_after_optimizer_steps(self)
+
+    def extra_repr(self) -> str:
+        parts = [str(self.scheme)]
+        if self.learnable:
+            parts.append("learnable")
+        if not self.fake_quantize_enabled:
+            parts.append("disabled")
+        return ", ".join(parts)
+
+
+def grid_of(scheme: QuantizationScheme) -> Tensor:
+    """The scheme as a tensor, so that a state dict says which grid its scales belong to."""
+    axis = -100 if scheme.channel_axis is None else scheme.channel_axis
+    return torch.tensor([scheme.bits, scheme.signed, scheme.symmetric, scheme.narrow_range, axis])
+
+
+def check_grid(layer: FakeQuantizeLayer, state_dict: dict[str, Any], prefix: str) -> None:
+    """Raises RuntimeError where the state to be loaded is of another scheme."""
+    saved = state_dict.get(f"{prefix}grid")
+    if saved is not None and not torch.equal(saved.cpu(), grid_of(layer.scheme)):
+        bits, signed, symmetric, narrow_range, axis = saved.tolist()
+        scheme = QuantizationScheme(
+            bits, bool(signed), bool(symmetric), bool(narrow_range), None if axis == -100 else axis
+        )
+        name = prefix.removesuffix(".") or "this layer"
+        raise RuntimeError(f"state_dict holds {name} quantized as {scheme}, expected {layer.scheme}")
+
+
+def check_grids(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load pre-hook of a prepared model: refuses a state of another scheme before any of it is loaded."""
+    for name, child in module.named_modules():
+        if isinstance(child, FakeQuantizeLayer):
+            check_grid(child, state_dict, f"{prefix}{name}." if name else prefix)

@@ -1,0 +1,200 @@
+"""Observers that know the distribution: percentiles, and the range of least squared error.
+
+The histogram's bins are float32 bit patterns: sign, exponent and the first six bits of the mantissa. Their edges
+never depend on the data, so nothing is rescaled when the range grows, histograms of batches and ranks simply add,
+and the bin of a value is a shift of its bits. A bin is at most 1/64 of its value wide; within a bin, values are taken
+to be spread evenly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import arithmetic
+from ..scheme import QuantizationScheme
+from .activation_observer import ActivationObserver, BatchStatistics, finite_range, memory_order
+
+_SHIFT = 17  # a float32 without its last 17 mantissa bits: 14 bits of magnitude
+_MAGNITUDES = 2**14
+_FINITE = 255 << 6  # magnitudes below this are finite numbers; above are infinity and NaN
+_BINS = 2 * _FINITE
+
+# Counting is the slow part of a histogram. A sample of this many values, spread evenly over the tensor, places a
+# percentile of a batch to about 1 in 100,000 and costs about as much as the minimum and maximum, which stay exact.
+_SAMPLE = 2**17
+
+
+class _DistributionObserver(ActivationObserver):
+    """Keeps the histogram and the exact extremes of everything seen. Per tensor only."""
+
+    extremes: Tensor
+    counts: Tensor
+
+    def __init__(self, *, update_every: int = 1) -> None:
+        super().__init__(update_every=update_every)
+        self.register_buffer("extremes", torch.full((2, 1), -torch.inf))
+        self.register_buffer("counts", torch.zeros(_BINS))
+
+    def _measure(self, input: Tensor) -> BatchStatistics:
+        return super()._measure(input)._replace(counts=_histogram(input))
+
+    def nothing(self) -> BatchStatistics:
+        return super().nothing()._replace(counts=torch.zeros_like(self.counts))
+
+    def _update(self, statistics: BatchStatistics) -> None:
+        assert statistics.counts is not None
+        self.extremes.copy_(torch.maximum(self.extremes, statistics.extremes))
+        self.counts.add_(statistics.counts)
+
+    def reset(self) -> None:
+        super().reset()
+        self.extremes.fill_(-torch.inf)
+        self.counts.zero_()
+
+
+class PercentileObserver(_DistributionObserver):
+    """The range between two percentiles of everything seen: the rarest values saturate.
+
+    Args:
+        percentile: the upper percentile, in (50, 100]; the lower one is ``100 - percentile``. 100 keeps the extremes.
+        update_every: see :class:`ActivationObserver`.
+
+    Raises:
+        ValueError: ``percentile`` is outside (50, 100].
+
+    Example:
+        >>> observer = PercentileObserver(90.0)
+        >>> _ = observer(torch.linspace(0, 100, 1001))
+        >>> [round(end.item()) for end in observer.range(QuantizationScheme())]
+        [10, 90]
+    """
+
+    def __init__(self, percentile: float = 99.99, *, update_every: int = 1) -> None:
+        super().__init__(update_every=update_every)
+        if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 50 < percentile <= 100:
+            raise ValueError(f"percentile must be a number in (50, 100], got {percentile!r}")
+        self.percentile = float(percentile)
+
+    def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
+        minimum, maximum = finite_range(-self.extremes[0], self.extremes[1])
+        if self.percentile == 100:
+            return minimum, maximum
+        edges = _bin_edges(self.counts.device)
+        cumulative = _prefix_sums(self.counts.double())
+        ends = []
+        for fraction in (1 - self.percentile / 100, self.percentile / 100):
+            target = (cumulative[-1:] * fraction).clamp(min=0)
+            bin = (torch.searchsorted(cumulative, target) - 1).clamp(0, _BINS - 1)
+            count = self.counts[bin].double()
+            inside = torch.where(count > 0, (target - cumulative[bin]) / count.clamp(min=1), 0.0)
+            ends.append((edges[bin] + inside * (edges[bin + 1] - edges[bin])).float())
+        return ends[0].clamp(minimum, maximum), ends[1].clamp(minimum, maximum)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (f"percentile={self.percentile}", super().extra_repr())))
+
+
+class HistogramObserver(_DistributionObserver):
+    r"""The range whose grid has the least squared error over everything seen.
+
+    Minimizes :math:`\sum_i (x_i - \hat x_i)^2`, clipping and rounding together, over ranges inside the extremes: both
+    ends shrunk together, then (on affine grids) each on its own, then refined. The error of a candidate is exact for
+    the histogram: prefix sums of its first three moments give every cell of the grid in constant time.
+
+    Example:
+        >>> observer = HistogramObserver()
+        >>> _ = observer(torch.cat([torch.linspace(-1, 1, 10001), torch.tensor([4.0])]))
+        >>> observer.range(QuantizationScheme(bits=2))[1] < 2
+        tensor([True])
+    """
+
+    def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
+        minimum, maximum = finite_range(-self.extremes[0], self.extremes[1])
+        minimum, maximum = minimum.clamp(max=0).double(), maximum.clamp(min=0).double()
+        moments = _moments(self.counts)
+        shrunk = torch.exp2(-torch.arange(96, device=minimum.device) / 8.0).double()
+        nearby = torch.linspace(0.92, 1.08, 33, device=minimum.device).double()
+
+        def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+            lows, highs = lows.clamp(min=minimum), highs.clamp(max=maximum)
+            lows, highs = lows + 0 * highs, highs + 0 * lows  # to one shape
+            index = torch.argmin(_squared_errors(moments, lows, highs, scheme)).reshape(1)
+            return lows[index], highs[index]
+
+        low, high = best(minimum * shrunk, maximum * shrunk)
+        if not scheme.symmetric:
+            for _ in range(2):
+                low, high = best(low, maximum * shrunk)
+                low, high = best(minimum * shrunk, high)
+            low, high = best(low, high * nearby)
+            low, high = best(low * nearby, high)
+        low, high = best(low * nearby, high * nearby)
+        return low.float(), high.float()
+
+
+def _histogram(input: Tensor) -> Tensor:
+    """Counts per bin in ascending order of value, float32, of an even sample of the tensor's finite values."""
+    values = memory_order(input)
+    step = max(1, math.ceil(values.numel() / _SAMPLE))
+    # A step that shares a factor with a dimension would visit the same few channels over and over.
+    while math.gcd(step, values.numel()) > 1:
+        step += 1
+    bits = values[::step].to(torch.float32).contiguous().view(torch.int32)
+    signed = torch.bincount((bits >> _SHIFT) + _MAGNITUDES, minlength=2 * _MAGNITUDES)
+    negative, positive = signed[:_FINITE], signed[_MAGNITUDES : _MAGNITUDES + _FINITE]
+    return torch.cat([negative.flip(0), positive]).to(torch.float32)
+
+
+def _bin_edges(device: torch.device) -> Tensor:
+    """The _BINS + 1 ascending edges, float64."""
+    magnitudes = (torch.arange(_FINITE, dtype=torch.int32, device=device) << _SHIFT).view(torch.float32).double()
+    top = magnitudes.new_full((1,), 2.0**128)
+    positive = torch.cat([magnitudes, top])
+    return torch.cat([-positive.flip(0), positive[1:]])
+
+
+def _prefix_sums(values: Tensor) -> Tensor:
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])
+
+
+def _moments(counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Edges, counts, and the prefix sums over bins of n, sum x and sum x squared (float64)."""
+    edges = _bin_edges(counts.device)
+    low, high, count = edges[:-1], edges[1:], counts.double()
+    first = count * (low + high) / 2
+    second = count * (low * low + low * high + high * high) / 3
+    return edges, count, _prefix_sums(count), _prefix_sums(first), _prefix_sums(second)
+
+
+def _moments_below(
+    moments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], limits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """n, sum x and sum x squared over the values below each limit."""
+    edges, count, zeroth, first, second = moments
+    bin = (torch.searchsorted(edges, limits, right=True) - 1).clamp(0, _BINS - 1)
+    low = edges[bin]
+    share = count[bin] * ((limits - low) / (edges[bin + 1] - low)).clamp(0, 1)
+    return (
+        zeroth[bin] + share,
+        first[bin] + share * (low + limits) / 2,
+        second[bin] + share * (low * low + low * limits + limits * limits) / 3,
+    )
+
+
+def _squared_errors(
+    moments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], lows: Tensor, highs: Tensor, scheme: QuantizationScheme
+) -> Tensor:
+    """The squared error of quantizing the histogram with each candidate range, shape of ``lows``."""
+    scale, zero_point = arithmetic.range_to_scale_and_zero_point(lows.float(), highs.float(), scheme)
+    codes = torch.arange(scheme.quant_min, scheme.quant_max + 1, device=lows.device)
+    levels = (codes - zero_point[:, None]).double() * scale[:, None].double()
+    limits = (levels[:, :-1] + levels[:, 1:]) / 2
+    cells = []
+    for below, prefix in zip(_moments_below(moments, limits), moments[2:], strict=True):
+        ends = prefix[[0, -1]].expand(len(lows), 2)
+        cells.append(torch.cat([ends[:, :1], below, ends[:, 1:]], dim=1).diff(dim=1))
+    count, first, second = cells
+    return (second - 2 * levels * first + levels * levels * count).sum(dim=1)

@@ -1,0 +1,97 @@
+"""Statistics of all observers of a model, reduced over ranks together and folded in together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .activation_observer import BatchStatistics
+
+if TYPE_CHECKING:
+    from .fake_quantize_layer import FakeQuantizeLayer
+
+
+class ObserverSynchronizer:
+    """Collects what a model's observers measure during one forward and folds it in when the forward ends.
+
+    Every layer of the model quantizes with what earlier steps have shown, and updates land after the forward: so all
+    ranks compute the same function in a step, whatever part of the data they see, and one all-reduce for the whole
+    model keeps them agreed. A run in one process takes the same order, and so the same values.
+
+    Args:
+        layers: the layers whose observers belong together, in an order that all ranks share.
+    """
+
+    def __init__(self, layers: list[FakeQuantizeLayer]) -> None:
+        self.layers = layers
+        self.pending: dict[int, BatchStatistics] = {}
+        for index, layer in enumerate(layers):
+            layer.synchronizer = self
+            layer.synchronizer_index = index
+
+    def defer(self, index: int, statistics: BatchStatistics) -> None:
+        """Holds what the layer of that index measured until :meth:`commit`; a second batch joins the first."""
+        held = self.pending.get(index)
+        self.pending[index] = statistics if held is None else _joined(held, statistics)
+
+    def discard(self) -> None:
+        """Drops what a forward that did not end has left behind."""
+        self.pending.clear()
+
+    def commit(self) -> None:
+        """Reduces over ranks, updates every layer and forgets."""
+        if _distributed():
+            # A rank whose forward took another branch takes part with nothing seen: all ranks pack the same layers.
+            indices = [index for index, layer in enumerate(self.layers) if layer.observes]
+            nothing = [self.layers[index].observer.nothing() for index in indices]
+            statistics = [self.pending.get(index, empty) for index, empty in zip(indices, nothing, strict=True)]
+            updates = list(zip(indices, reduce_over_ranks(statistics), strict=True))
+        else:
+            updates = list(self.pending.items())
+        self.pending.clear()
+        for index, reduced in updates:
+            self.layers[index].commit(reduced)
+
+
+def discard_statistics(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a prepared model."""
+    module.observer_synchronizer.discard()  # type: ignore[union-attr, operator]
+
+
+def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a prepared model."""
+    synchronizer = module.observer_synchronizer
+    if synchronizer.pending:  # type: ignore[union-attr]
+        synchronizer.commit()  # type: ignore[union-attr, operator]
+
+
+def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics]:
+    """All-reduces packed statistics: one collective for the extremes and, where there are histograms, one for those."""
+    if not _distributed() or not statistics:
+        return statistics
+    extremes = _all_reduce([batch.extremes for batch in statistics], dist.ReduceOp.MAX)
+    counted = [batch.counts for batch in statistics if batch.counts is not None]
+    counts = iter(_all_reduce(counted, dist.ReduceOp.SUM) if counted else [])
+    return [
+        BatchStatistics(reduced, None if batch.counts is None else next(counts))
+        for batch, reduced in zip(statistics, extremes, strict=True)
+    ]
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _all_reduce(tensors: list[Tensor], operation: Any) -> list[Tensor]:
+    packed = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(packed, operation)
+    parts = torch.split(packed, [tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _joined(first: BatchStatistics, second: BatchStatistics) -> BatchStatistics:
+    counts = None if first.counts is None or second.counts is None else first.counts + second.counts
+    return BatchStatistics(torch.maximum(first.extremes, second.extremes), counts)

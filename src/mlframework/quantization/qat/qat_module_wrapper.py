@@ -1,0 +1,307 @@
+"""A layer between fake-quantize nodes; in evaluation, the integer layer that it becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import arithmetic
+from ..int8.folding import IntegerWeights, fold
+from ..int8.layers import Int8Embedding, Int8Layer
+from ..scheme import QuantizationScheme
+from .activation_observer import MovingAverageObserver
+from .config import QATConfig
+from .fake_quantize_layer import FakeQuantizeLayer
+from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
+
+
+class QATModuleWrapper(nn.Module):
+    """Stands in a layer's place: the layer itself, with quantization noise on its input, its weight and its output.
+
+    The wrapper holds the user's own module as ``layer`` and has its parameters and buffers for its own: the same
+    Parameter objects under the same names (``conv1.weight`` stays ``conv1.weight`` in ``state_dict()``), and the
+    layer's other attributes. The layer runs through its ``__call__``, so its hooks fire, with the fake-quantized
+    weight in place of its own.
+
+    In evaluation mode without gradients the wrapper computes on integers, with the very layer that ``convert`` puts in
+    its place (:meth:`to_integer`), and returns the result as floats on the grid. Hooks inside then see simulated
+    values. The integer layer is kept until a tensor it was made from changes or the mode is set; a change through
+    ``.data`` goes unseen, so call ``eval()`` after one.
+
+    Args:
+        layer: Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d or Embedding.
+        config: grids, observers, estimator.
+        batch_norm: batch normalization of the layer's output, run here; folded in for integers.
+        activation: ReLU, ReLU6 or Hardtanh that follows, run here; a choice of saturation for integers.
+
+    Attributes:
+        input_fake_quantize, weight_fake_quantize, output_fake_quantize: the nodes; each may be set to None. With every
+            node None or disabled, the output is the layer's own, bit for bit.
+
+    Raises:
+        TypeError: the layer is of no supported type, or cannot be quantized as it is.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> wrapper = QATModuleWrapper(layer, QATConfig())
+        >>> wrapper.weight is layer.weight
+        True
+        >>> wrapper(torch.randn(4, 3)).shape
+        torch.Size([4, 2])
+    """
+
+    input_fake_quantize: FakeQuantizeLayer | None
+    weight_fake_quantize: FakeQuantizeLayer | None
+    output_fake_quantize: FakeQuantizeLayer | None
+    layer: nn.Module
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        config: QATConfig | None = None,
+        *,
+        batch_norm: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        config = QATConfig() if config is None else config
+        layer_type = layer_type_of(layer) if isinstance(layer, nn.Module) else None
+        if layer_type is None:
+            supported = ", ".join(kind.__name__ for kind in LAYER_TYPES)
+            raise TypeError(f"layer must be one of {supported}, got {type(layer).__name__}")
+        obstacle = obstacle_of(layer)
+        if obstacle is not None:
+            raise TypeError(f"layer {layer} cannot be quantized: {obstacle}")
+        if batch_norm is not None and not takes_batch_norm(layer, batch_norm):
+            raise TypeError(f"batch_norm {batch_norm} does not fold into {layer}")
+        clip = clip_of(activation)
+        if clip is None:
+            raise TypeError(f"activation must only clip (ReLU, ReLU6, Hardtanh), got {type(activation).__name__}")
+        # The layer is no submodule, which would rename its parameters: the wrapper shares its registries instead.
+        self.__dict__["layer"] = layer
+        self.__dict__["_parameters"] = layer._parameters
+        self.__dict__["_buffers"] = layer._buffers
+        self.__dict__["_non_persistent_buffers_set"] = layer._non_persistent_buffers_set
+        self.training = layer.training
+        # In tuples, because other rooms of the model own (and name) these modules.
+        self._following: tuple[nn.Module, ...] = tuple(m for m in (batch_norm, activation) if m is not None)
+        self._batch_norm = (batch_norm,)
+        self._input_source: tuple[FakeQuantizeLayer | None] = (None,)
+        self._clip: Clip = clip
+        self._layer_type = type(layer)
+        self._cached: tuple[Any, Int8Layer] | None = None
+
+        self.input_fake_quantize = None if layer_type.to_integer is None else activation_node(config)
+        self.weight_fake_quantize = weight_node(layer, config, layer_type.output_axis)
+        self.output_fake_quantize = activation_node(config, non_negative=clip[0] >= 0)
+        self.to(layer.weight.device)  # type: ignore[arg-type]
+
+    @property
+    def input_source(self) -> FakeQuantizeLayer | None:
+        """The node that puts the layer's input on its grid: its own, or one before it in the model."""
+        return self.input_fake_quantize if self.input_fake_quantize is not None else self._input_source[0]
+
+    @input_source.setter
+    def input_source(self, source: FakeQuantizeLayer | None) -> None:
+        self._input_source = (source,)
+
+    @property
+    def computes_integers(self) -> bool:
+        """Whether a call now computes on integers: evaluation mode, no gradients, and every node switched on."""
+        if self.training or torch.is_grad_enabled() or any(module.training for module in self._following):
+            return False
+        nodes = [self.input_source, self.weight_fake_quantize]
+        if self.output_fake_quantize is not None:
+            nodes.append(self.output_fake_quantize)
+        return all(node is not None and node.fake_quantize_enabled and not node.calibrating for node in nodes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer's output, fake-quantized (or, on integers, dequantized): shape and dtype of the layer's own."""
+        if isinstance(self.layer, nn.Embedding) or not self.computes_integers:
+            return self._simulate(input)
+        if torch.compiler.is_compiling():
+            return self._trace_integers(input)
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (self.layer, *self._following)):
+            self._simulate(input)
+        return self._run_integers(input)
+
+    def _simulate(self, input: Tensor) -> Tensor:
+        output = self.input_fake_quantize(input) if self.input_fake_quantize is not None else input
+        output = self._run_layer(output)
+        for module in self._following:
+            output = module(output)
+        return self.output_fake_quantize(output) if self.output_fake_quantize is not None else output
+
+    def _run_layer(self, input: Tensor) -> Tensor:
+        """Calls the user's module with the fake-quantized weight in its registry."""
+        weight = self.layer._parameters["weight"]
+        assert weight is not None
+        quantized = weight if self.weight_fake_quantize is None else self.weight_fake_quantize(weight)
+        if quantized is weight:
+            return self.layer(input)  # type: ignore[no-any-return]
+        self.layer._parameters["weight"] = quantized
+        try:
+            return self.layer(input)  # type: ignore[no-any-return]
+        finally:
+            self.layer._parameters["weight"] = weight
+
+    # --- integers -------------------------------------------------------------------------------------------------
+
+    def to_integer(self) -> Int8Layer | Int8Embedding:
+        """The integer layer of the present weights, statistics and scales, batch normalization folded in.
+
+        Raises:
+            RuntimeError: a node has seen no data.
+        """
+        if isinstance(self.layer, nn.Embedding):
+            codes, scale, _ = self._weight_codes()
+            return Int8Embedding(codes, scale.clone())
+        layer_type = layer_type_of(self.layer)
+        assert layer_type is not None and layer_type.to_integer is not None
+        source = self.input_source
+        if source is None:
+            raise RuntimeError("input_fake_quantize is None and no input_source is set: the input's grid is unknown")
+        output = self.output_fake_quantize
+        return layer_type.to_integer(
+            self.layer,
+            self._folded(),
+            source.parameters_on_grid,
+            None if output is None else output.parameters_on_grid,
+            self._clip,
+        )
+
+    def _weight_codes(self) -> tuple[Tensor, Tensor, QuantizationScheme]:
+        node = self.weight_fake_quantize
+        if node is None:
+            raise RuntimeError("weight_fake_quantize is None: the weight has no grid")
+        node.require_initialized()
+        scale = node.scale.detach()
+        codes = arithmetic.quantize_values(
+            self.layer.weight.detach(),  # type: ignore[operator]
+            scale,
+            torch.zeros_like(scale),
+            node.scheme,
+        )
+        return codes, scale, node.scheme
+
+    def _folded(self) -> IntegerWeights:
+        source, layer_type = self.input_source, layer_type_of(self.layer)
+        assert source is not None and layer_type is not None
+        return fold(
+            *self._weight_codes(),
+            self.layer.bias,  # type: ignore[arg-type]
+            source.scale.detach(),
+            self._batch_norm[0],  # type: ignore[arg-type]
+            layer_type.output_axis,
+        )
+
+    def _integer_layer(self) -> Int8Layer:
+        nodes = (self.input_source, self.weight_fake_quantize, self.output_fake_quantize)
+        tensors = [tensor for node in nodes if node is not None for tensor in (node.scale, node.zero_point)]
+        tensors += [tensor for tensor in (self.layer.weight, self.layer.bias) if isinstance(tensor, Tensor)]
+        if self._batch_norm[0] is not None:
+            tensors += self._batch_norm[0].state_dict(keep_vars=True).values()
+        key = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        if self._cached is None or self._cached[0] != key:
+            layer = self.to_integer()
+            assert isinstance(layer, Int8Layer)
+            self._cached = (key, layer)
+        return self._cached[1]
+
+    def _run_integers(self, input: Tensor) -> Tensor:
+        source, output = self.input_source, self.output_fake_quantize
+        assert source is not None
+        source.require_initialized()
+        zero_point = arithmetic.grid_zero_point(source.zero_point, source.scheme)
+        result: Tensor = self._integer_layer()(
+            arithmetic.quantize_values(input, source.scale, zero_point, source.scheme)
+        )
+        if output is not None:
+            zero_point = arithmetic.grid_zero_point(output.zero_point, output.scheme)
+            result = arithmetic.dequantize_codes(result, output.scale, zero_point, None)
+        return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
+
+    def _trace_integers(self, input: Tensor) -> Tensor:
+        """The same integers in operations that ``torch.compile`` can trace: sums in float64, which is exact."""
+        source, output, layer_type = self.input_source, self.output_fake_quantize, layer_type_of(self.layer)
+        assert source is not None and layer_type is not None and layer_type.product is not None
+        source.require_initialized()
+        zero_point = arithmetic.grid_zero_point(source.zero_point, source.scheme)
+        codes = arithmetic.quantize_values(input, source.scale, zero_point, source.scheme)
+        weights = self._folded()
+        with torch.autocast(input.device.type, enabled=False):
+            sums = layer_type.product(self.layer, codes.double() - zero_point, weights.codes.double())
+        axis = sums.dim() - 1 if isinstance(self.layer, nn.Linear) else sums.dim() - len(self.layer.stride) - 1  # type: ignore[arg-type]
+        accumulator = sums.round().to(torch.int32) + arithmetic.along_axis(weights.bias, sums.dim(), axis)
+        scale = source.scale * weights.scale
+        if output is None:
+            result = arithmetic.rescale_accumulator(accumulator, arithmetic.along_axis(scale, sums.dim(), axis))
+            return result.clamp(*self._clip).to(input.dtype)
+        output_zero_point = arithmetic.grid_zero_point(output.zero_point, output.scheme)
+        lowest, highest = (
+            arithmetic.code_of_value(end, output.scale, output_zero_point, output.scheme) for end in self._clip
+        )
+        codes = arithmetic.requantize_accumulator(
+            accumulator,
+            arithmetic.along_axis(scale / output.scale, sums.dim(), axis),
+            output_zero_point,
+            lowest,
+            highest,
+            output.scheme.dtype,
+        )
+        return arithmetic.dequantize_codes(codes, output.scale, output_zero_point, None).to(input.dtype)
+
+    # --- standing in the layer's place ----------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> QATModuleWrapper:
+        self._cached = None
+        self.layer.train(mode)
+        return super().train(mode)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "layer" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["layer"], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def extra_repr(self) -> str:
+        following = [type(module).__name__ for module in self._following]
+        return " -> ".join([f"layer={self.layer}", *following])
+
+
+def activation_node(config: QATConfig, non_negative: bool = False) -> FakeQuantizeLayer:
+    """The fake-quantize node of an activation, per tensor."""
+    scheme = config.non_negative_activation_scheme if non_negative else config.activation_scheme
+    return FakeQuantizeLayer(
+        scheme, config.activation_observer(), learnable=config.learnable, estimator=config.estimator
+    )
+
+
+def weight_node(layer: nn.Module, config: QATConfig, output_axis: int) -> FakeQuantizeLayer:
+    """The fake-quantize node of a layer's weight, on the range that the weight has now.
+
+    Its statistics follow the newest weight alone, and are the same on every rank.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    axis = output_axis if config.per_channel_weights else None
+    grid = config.weight_scheme
+    scheme = QuantizationScheme(grid.bits, grid.signed, grid.symmetric, grid.narrow_range, axis)
+    channels = 1 if axis is None else weight.shape[axis]
+    node = FakeQuantizeLayer(
+        scheme,
+        MovingAverageObserver(momentum=1.0, channel_axis=axis, num_channels=channels),
+        learnable=config.learnable,
+        num_channels=channels,
+        estimator=config.estimator,
+    ).to(weight.device)
+    node.reduces_over_ranks = False
+    node.commit(node.observer.measure(weight))
+    return node
