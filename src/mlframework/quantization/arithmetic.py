@@ -46,6 +46,8 @@ def compute_dtype(input: Tensor) -> torch.dtype:
 
 def grid_zero_point(zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
     """The code that a (possibly learned, hence fractional) zero point stands for."""
+    if not zero_point.is_floating_point():
+        zero_point = zero_point.to(torch.int32)  # the ends of a grid do not fit every integer dtype
     return torch.round(zero_point).clamp(scheme.quant_min, scheme.quant_max)
 
 

@@ -61,14 +61,14 @@ class QuantizationParameters:
             raise ValueError(
                 f"zero_point must be on the device of scale, {self.scale.device}, got {self.zero_point.device}"
             )
-        scale = self.scale.detach()
+        scale = self.scale.detach().to(torch.float32)  # what the arithmetic computes in
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ValueError(f"scale must be finite and positive, got {scale.tolist()}")
-        zero_point = self.zero_point.detach()
+            raise ValueError(f"scale must be finite and positive, got {self.scale.tolist()}")
+        zero_point = self.zero_point.detach().to(torch.float32)  # the ends of the grid do not fit every integer dtype
         lowest, highest = self.scheme.quant_min, self.scheme.quant_max
         on_grid = (zero_point >= lowest) & (zero_point <= highest) & (zero_point == zero_point.round())
         if not bool(on_grid.all()):
-            raise ValueError(f"zero_point must hold codes from {lowest} to {highest}, got {zero_point.tolist()}")
+            raise ValueError(f"zero_point must hold codes from {lowest} to {highest}, got {self.zero_point.tolist()}")
 
     @classmethod
     def from_range(cls, minimum: Tensor, maximum: Tensor, scheme: QuantizationScheme) -> QuantizationParameters:
@@ -90,6 +90,8 @@ class QuantizationParameters:
             ...                                   QuantizationScheme(narrow_range=True)).scale
             tensor([0.0100])
         """
+        if not isinstance(scheme, QuantizationScheme):
+            raise TypeError(f"scheme must be a QuantizationScheme, got {type(scheme).__name__}")
         for name, value in (("minimum", minimum), ("maximum", maximum)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -184,11 +186,15 @@ def requantize(accumulator: Tensor, accumulator_scale: Tensor, parameters: Quant
         parameters: the output's scale, zero point and grid, per tensor.
 
     Raises:
-        TypeError: ``accumulator`` is not int32.
+        TypeError: ``accumulator`` is not int32, or another argument is not of its type.
         ValueError: ``parameters`` are per channel.
     """
     if not isinstance(accumulator, Tensor) or accumulator.dtype is not torch.int32:
         raise TypeError(f"accumulator must be an int32 tensor, got {getattr(accumulator, 'dtype', type(accumulator))}")
+    if not isinstance(accumulator_scale, Tensor):
+        raise TypeError(f"accumulator_scale must be a tensor, got {type(accumulator_scale).__name__}")
+    if not isinstance(parameters, QuantizationParameters):
+        raise TypeError(f"parameters must be QuantizationParameters, got {type(parameters).__name__}")
     scheme = parameters.scheme
     if scheme.channel_axis is not None:
         raise ValueError(f"parameters must be per tensor, got channel_axis {scheme.channel_axis}")

@@ -69,11 +69,13 @@ class Int8Layer(nn.Module):
         self.register_buffer("weight", weights.codes.contiguous())
         self.register_buffer("weight_scale", weights.scale)
         self.register_buffer("bias", weights.bias)
-        self.register_buffer("input_scale", input.scale.detach().clone())
-        self.register_buffer("input_zero_point", input.zero_point.detach().to(torch.int32))
-        self.register_buffer("output_scale", None if output is None else output.scale.detach().clone())
+        self.register_buffer("input_scale", input.scale.detach().to(torch.float32, copy=True))
+        self.register_buffer("input_zero_point", input.zero_point.detach().to(torch.int32, copy=True))
         self.register_buffer(
-            "output_zero_point", None if output is None else output.zero_point.detach().to(torch.int32)
+            "output_scale", None if output is None else output.scale.detach().to(torch.float32, copy=True)
+        )
+        self.register_buffer(
+            "output_zero_point", None if output is None else output.zero_point.detach().to(torch.int32, copy=True)
         )
         self._plan: _Plan | None = None
 

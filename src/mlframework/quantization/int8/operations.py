@@ -22,8 +22,8 @@ class _OnGrid(nn.Module):
     def __init__(self, parameters: QuantizationParameters) -> None:
         super().__init__()
         self.scheme = parameters.scheme
-        self.register_buffer("scale", parameters.scale.detach().clone())
-        self.register_buffer("zero_point", parameters.zero_point.detach().to(torch.int32))
+        self.register_buffer("scale", parameters.scale.detach().to(torch.float32, copy=True))
+        self.register_buffer("zero_point", parameters.zero_point.detach().to(torch.int32, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _OnGrid:
         return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
@@ -50,7 +50,8 @@ class Int8ReLU(_OnGrid):
     """ReLU on codes, on the grid that they are on: no code below that of zero."""
 
     def forward(self, codes: Tensor) -> Tensor:
-        return torch.maximum(codes, self.zero_point.to(codes.dtype))
+        axis = self.scheme.resolve_channel_axis(codes.dim())
+        return torch.maximum(codes, arithmetic.along_axis(self.zero_point.to(codes.dtype), codes.dim(), axis))
 
 
 class Int8Add(nn.Module):
@@ -79,8 +80,8 @@ class Int8Add(nn.Module):
         self.output_scheme = output.scheme
         self.clip = clip
         for name, parameters in (("left", left), ("right", right), ("output", output)):
-            self.register_buffer(f"{name}_scale", parameters.scale.detach().clone())
-            self.register_buffer(f"{name}_zero_point", parameters.zero_point.detach().to(torch.int32))
+            self.register_buffer(f"{name}_scale", parameters.scale.detach().to(torch.float32, copy=True))
+            self.register_buffer(f"{name}_zero_point", parameters.zero_point.detach().to(torch.int32, copy=True))
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         left_ratio, right_ratio, constant = arithmetic.add_constants(
@@ -104,3 +105,36 @@ class Int8Add(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.output_scheme)
+
+
+class Int8WithFloatEdges(nn.Module):
+    """An integer layer between floats: quantizes what comes in and dequantizes what goes out.
+
+    Args:
+        quantize: puts the input on codes; None where the layer takes indices.
+        layer: the integer layer.
+        dequantize: takes the output off codes; None where the layer's output is float.
+    """
+
+    def __init__(self, quantize: Quantize | None, layer: nn.Module, dequantize: Dequantize | None) -> None:
+        super().__init__()
+        self.quantize = quantize
+        self.layer = layer
+        self.dequantize = dequantize
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.layer(input if self.quantize is None else self.quantize(input))
+        return output if self.dequantize is None else self.dequantize(output)
+
+
+class OnGrid(nn.Module):
+    """Float values rounded to a grid and returned as floats, as a quantized layer between floats returns them."""
+
+    def __init__(self, parameters: QuantizationParameters) -> None:
+        super().__init__()
+        self.quantize = Quantize(parameters)
+        self.dequantize = Dequantize(parameters)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.dequantize(self.quantize(input))
+        return output

@@ -7,6 +7,7 @@ computes in floating point wide enough to be exact, on any device; ``torch.compi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,8 +58,7 @@ class PackedLinear:
             if self.correction is not None:
                 sums += self.correction
         else:
-            wide = _wide_enough(self.bound, rows)
-            sums = _narrowed(F.linear(rows.to(wide) - self.zero_point, self.weight.to(wide)))
+            sums = _in_floating_point(F.linear, rows, self.zero_point, self.weight, self.bound)
         return sums.reshape(*codes.shape[:-1], sums.shape[-1])
 
     def _kernel_takes(self, rows: Tensor) -> bool:
@@ -116,9 +116,14 @@ class PackedConvolution:
                 for part, packed in self.packed
             ]
             return torch.stack([partial.to(torch.int32) for partial in sums]).sum(dim=0, dtype=torch.int32)
-        wide = _wide_enough(self.bound, codes)
         convolution = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
-        return _narrowed(convolution(codes.to(wide) - self.zero_point, self.weight.to(wide), None, *self.geometry))
+        return _in_floating_point(
+            lambda values, weight: convolution(values, weight, None, *self.geometry),
+            codes,
+            self.zero_point,
+            self.weight,
+            self.bound,
+        )
 
 
 class PackedTransposedConvolution:
@@ -144,19 +149,15 @@ class PackedTransposedConvolution:
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Codes (N, I, H, W) to sums (N, O, H', W')."""
-        wide = _wide_enough(self.bound, codes)
         stride, padding, dilation, groups = self.geometry
-        return _narrowed(
-            F.conv_transpose2d(
-                codes.to(wide) - self.zero_point,
-                self.weight.to(wide),
-                None,
-                stride,
-                padding,
-                self.output_padding,
-                groups,
-                dilation,
-            )
+        return _in_floating_point(
+            lambda values, weight: F.conv_transpose2d(
+                values, weight, None, stride, padding, self.output_padding, groups, dilation
+            ),
+            codes,
+            self.zero_point,
+            self.weight,
+            self.bound,
         )
 
 
@@ -164,7 +165,17 @@ def largest_sum(weight: Tensor, zero_point: int, dtype: torch.dtype) -> int:
     """A bound on the magnitude of any sum: weight codes with outputs first, input codes of that dtype."""
     codes = torch.iinfo(dtype)
     offset = max(codes.max - zero_point, zero_point - codes.min)
-    return int(weight.flatten(1).abs().sum(dim=1, dtype=torch.int64).max()) * offset
+    # Widened first: the magnitude of -128 is not an int8.
+    return int(weight.flatten(1).to(torch.int32).abs().sum(dim=1).max()) * offset
+
+
+def _in_floating_point(
+    operation: Callable[[Tensor, Tensor], Tensor], codes: Tensor, zero_point: int, weight: Tensor, bound: int
+) -> Tensor:
+    """Sums of an operation on ``codes - zero_point`` and ``weight``, wide enough to be exact, also under autocast."""
+    wide = _wide_enough(bound, codes)
+    with torch.autocast(codes.device.type, enabled=False):
+        return _narrowed(operation(codes.to(wide) - zero_point, weight.to(wide)))
 
 
 def _wide_enough(bound: int, codes: Tensor) -> torch.dtype:

@@ -50,7 +50,9 @@ class MovingAverageStatistics(nn.Module):
         for running, batch in ((self.minimum, minimum), (self.maximum, maximum)):
             if batch.shape != running.shape:
                 raise ValueError(f"expected extremes of shape {tuple(running.shape)}, got {tuple(batch.shape)}")
-            averaged = torch.where(torch.isfinite(running), running + self.momentum * (batch - running), batch)
+            # lerp, because r + 1 * (batch - r) is not the batch where r is much larger.
+            averaged = torch.lerp(running, batch.to(running.dtype), self.momentum)
+            averaged = torch.where(torch.isfinite(running), averaged, batch)
             running.copy_(torch.where(torch.isfinite(batch), averaged, running))
 
     def reset(self) -> None:

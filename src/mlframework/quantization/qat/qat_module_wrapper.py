@@ -14,6 +14,7 @@ from ..scheme import QuantizationScheme
 from .activation_observer import MovingAverageObserver
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
+from .hooks import has_user_hooks
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
 
 
@@ -86,7 +87,7 @@ class QATModuleWrapper(nn.Module):
         self.__dict__["_non_persistent_buffers_set"] = layer._non_persistent_buffers_set
         self.training = layer.training
         # In tuples, because other rooms of the model own (and name) these modules.
-        self._following: tuple[nn.Module, ...] = tuple(m for m in (batch_norm, activation) if m is not None)
+        self.following: tuple[nn.Module, ...] = tuple(m for m in (batch_norm, activation) if m is not None)
         self._batch_norm = (batch_norm,)
         self._input_source: tuple[FakeQuantizeLayer | None] = (None,)
         self._clip: Clip = clip
@@ -103,14 +104,14 @@ class QATModuleWrapper(nn.Module):
         """The node that puts the layer's input on its grid: its own, or one before it in the model."""
         return self.input_fake_quantize if self.input_fake_quantize is not None else self._input_source[0]
 
-    @input_source.setter
-    def input_source(self, source: FakeQuantizeLayer | None) -> None:
+    def take_input_from(self, source: FakeQuantizeLayer) -> None:
+        """Names the node before this one that puts the input on its grid, for when there is no node of its own."""
         self._input_source = (source,)
 
     @property
     def computes_integers(self) -> bool:
         """Whether a call now computes on integers: evaluation mode, no gradients, and every node switched on."""
-        if self.training or torch.is_grad_enabled() or any(module.training for module in self._following):
+        if self.training or torch.is_grad_enabled() or any(module.training for module in self.following):
             return False
         nodes = [self.input_source, self.weight_fake_quantize]
         if self.output_fake_quantize is not None:
@@ -123,14 +124,14 @@ class QATModuleWrapper(nn.Module):
             return self._simulate(input)
         if torch.compiler.is_compiling():
             return self._trace_integers(input)
-        if any(module._forward_hooks or module._forward_pre_hooks for module in (self.layer, *self._following)):
+        if has_user_hooks(self.layer, *self.following):
             self._simulate(input)
         return self._run_integers(input)
 
     def _simulate(self, input: Tensor) -> Tensor:
         output = self.input_fake_quantize(input) if self.input_fake_quantize is not None else input
         output = self._run_layer(output)
-        for module in self._following:
+        for module in self.following:
             output = module(output)
         return self.output_fake_quantize(output) if self.output_fake_quantize is not None else output
 
@@ -162,7 +163,9 @@ class QATModuleWrapper(nn.Module):
         assert layer_type is not None and layer_type.to_integer is not None
         source = self.input_source
         if source is None:
-            raise RuntimeError("input_fake_quantize is None and no input_source is set: the input's grid is unknown")
+            raise RuntimeError(
+                "input_fake_quantize is None and take_input_from() named no node: the input's grid is unknown"
+            )
         output = self.output_fake_quantize
         return layer_type.to_integer(
             self.layer,
@@ -272,7 +275,7 @@ class QATModuleWrapper(nn.Module):
         return {**self.__dict__, "_cached": None}
 
     def extra_repr(self) -> str:
-        following = [type(module).__name__ for module in self._following]
+        following = [type(module).__name__ for module in self.following]
         return " -> ".join([f"layer={self.layer}", *following])
 
 

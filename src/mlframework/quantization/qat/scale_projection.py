@@ -22,7 +22,7 @@ _hook_registered = False
 
 
 def project_after_optimizer_steps(layer: FakeQuantizeLayer) -> None:
-    """From now on, every ``step()`` of any optimizer ends with that layer's parameters in their ranges."""
+    """From now on, every ``step()`` of an optimizer that trains them ends with its parameters in their ranges."""
     global _hook_registered
     _learnable_layers.add(layer)
     if not _hook_registered:
@@ -32,6 +32,10 @@ def project_after_optimizer_steps(layer: FakeQuantizeLayer) -> None:
 
 @torch.no_grad()
 def _project(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # Of other optimizers' parameters nothing is touched: a graph that still waits for its backward may have saved them.
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in _learnable_layers:
+        if trained.isdisjoint((id(layer.scale), id(layer.zero_point))):
+            continue
         layer.scale.clamp_(SMALLEST_SCALE, LARGEST_SCALE)
         layer.zero_point.clamp_(layer.scheme.quant_min, layer.scheme.quant_max)

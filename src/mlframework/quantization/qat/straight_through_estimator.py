@@ -37,5 +37,6 @@ class StraightThroughEstimator:
         if self.saturated not in ("zero", "identity"):
             raise ValueError(f"saturated must be 'zero' or 'identity', got {self.saturated!r}")
         clip = self.gradient_clip
-        if clip is not None and not (isinstance(clip, (int, float)) and math.isfinite(clip) and clip > 0):
+        number = isinstance(clip, (int, float)) and not isinstance(clip, bool)
+        if clip is not None and not (number and math.isfinite(clip) and clip > 0):
             raise ValueError(f"gradient_clip must be a finite positive number or None, got {clip!r}")

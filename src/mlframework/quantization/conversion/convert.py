@@ -1,0 +1,119 @@
+"""``convert``: a prepared model in, the model that computes on int8 out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from torch import nn
+
+from ..graph.generated_forward import graph_of, has_generated_forward, set_forward
+from ..qat.fake_quantize_layer import FakeQuantizeLayer, check_grids
+from ..qat.observer_synchronizer import commit_statistics, discard_statistics
+from ..qat.qat_add import QATAdd
+from ..qat.qat_module_wrapper import QATModuleWrapper
+from .between_floats import between_floats
+from .lowering import lower
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """The model as true int8: int8 weights, int8 or uint8 activations, int32 sums.
+
+    Linear layers and convolutions multiply integers; codes flow between them through whatever only moves or selects
+    values, and through sums. Batch normalization is folded in. What has no integer form computes on float32 between
+    dequantize and quantize. The result gives, bit for bit, what the prepared model gives in evaluation mode without
+    gradients, and holds no float copy of a quantized weight. It is for inference, and in evaluation mode.
+
+    Args:
+        model: from :func:`prepare`, calibrated or trained; it is not changed.
+
+    Returns:
+        A model of the same class; its state dict holds integer codes and scales.
+
+    Raises:
+        TypeError: the model is not prepared.
+        RuntimeError: no data was seen, or a node is switched off.
+
+    Warns:
+        UserWarning: a layer that no data reached; it stays float.
+
+    Example:
+        >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), QATConfig(),
+        ...                    (torch.randn(1, 4),))
+        >>> calibrate(prepared, [torch.randn(32, 4)])
+        >>> int8_model = convert(prepared)
+        >>> int8_model[0].weight.dtype
+        torch.int8
+        >>> x = torch.randn(5, 4)
+        >>> with torch.no_grad():
+        ...     torch.equal(int8_model(x), prepared.eval()(x))
+        True
+    """
+    _check(model)
+    converted = copy.deepcopy(model).eval()
+    _remove_hooks(converted)
+    if isinstance(converted, QATModuleWrapper):
+        return between_floats(converted)
+    graph = graph_of(converted) if has_generated_forward(converted) else None
+    called = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for name, module in _outermost_nodes(converted):
+        if name not in called:
+            converted.set_submodule(name, _alone(name, module))
+    if graph is not None:
+        lower(converted, graph)
+        set_forward(converted, graph)
+    return converted
+
+
+def _check(model: nn.Module) -> None:
+    """Everything that can be refused is refused before anything is copied."""
+    nodes = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
+    if not nodes:
+        raise TypeError(f"model must be prepared, got {type(model).__name__} without any fake-quantize node")
+    for node in nodes:
+        if not node.fake_quantize_enabled:
+            raise RuntimeError(f"{node.name or 'a node'} is switched off: set fake_quantize_enabled before converting")
+    activations = [node for node in nodes if node.reduces_over_ranks]
+    if activations and not any(node.is_initialized for node in activations):
+        raise RuntimeError("model has seen no data, which its scales come from: train or calibrate before converting")
+    if has_generated_forward(model):
+        graph = graph_of(model)
+        for name in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
+            module = model.get_submodule(name)
+            for part in (module, getattr(module, "output_fake_quantize", None)):
+                if isinstance(part, FakeQuantizeLayer):
+                    part.require_initialized()
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    """Takes off what :func:`prepare` attached for training."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "hook", hook) in (commit_statistics, discard_statistics, check_grids):
+                    del hooks[key]
+    if hasattr(model, "observer_synchronizer"):
+        del model.observer_synchronizer
+
+
+def _outermost_nodes(model: nn.Module) -> list[tuple[str, QATModuleWrapper | FakeQuantizeLayer]]:
+    """Wrappers and free-standing nodes by name, without the nodes inside wrappers and sums."""
+    found: list[tuple[str, QATModuleWrapper | FakeQuantizeLayer]] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(module, (QATModuleWrapper, FakeQuantizeLayer)):
+            found.append((name, module))
+        if isinstance(module, (QATModuleWrapper, FakeQuantizeLayer, QATAdd)):
+            inside += (f"{name}.",)
+    return found
+
+
+def _alone(name: str, module: QATModuleWrapper | FakeQuantizeLayer) -> nn.Module:
+    """What stands in the place of a node that no graph connects."""
+    nodes = [part for part in module.modules() if isinstance(part, FakeQuantizeLayer)]
+    if all(node.is_initialized for node in nodes):
+        return between_floats(module)
+    warnings.warn(f"no data reached {name}: it stays float", UserWarning, stacklevel=3)
+    return module.layer if isinstance(module, QATModuleWrapper) else module.layer or nn.Identity()

@@ -1,0 +1,136 @@
+"""Lowers the graph of a prepared model: nodes become integer modules, and edges carry codes wherever they can."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from ..graph.tracing import unused_name
+from ..int8.layers import Int8Embedding
+from ..int8.operations import Dequantize, Int8ReLU, Quantize
+from ..preparation import operations
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.qat_add import QATAdd
+from ..qat.qat_module_wrapper import QATModuleWrapper
+from .between_floats import between_floats
+
+# Asking for a shape needs no values.
+_SHAPE_QUERIES = {"size", "dim", "numel"}
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def lower(root: nn.Module, graph: fx.Graph) -> None:
+    """Replaces nodes in ``root`` by integer modules and edits ``graph`` to match, both in place.
+
+    Every value is either float or codes on the grid of one node. Operations that only move or select values take
+    codes as they are; where anything else reads codes, they are dequantized once.
+    """
+    lowering = _Lowering(root, graph)
+    for node in list(graph.nodes):
+        lowering.visit(node)
+    lowering.finish()
+
+
+class _Lowering:
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
+        self.graph = graph
+        self.modules = dict(root.named_modules())
+        self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
+        self.floats: dict[fx.Node, fx.Node] = {}
+        self.replacements: dict[str, nn.Module] = {}
+        self.folded: set[nn.Module] = set()
+
+    def visit(self, node: fx.Node) -> None:
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, FakeQuantizeLayer) and module.layer is None:
+            self.replacements[str(node.target)] = Quantize(module.parameters_on_grid)
+            self._to_floats(node)
+            self.grid_of[node] = module
+        elif isinstance(module, QATModuleWrapper):
+            self._visit_wrapper(node, module)
+        elif isinstance(module, QATAdd):
+            self.replacements[str(node.target)] = module.to_integer()
+            self.grid_of[node] = module.output_fake_quantize
+        elif isinstance(module, _DROPOUTS):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            self.graph.erase_node(node)
+        elif self._takes_codes(node):
+            self._keep_on_codes(node)
+        elif node.op != "call_method" or node.target not in _SHAPE_QUERIES:
+            self._to_floats(node)
+
+    def _visit_wrapper(self, node: fx.Node, wrapper: QATModuleWrapper) -> None:
+        name = str(node.target)
+        self.folded.update(wrapper.following)
+        if wrapper.input_fake_quantize is not None:  # a node of its own: an integer layer between floats
+            self._to_floats(node)
+            self.replacements[name] = between_floats(wrapper)
+            return
+        layer = wrapper.to_integer()
+        self.replacements[name] = layer
+        output = wrapper.output_fake_quantize
+        if output is None:
+            return
+        if isinstance(layer, Int8Embedding):  # its rows are on the grid of the table
+            quantize = unused_name(self.root, f"{node.name}_quantize")
+            self.root.add_module(quantize, Quantize(output.parameters_on_grid))
+            with self.graph.inserting_after(node):
+                codes = self.graph.call_module(quantize, (node,))
+            node.replace_all_uses_with(codes, delete_user_cb=lambda user: user is not codes)
+            node = codes
+        self.grid_of[node] = output
+
+    def _takes_codes(self, node: fx.Node) -> bool:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source not in self.grid_of:
+            return False
+        return operations.preserves_values(node, self.modules) or operations.is_relu(node, self.modules)
+
+    def _keep_on_codes(self, node: fx.Node) -> None:
+        grid = self.grid_of[node.args[0]]  # type: ignore[index]
+        if operations.is_relu(node, self.modules):
+            name = unused_name(self.root, f"{node.name}_codes")
+            self.root.add_module(name, Int8ReLU(grid.parameters_on_grid))
+            with self.graph.inserting_after(node):
+                relu = self.graph.call_module(name, (node.args[0],))
+            node.replace_all_uses_with(relu)
+            self.graph.erase_node(node)
+            node = relu
+        elif operations.is_spatial_selection(node, self.modules):
+            node = self._through_floats(node, grid.scheme.dtype)
+        self.grid_of[node] = grid
+
+    def _through_floats(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Lets a kernel for floats select among codes, which float32 holds exactly."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        with self.graph.inserting_before(node):
+            floats = self.graph.call_method("to", (source, torch.float32))
+        node.replace_input_with(source, floats)
+        with self.graph.inserting_after(node):
+            codes = self.graph.call_method("to", (node, dtype))
+        node.replace_all_uses_with(codes, delete_user_cb=lambda user: user is not codes)
+        return codes
+
+    def _to_floats(self, node: fx.Node) -> None:
+        """Dequantizes, once each, the codes that an operation on floats reads."""
+        for operand in node.all_input_nodes:
+            if operand not in self.grid_of:
+                continue
+            if operand not in self.floats:
+                name = unused_name(self.root, f"{operand.name}_dequantize")
+                self.root.add_module(name, Dequantize(self.grid_of[operand].parameters_on_grid))
+                with self.graph.inserting_after(operand):
+                    self.floats[operand] = self.graph.call_module(name, (operand,))
+            node.replace_input_with(operand, self.floats[operand])
+
+    def finish(self) -> None:
+        """Puts the integer modules in place and takes out what was folded into them."""
+        for name, module in self.replacements.items():
+            self.root.set_submodule(name, module)
+        called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        for name, module in self.modules.items():
+            if module in self.folded and name not in called:
+                self.root.set_submodule(name, nn.Identity())

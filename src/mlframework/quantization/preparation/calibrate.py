@@ -1,0 +1,87 @@
+"""``calibrate``: statistics without training (post-training quantization)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Runs batches through the model in float, observes every node, and sets the scales from what was seen.
+
+    Earlier statistics are forgotten. The model computes in evaluation mode, without gradients and without
+    quantization; its modes are restored. Where ``torch.distributed`` runs, every rank must bring as many batches. If
+    a batch fails, scales and statistics are as they were before the call.
+
+    Args:
+        model: from :func:`prepare` (or any module that holds :class:`FakeQuantizeLayer`).
+        batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+    Raises:
+        ValueError: there are no nodes in the model, or no batches.
+
+    Example:
+        >>> prepared = prepare(nn.Linear(4, 2), QATConfig(), (torch.randn(1, 4),))
+        >>> calibrate(prepared, [torch.randn(16, 4) for _ in range(3)])
+        >>> with torch.no_grad():
+        ...     prepared.eval()(torch.randn(1, 4)).shape  # computed on integers
+        torch.Size([1, 2])
+    """
+    layers = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
+    if not layers:
+        raise ValueError("model must be a prepared model, got one without any FakeQuantizeLayer")
+    with _unchanged_on_error(layers), _calibrating(model, layers), torch.no_grad():
+        for layer in layers:
+            layer.observer.reset()
+        seen = 0
+        for batch in batches:
+            _call(model, batch)
+            seen += 1
+        if seen == 0:
+            raise ValueError("batches must hold at least one batch, got none")
+        for layer in layers:
+            if bool(layer.observer.batches > 0):
+                layer.update_parameters()
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+@contextmanager
+def _calibrating(model: nn.Module, layers: list[FakeQuantizeLayer]) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for layer in layers:
+        layer.calibrating = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.calibrating = False
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _unchanged_on_error(layers: list[FakeQuantizeLayer]) -> Iterator[None]:
+    saved: list[dict[str, Tensor]] = [
+        {name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers
+    ]
+    try:
+        yield
+    except BaseException:  # an interruption is no reason for half a calibration either
+        for layer, state in zip(layers, saved, strict=True):
+            layer.load_state_dict(state)
+        raise

@@ -1,0 +1,161 @@
+"""Carries a placement out: edits a model's graph and its module tree together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from ..graph.tracing import unused_name
+from ..qat.config import QATConfig
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.qat_add import QATAdd
+from ..qat.qat_module_wrapper import QATModuleWrapper, activation_node
+from . import operations
+from .placement import Chain, Placement, Sum
+from .report import ReportEntry
+
+
+class GraphRewriter:
+    """Wraps chains and sums and inserts nodes, in ``root`` and in ``graph``.
+
+    Args:
+        root: the model; its submodules are replaced in place.
+        graph: its graph.
+        modules: its submodules by name, before.
+        config: for what no layer's configuration covers.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig) -> None:
+        self.root = root
+        self.graph = graph
+        self.modules = modules
+        self.config = config
+        self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
+        self.device = next((tensor.device for tensor in (*root.parameters(), *root.buffers())), None)
+
+    def rewrite(self, placement: Placement) -> list[ReportEntry]:
+        """Does it all; returns an account of every operation."""
+        wrappers = [self._wrapper(chain) for chain in placement.chains]
+        nodes = [self._node(node) for node in placement.quantized]
+        order = {node: index for index, node in enumerate(self.graph.nodes)}
+        sums = sorted(placement.sums, key=lambda entry: order[entry.node])
+        additions = [self._addition(entry) for entry in sums]
+        accounts = self._float_operations(placement)
+        for chain, wrapper in zip(placement.chains, wrappers, strict=True):
+            if chain.source is not None:
+                wrapper.take_input_from(self.grid_of[chain.source])
+            accounts[chain.node] = layer_entry(str(chain.node.target), wrapper)
+            self._put_wrapper(chain, wrapper)
+        for entry, addition in zip(sums, additions, strict=True):
+            accounts[entry.node] = self._put_addition(entry, addition)
+        for node, layer in zip(placement.quantized, nodes, strict=True):
+            accounts[node] = self._put_node(node, layer)
+        return [accounts[node] for node in sorted(accounts, key=order.__getitem__)]
+
+    def _wrapper(self, chain: Chain) -> QATModuleWrapper:
+        wrapper = QATModuleWrapper(
+            self.modules[str(chain.node.target)],
+            chain.config,
+            batch_norm=None if chain.batch_norm is None else self.modules[str(chain.batch_norm.target)],
+            activation=None if chain.activation is None else operations.clipping_module(chain.activation, self.modules),
+        )
+        wrapper.input_fake_quantize = None
+        if chain.quantizes_output:
+            assert wrapper.output_fake_quantize is not None
+            self.grid_of[chain.end] = wrapper.output_fake_quantize
+        else:
+            wrapper.output_fake_quantize = None
+        return wrapper
+
+    def _node(self, node: fx.Node) -> FakeQuantizeLayer:
+        layer = activation_node(self.config, operations.is_never_negative(node, self.modules))
+        self.grid_of[node] = layer.to(self.device)
+        return layer
+
+    def _addition(self, entry: Sum) -> QATAdd:
+        activation = None if entry.activation is None else operations.clipping_module(entry.activation, self.modules)
+        left, right = (self.grid_of[source] for source in entry.sources)
+        addition = QATAdd(self.config, left, right, activation)
+        self.grid_of[entry.end] = addition.output_fake_quantize
+        return addition
+
+    def _put_wrapper(self, chain: Chain, wrapper: QATModuleWrapper) -> None:
+        name = str(chain.node.target)
+        present = self.root.get_submodule(name)
+        if isinstance(present, QATModuleWrapper):  # called before: every call site has an output node of its own
+            wrapper.weight_fake_quantize = present.weight_fake_quantize
+            parent, _, last = name.rpartition(".")
+            name = ".".join(filter(None, (parent, unused_name(self.root.get_submodule(parent), f"{last}_call"))))
+            chain.node.target = name
+        self.root.set_submodule(name, wrapper)
+        self._close_up(chain.end, chain.node, chain.activation, chain.batch_norm)
+
+    def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer) -> ReportEntry:
+        name = unused_name(self.root, f"{node.name}_fake_quantize")
+        self.root.add_module(name, layer)
+        position = node
+        while position.next.op == "placeholder":
+            position = position.next
+        with self.graph.inserting_after(position):
+            call = self.graph.call_module(name, (node,))
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+        detail = f"computed in float, output {layer.scheme}"
+        if node.op in ("placeholder", "get_attr"):
+            detail = f"{layer.scheme}"
+        return ReportEntry(
+            str(node.target) if node.op == "call_module" else node.name, _description(node, self.modules), True, detail
+        )
+
+    def _put_addition(self, entry: Sum, addition: QATAdd) -> ReportEntry:
+        name = unused_name(self.root, entry.node.name)
+        self.root.add_module(name, addition)
+        with self.graph.inserting_before(entry.end):
+            call = self.graph.call_module(name, entry.node.args)
+        entry.end.replace_all_uses_with(call)
+        self._close_up(entry.end, call, entry.activation, entry.node)
+        return ReportEntry(name, "sum", True, f"output {addition.output_fake_quantize.scheme}")
+
+    def _close_up(self, end: fx.Node, replacement: fx.Node, *obsolete: fx.Node | None) -> None:
+        """Hands the uses of a chain's end over and erases what runs inside the replacement; last node first."""
+        if end is not replacement:
+            end.replace_all_uses_with(replacement)
+        for node in obsolete:
+            if node is not None:
+                self.graph.erase_node(node)
+
+    def _float_operations(self, placement: Placement) -> dict[fx.Node, ReportEntry]:
+        """Operations on float tensors that stay as they are."""
+        wrapped = {node for chain in placement.chains for node in (chain.node, chain.batch_norm, chain.activation)}
+        wrapped |= {node for entry in placement.sums for node in (entry.node, entry.activation)}
+        accounts = {}
+        for node in self.graph.nodes:
+            if (
+                node in wrapped
+                or node in self.grid_of
+                or node.op not in ("call_module", "call_function", "call_method")
+            ):
+                continue
+            if not operations.is_float_tensor(node) or operations.preserves_values(node, self.modules):
+                continue
+            if str(node.target) in placement.float_layers:
+                continue
+            accounts[node] = ReportEntry(node.name, _description(node, self.modules), False, "no integer form")
+        return accounts
+
+
+def layer_entry(name: str, wrapper: QATModuleWrapper, how: str = "") -> ReportEntry:
+    """The account of a wrapped layer."""
+    node = wrapper.weight_fake_quantize
+    weights = "" if node is None else f"weight {node.scheme}"
+    output = "float" if wrapper.output_fake_quantize is None else wrapper.output_fake_quantize.scheme
+    detail = ", ".join(filter(None, (weights, f"output {output}", how)))
+    return ReportEntry(name, type(wrapper.layer).__name__, True, detail)
+
+
+def _description(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]).__name__
+    if node.op in ("placeholder", "get_attr"):
+        return "input" if node.op == "placeholder" else "parameter"
+    return str(getattr(node.target, "__name__", node.target))

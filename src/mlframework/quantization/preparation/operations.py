@@ -1,0 +1,177 @@
+"""What the operations of a graph do to quantized values."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+# Whose code reads the weights of its layers without calling them, so that no node inside it would ever be reached.
+OPAQUE_MODULES = (
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.AdaptiveLogSoftmaxWithLoss,
+)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+_PRESERVING_MODULES = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+)
+_SPATIAL_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.PixelShuffle, nn.PixelUnshuffle)
+_SPATIAL_FUNCTIONS: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.pixel_shuffle, F.pixel_unshuffle}
+_PRESERVING_FUNCTIONS: set[Any] = {
+    operator.getitem,
+    torch.flatten,
+    torch.reshape,
+    torch.permute,
+    torch.transpose,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.chunk,
+    torch.split,
+    torch.clone,
+}
+_PRESERVING_METHODS: set[Any] = {
+    "flatten",
+    "reshape",
+    "view",
+    "permute",
+    "transpose",
+    "squeeze",
+    "unsqueeze",
+    "chunk",
+    "split",
+    "contiguous",
+    "clone",
+    "expand",
+}
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+_OWN_GRID_MODULES = (
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+)
+_OWN_GRID_FUNCTIONS = {
+    torch.cat,
+    torch.concat,
+    torch.mean,
+    F.avg_pool1d,
+    F.avg_pool2d,
+    F.avg_pool3d,
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+}
+
+_NON_NEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus)
+_NON_NEGATIVE_FUNCTIONS = {
+    F.relu,
+    F.relu6,
+    F.sigmoid,
+    F.hardsigmoid,
+    F.softmax,
+    torch.relu,
+    torch.sigmoid,
+    torch.softmax,
+}
+
+_RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+_CLAMPS = {torch.clamp, torch.clip, "clamp", "clip", "clamp_", "clip_"}
+
+
+def is_call_of(
+    node: fx.Node, modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ...], targets: set[Any]
+) -> bool:
+    """Whether a node calls a module of these types, or one of these functions or (by name) methods."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], types)
+    return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def preserves_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node only moves or selects values of its first argument, so that they stay on their grid."""
+    functions = _PRESERVING_FUNCTIONS | _PRESERVING_METHODS | _SPATIAL_FUNCTIONS
+    return is_call_of(node, modules, _PRESERVING_MODULES + _SPATIAL_MODULES, functions)
+
+
+def is_spatial_selection(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node preserves values through a kernel that PyTorch has for floats only (max pooling of uint8 fails
+    on images of more than 255 pixels)."""
+    return is_call_of(node, modules, _SPATIAL_MODULES, _SPATIAL_FUNCTIONS)
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether the node adds two tensors of the graph."""
+    operands = node.args
+    return (
+        node.op in ("call_function", "call_method")
+        and node.target in _ADDS
+        and len(operands) == 2
+        and all(isinstance(operand, fx.Node) and is_float_tensor(operand) for operand in operands)
+        and not node.kwargs
+    )
+
+
+def has_grid_of_its_own(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node makes new values of quantized ones and so needs an output node: concat and average pooling."""
+    if node.op == "call_method":
+        return node.target == "mean" and is_float_tensor(node)
+    return is_call_of(node, modules, _OWN_GRID_MODULES, _OWN_GRID_FUNCTIONS) and is_float_tensor(node)
+
+
+def is_never_negative(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node's values are never negative."""
+    targets = {*_NON_NEGATIVE_FUNCTIONS, *_RELUS, "sigmoid", "softmax"}
+    return is_call_of(node, modules, _NON_NEGATIVE_MODULES, targets)
+
+
+def is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node is a ReLU, which leaves values on their grid."""
+    return is_call_of(node, modules, (nn.ReLU,), _RELUS)
+
+
+def clipping_module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The activation of a node that only clips, as a module; None for anything else."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return module if type(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh) else None
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target in _RELUS:
+        return nn.ReLU()
+    if node.target is F.relu6:
+        return nn.ReLU6()
+    if node.target in _CLAMPS or node.target is F.hardtanh:
+        ends = [*node.args[1:], *(node.kwargs.get(name) for name in ("min", "max", "min_val", "max_val"))]
+        numbers = [end for end in ends if isinstance(end, (int, float))]
+        if len(numbers) == 2 and numbers[0] <= 0 <= numbers[1] and numbers[0] < numbers[1]:
+            return nn.Hardtanh(float(numbers[0]), float(numbers[1]))
+    return None
+
+
+def is_float_tensor(node: fx.Node) -> bool:
+    """Whether the node's value was a floating-point tensor when the example ran."""
+    info = node.meta.get("tensor")
+    return info is not None and info.dtype.is_floating_point

@@ -1,0 +1,59 @@
+"""Scales and zero points for the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
+
+
+def quantization_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The learned scales and zero points of a model, each once; none where nothing is learnable.
+
+    Example:
+        >>> prepared = prepare(nn.Linear(4, 2), QATConfig(learnable=True), (torch.randn(1, 4),))
+        >>> [tuple(parameter.shape) for parameter in quantization_parameters(prepared)]
+        [(1,), (1,), (2,), (1,), (1,)]
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeLayer):
+            for parameter in (module.scale, module.zero_point):
+                if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+
+def parameter_groups(
+    model: nn.Module, *, quantization_learning_rate: float | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups for any optimizer: the model's own, and its scales without weight decay.
+
+    Weight decay would pull scales to zero, that is, to a grid on which everything saturates.
+
+    Args:
+        model: a prepared model.
+        quantization_learning_rate: of scales and zero points; the optimizer's own where not given.
+        options: of the model's own parameters (``lr``, ``weight_decay``, ...).
+
+    Example:
+        >>> prepared = prepare(nn.Linear(4, 2), QATConfig(learnable=True), (torch.randn(1, 4),))
+        >>> groups = parameter_groups(prepared, quantization_learning_rate=1e-3, weight_decay=1e-2)
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(0.01, 0.01), (0.001, 0)]
+    """
+    learned = list(quantization_parameters(model))
+    ids = {id(parameter) for parameter in learned}
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in model.parameters() if id(parameter) not in ids], **options}
+    ]
+    if learned:
+        group: dict[str, Any] = {"params": learned, **options, "weight_decay": 0}
+        if quantization_learning_rate is not None:
+            group["lr"] = quantization_learning_rate
+        groups.append(group)
+    return groups

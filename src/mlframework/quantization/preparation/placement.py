@@ -1,0 +1,196 @@
+"""Where the nodes of a traced model go: an analysis of its graph that changes nothing.
+
+A tensor that enters a quantized operation is quantized once, at its producer's end of the chain
+Conv/Linear -> BatchNorm -> activation; every consumer shares that node. Operations that only move or select values
+share the grid of their input. Sums, concatenations and averages of quantized tensors get a node of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from ..qat.config import QATConfig
+from ..qat.layer_types import layer_type_of, obstacle_of, takes_batch_norm
+from . import operations
+
+
+@dataclass
+class Chain:
+    """A layer with what runs in its wrapper. ``end`` is the last node of the chain, whose value is quantized;
+    ``source`` is the node whose grid the input is on, where the layer takes values."""
+
+    node: fx.Node
+    config: QATConfig
+    batch_norm: fx.Node | None = None
+    activation: fx.Node | None = None
+    quantizes_output: bool = True
+    source: fx.Node | None = None
+
+    @property
+    def end(self) -> fx.Node:
+        return self.activation or self.batch_norm or self.node
+
+    @property
+    def input(self) -> fx.Node | None:
+        """The node of the layer's input, where the layer takes values (an embedding takes indices)."""
+        operand = self.node.args[0] if self.node.args else self.node.kwargs.get("input")
+        return operand if isinstance(operand, fx.Node) and operations.is_float_tensor(operand) else None
+
+
+@dataclass
+class Sum:
+    """An addition of quantized tensors with the activation that runs with it; ``sources`` are the nodes whose grids
+    the operands are on."""
+
+    node: fx.Node
+    sources: tuple[fx.Node, fx.Node]
+    activation: fx.Node | None = None
+
+    @property
+    def end(self) -> fx.Node:
+        return self.activation or self.node
+
+
+@dataclass
+class Placement:
+    """Chains and sums to wrap, other values to quantize, and the layers that stay float with the reason."""
+
+    chains: list[Chain] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)
+    quantized: list[fx.Node] = field(default_factory=list)
+    float_layers: dict[str, str] = field(default_factory=dict)
+
+
+def place(graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig) -> Placement:
+    """Decides for every node; ``node.meta["tensor"]`` tells which values are floating-point tensors."""
+    return _Placer(graph, modules, config).place()
+
+
+def skip_reason(name: str, layer: nn.Module, config: QATConfig) -> str | None:
+    """Why a layer of a supported type stays float; None where it is quantized."""
+    if config.for_layer(name, layer) is None:
+        return "skipped by the configuration"
+    return obstacle_of(layer)
+
+
+class _Placer:
+    def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig) -> None:
+        self.graph = graph
+        self.modules = modules
+        self.config = config
+        self.placement = Placement()
+        self.chain_of_end: dict[fx.Node, Chain] = {}
+        self.on_grid: set[fx.Node] = set()
+
+    def place(self) -> Placement:
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                self._start_chain(node)
+        for chain in self.placement.chains:
+            chain.quantizes_output = not self._is_linear_result(chain)
+            if chain.quantizes_output:
+                self.on_grid.add(chain.end)
+        for chain in self.placement.chains:
+            if chain.input is not None:
+                self._demand(self.base(chain.input))
+        while self._join_operations():
+            pass
+        for chain in self.placement.chains:
+            chain.source = None if chain.input is None else self.base(chain.input)
+        ends = {chain.end for chain in self.placement.chains} | {entry.end for entry in self.placement.sums}
+        self.placement.quantized = [node for node in self.graph.nodes if node in self.on_grid and node not in ends]
+        return self.placement
+
+    def _start_chain(self, node: fx.Node) -> None:
+        name, layer = str(node.target), self.modules[str(node.target)]
+        if layer_type_of(layer) is None:
+            return
+        reason = skip_reason(name, layer, self.config)
+        config = self.config.for_layer(name, layer)
+        if reason is not None or config is None:
+            self.placement.float_layers[name] = str(reason)
+            return
+        chain = Chain(node, config)
+        follower = _only_user(node)
+        if follower is not None and self._folds(follower, node):
+            chain.batch_norm = follower
+            follower = _only_user(follower)
+        if follower is not None and operations.clipping_module(follower, self.modules) is not None:
+            chain.activation = follower
+        self.placement.chains.append(chain)
+        self.chain_of_end[chain.end] = chain
+
+    def _folds(self, follower: fx.Node, node: fx.Node) -> bool:
+        if follower.op != "call_module" or not isinstance(self.modules[str(follower.target)], operations.BATCH_NORMS):
+            return False
+        layer = self.modules[str(node.target)]
+        if isinstance(layer, nn.Linear) and len(node.meta["tensor"].shape) != 2:
+            return False  # batch normalization runs over axis 1, the layer's channels lie along the last
+        return takes_batch_norm(layer, self.modules[str(follower.target)])
+
+    def _is_linear_result(self, chain: Chain) -> bool:
+        if self.config.quantize_last_linear or not isinstance(self.modules[str(chain.node.target)], nn.Linear):
+            return False
+        return self._reaches_output(chain.end)
+
+    def _reaches_output(self, node: fx.Node) -> bool:
+        return any(
+            user.op == "output" or (operations.preserves_values(user, self.modules) and self._reaches_output(user))
+            for user in node.users
+        )
+
+    def base(self, node: fx.Node) -> fx.Node:
+        """The node whose grid ``node`` is on: back through whatever preserves values."""
+        while self._shares_grid(node):
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def _shares_grid(self, node: fx.Node) -> bool:
+        if not node.args or not isinstance(node.args[0], fx.Node) or node in self.chain_of_end:
+            return False
+        if operations.preserves_values(node, self.modules):
+            return True
+        if operations.is_relu(node, self.modules):
+            # At the end of a chain the ReLU comes first and is quantized; elsewhere it finds its input on a grid.
+            return node.args[0] in self.on_grid or self._shares_grid(node.args[0])
+        return False
+
+    def _demand(self, base: fx.Node) -> None:
+        """Quantizes a value because a quantized operation reads it."""
+        self.on_grid.add(base)
+        chain = self.chain_of_end.get(base)
+        if chain is not None:
+            chain.quantizes_output = True
+
+    def _join_operations(self) -> bool:
+        """Quantizes one operation that reads a quantized value, with its other operands; False when none is left."""
+        joined = {entry.node for entry in self.placement.sums} | self.on_grid
+        for node in self.graph.nodes:
+            if node in joined:
+                continue
+            adds = operations.is_add(node)
+            if not adds and not operations.has_grid_of_its_own(node, self.modules):
+                continue
+            operands = node.args if adds else [n for n in node.all_input_nodes if operations.is_float_tensor(n)]
+            bases = [self.base(operand) for operand in operands if isinstance(operand, fx.Node)]
+            if not any(base in self.on_grid for base in bases):
+                continue
+            for base in bases:
+                self._demand(base)
+            end = node
+            if adds:
+                follower = _only_user(node)
+                clips = follower is not None and operations.clipping_module(follower, self.modules) is not None
+                entry = Sum(node, (bases[0], bases[-1]), follower if clips else None)
+                self.placement.sums.append(entry)
+                end = entry.end
+            self.on_grid.add(end)
+            return True
+        return False
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -1,0 +1,176 @@
+"""``prepare``: a float model in, the same model with fake quantization out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph.clone import clone_sharing_parameters
+from ..graph.generated_forward import set_forward
+from ..graph.tracing import trace
+from ..qat.config import QATConfig
+from ..qat.fake_quantize_layer import FakeQuantizeLayer, check_grids
+from ..qat.layer_types import layer_type_of
+from ..qat.observer_synchronizer import ObserverSynchronizer, commit_statistics, discard_statistics
+from ..qat.qat_module_wrapper import QATModuleWrapper
+from . import operations
+from .graph_rewriter import GraphRewriter, layer_entry
+from .placement import place, skip_reason
+from .report import PreparationReport, ReportEntry
+
+
+def prepare(
+    model: nn.Module,
+    config: QATConfig | None = None,
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A copy of the model with fake quantization in place, ready to calibrate and train.
+
+    The model passed in is not changed. The prepared one has the same class, attributes, submodule names, hooks and
+    state-dict keys (scales and statistics are added), and trains the same Parameters: an optimizer made before goes
+    on working, and both models see every update. Buffers are its own.
+
+    The model is traced with ``torch.fx``; a submodule whose code cannot be traced is kept whole, with its layers
+    wrapped one by one. So is a model that cannot be traced at all. Nothing is refused for its control flow:
+    :func:`preparation_report` tells what was done. Arguments that the example leaves out keep their defaults.
+
+    Args:
+        model: any module.
+        config: what to quantize, and how.
+        example_inputs: positional arguments of a typical call. They serve tracing and shapes, not statistics.
+        example_kwargs: keyword arguments of that call.
+
+    Raises:
+        TypeError: an argument is not of its type, or the examples do not fit the model's signature.
+        ValueError: the model is prepared already, does not run on the examples, or a selector of the configuration
+            matches no layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> prepared = prepare(model, QATConfig(), (torch.randn(1, 1, 4, 4),))
+        >>> prepared(torch.randn(8, 1, 4, 4)).shape
+        torch.Size([8, 2])
+        >>> [entry.name for entry in preparation_report(prepared).quantized]
+        ['input_1', '0', '4']
+    """
+    config = QATConfig() if config is None else config
+    kwargs = dict(example_kwargs or {})
+    _check(model, config, example_inputs, kwargs)
+    prepared = clone_sharing_parameters(model)
+    if layer_type_of(prepared) is not None and skip_reason("", prepared, config) is None:
+        prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
+        entries = [layer_entry("", prepared)]
+    else:
+        traced = trace(prepared, example_inputs, kwargs, _is_leaf)
+        if traced.graph is None:
+            entries = _wrap_layers(prepared, "", config, f"the model is not traced: {traced.kept_whole['']}")
+        else:
+            entries = _rewrite(prepared, traced.graph, traced.kept_whole, config)
+    prepared.preparation_report = PreparationReport(tuple(entries))  # type: ignore[assignment]
+    _connect(prepared)
+    return prepared
+
+
+def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(config, QATConfig):
+        raise TypeError(f"config must be a QATConfig, got {type(config).__name__}")
+    if not isinstance(args, tuple):
+        raise TypeError(f"example_inputs must be a tuple of arguments, got {type(args).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, (FakeQuantizeLayer, QATModuleWrapper)):
+            raise ValueError(f"model is already prepared: {name or 'it'} is a {type(module).__name__}")
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"example_inputs and example_kwargs must fit the model's forward{inspect.signature(model.forward)}: {error}"
+        ) from None
+    unused = config.unused_selectors(dict(model.named_modules()))
+    if unused:
+        raise ValueError(f"overrides and skip must match layers of the model; these match none: {unused}")
+    _check_runs(model, args, kwargs)
+
+
+@torch.no_grad()
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    probe = clone_sharing_parameters(model).eval()
+    try:
+        type(probe).forward(probe, *args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
+        raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return layer_type_of(module) is not None or isinstance(
+        module, (*operations.BATCH_NORMS, *operations.OPAQUE_MODULES)
+    )
+
+
+def _rewrite(root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], config: QATConfig) -> list[ReportEntry]:
+    """Puts the nodes where :func:`place` says and makes the graph the model's forward."""
+    modules = dict(root.named_modules())
+    placement = place(graph, modules, config)
+    entries = GraphRewriter(root, graph, modules, config).rewrite(placement)
+    for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
+        if name in modules and layer_type_of(modules[name]) is None:
+            reason = kept_whole.get(name, "its code is not traced")
+            entries += _wrap_layers(modules[name], name, config, reason)
+    set_forward(root, graph)
+    reported = {entry.name for entry in entries}
+    for name, module in modules.items():
+        if layer_type_of(module) is not None and name not in reported:
+            reason = placement.float_layers.get(name, "the forward never reaches it")
+            entries.append(ReportEntry(name, type(module).__name__, False, reason))
+    return entries
+
+
+def _wrap_layers(module: nn.Module, prefix: str, config: QATConfig, reason: str) -> list[ReportEntry]:
+    """Wraps the layers inside a module that is called as a whole, each with nodes of its own around it."""
+    entries = []
+    opaque: list[str] = []
+    found: dict[int, QATModuleWrapper] = {}
+    layers = [(name, layer) for name, layer in module.named_modules(remove_duplicate=False)]
+    for name, layer in layers:
+        qualified = ".".join(filter(None, (prefix, name)))
+        if isinstance(layer, operations.OPAQUE_MODULES):
+            opaque.append(f"{qualified}.")
+        if layer_type_of(layer) is None or not name:
+            continue
+        if any(qualified.startswith(outer) for outer in opaque):
+            entries.append(ReportEntry(qualified, type(layer).__name__, False, "its weight is read without a call"))
+            continue
+        layer_config = config.for_layer(qualified, layer)
+        obstacle = skip_reason(qualified, layer, config)
+        if obstacle is not None or layer_config is None:
+            entries.append(ReportEntry(qualified, type(layer).__name__, False, str(obstacle)))
+            continue
+        if id(layer) not in found:
+            found[id(layer)] = QATModuleWrapper(layer, layer_config)
+            entries.append(layer_entry(qualified, found[id(layer)], f"alone, between floats: {reason}"))
+        module.set_submodule(name, found[id(layer)])
+    wrappers = list(found.values())
+    if prefix == "" and wrappers and isinstance(wrappers[-1].layer, nn.Linear) and not config.quantize_last_linear:
+        wrappers[-1].output_fake_quantize = None  # the model's result, as far as one can tell
+    return entries
+
+
+def _connect(prepared: nn.Module) -> None:
+    """Names the nodes, lets their observers update together, and guards against states of other schemes."""
+    shared = []
+    for name, module in prepared.named_modules():
+        if isinstance(module, FakeQuantizeLayer):
+            module.name = name
+            if module.reduces_over_ranks:
+                shared.append(module)
+    prepared.observer_synchronizer = ObserverSynchronizer(shared)  # type: ignore[assignment]
+    prepared.register_forward_pre_hook(discard_statistics)
+    prepared.register_forward_hook(commit_statistics)
+    prepared.register_load_state_dict_pre_hook(check_grids)  # type: ignore[no-untyped-call]
