@@ -8,6 +8,7 @@ import warnings
 from torch import nn
 
 from ..graph.generated_forward import graph_of, has_generated_forward, set_forward
+from ..int8.layers import Int8Layer
 from ..qat.fake_quantize_layer import FakeQuantizeLayer, check_grids
 from ..qat.observer_synchronizer import commit_statistics, discard_statistics
 from ..qat.qat_add import QATAdd
@@ -50,10 +51,10 @@ def convert(model: nn.Module) -> nn.Module:
         True
     """
     _check(model)
-    converted = copy.deepcopy(model).eval()
+    converted = copy.deepcopy(model)
     _remove_hooks(converted)
-    if isinstance(converted, QATModuleWrapper):
-        return between_floats(converted)
+    if isinstance(converted, (QATModuleWrapper, FakeQuantizeLayer)):
+        return between_floats(converted).eval()
     graph = graph_of(converted) if has_generated_forward(converted) else None
     called = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for name, module in _outermost_nodes(converted):
@@ -62,7 +63,10 @@ def convert(model: nn.Module) -> nn.Module:
     if graph is not None:
         lower(converted, graph)
         set_forward(converted, graph)
-    return converted
+    for layer in converted.modules():
+        if isinstance(layer, Int8Layer):
+            layer.pack()
+    return converted.eval()
 
 
 def _check(model: nn.Module) -> None:

@@ -14,8 +14,7 @@ from ..qat.qat_add import QATAdd
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from .between_floats import between_floats
 
-# Asking for a shape needs no values.
-_SHAPE_QUERIES = {"size", "dim", "numel"}
+_SHAPE_QUERIES = {"size", "dim", "numel", "shape", "ndim"}
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -58,7 +57,7 @@ class _Lowering:
             self.graph.erase_node(node)
         elif self._takes_codes(node):
             self._keep_on_codes(node)
-        elif node.op != "call_method" or node.target not in _SHAPE_QUERIES:
+        elif not _asks_for_shape(node):
             self._to_floats(node)
 
     def _visit_wrapper(self, node: fx.Node, wrapper: QATModuleWrapper) -> None:
@@ -128,9 +127,29 @@ class _Lowering:
 
     def finish(self) -> None:
         """Puts the integer modules in place and takes out what was folded into them."""
+        self._keep_parameters_read()
         for name, module in self.replacements.items():
             self.root.set_submodule(name, module)
         called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
         for name, module in self.modules.items():
             if module in self.folded and name not in called:
                 self.root.set_submodule(name, nn.Identity())
+
+    def _keep_parameters_read(self) -> None:
+        """Parameters of layers that the graph also reads by name (tied weights) stay, under names of their own."""
+        for node in self.graph.nodes:
+            layer, _, last = str(node.target).rpartition(".")
+            if node.op == "get_attr" and layer in self.replacements:
+                value = getattr(self.modules[layer], last)
+                node.target = unused_name(self.root, node.name)
+                if isinstance(value, nn.Parameter):
+                    self.root.register_parameter(node.target, value)
+                else:
+                    self.root.register_buffer(node.target, value)
+
+
+def _asks_for_shape(node: fx.Node) -> bool:
+    """Whether the node needs no values."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in _SHAPE_QUERIES
+    return node.op == "call_method" and node.target in _SHAPE_QUERIES

@@ -15,6 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 # Dropout called as a function has the training flag of the moment it was traced; a module has its own.
 _DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d}
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
 
 class TensorInfo(NamedTuple):
     """What a node's value was when the example inputs ran: ``node.meta["tensor"]``, absent where it is no tensor."""
@@ -43,11 +47,13 @@ def trace(
         args, kwargs: example inputs; they run once through the model and once through the graph, in evaluation mode.
         is_leaf: whether to keep a module whole whatever is in it.
     """
+    if "forward" in vars(model):
+        return Trace(None, {"": "its forward was replaced on the instance"})
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     kept_whole = {
         name: "it has hooks of its own"
         for name, module in model.named_modules()
-        if name and not is_leaf(module) and (module._forward_hooks or module._forward_pre_hooks)
+        if name and not is_leaf(module) and any(getattr(module, hooks) for hooks in _HOOKS)
     }
     training = {module: module.training for module in model.modules()}
     try:
@@ -73,6 +79,8 @@ def trace(
         _buffers_for_constants(model, graph)
         if not _reproduces(model, graph, args, kwargs, bound.arguments):
             return Trace(None, {"": "its trace does not reproduce its output"})
+        _route_through_in_place_operations(model, graph)
+        _reshapes_for_views(graph)
     finally:
         for module in model.modules():
             module.training = training.get(module, training[model])
@@ -152,8 +160,8 @@ def _difference(model: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> t
             same = node.op == other.op and node.target == other.target
             same = same and (node.target in _DROPOUTS or arguments(node) == arguments(other))
         if not same:
-            return _owner(node), "its code depends on the training mode"
-    return None if len(nodes) == len(others) else ("", "its code depends on the training mode")
+            return _owner_of_difference(nodes, others), "its code depends on the training mode"
+    return None
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -167,6 +175,16 @@ def _owner(node: fx.Node) -> str:
     if node.op == "call_module":  # the module called is on the stack as well
         names = [name for name in names if name != node.target]
     return names[-1] if names else ""
+
+
+def _owner_of_difference(nodes: list[fx.Node], others: list[fx.Node]) -> str:
+    """The module that makes other calls in one graph than in the other."""
+
+    def calls(owner: str, graph: list[fx.Node]) -> list[Any]:
+        return ["constant" if _is_constant(node) else node.target for node in graph if _owner(node) == owner]
+
+    owners = dict.fromkeys(map(_owner, [*nodes, *others]))
+    return next((owner for owner in owners if owner and calls(owner, nodes) != calls(owner, others)), "")
 
 
 def _modules_for_dropouts(model: nn.Module, graph: fx.Graph) -> None:
@@ -191,6 +209,37 @@ def _buffers_for_constants(model: nn.Module, graph: fx.Graph) -> None:
             model.register_buffer(name, value, persistent=False)
 
 
+def _route_through_in_place_operations(model: nn.Module, graph: fx.Graph) -> None:
+    """Whoever reads a tensor after an operation changed it in place reads that operation's result."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        changed = node.args[0] if node.args else node.kwargs.get("input")
+        if isinstance(changed, fx.Node) and "tensor" in changed.meta and _is_in_place(model, node):
+            changed.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])  # noqa: B023
+
+
+def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    return (
+        node.target in _IN_PLACE_OPERATORS
+        or bool(node.kwargs.get("inplace"))
+        or getattr(node.target, "__name__", "").endswith("_")
+    )
+
+
+def _reshapes_for_views(graph: fx.Graph) -> None:
+    """An integer convolution may lay its output out in another order than a float one; a reshape takes any."""
+    for node in graph.nodes:
+        reads_bits = any(isinstance(argument, torch.dtype) for argument in node.args)
+        if node.op == "call_method" and node.target == "view" and not reads_bits and not node.kwargs:
+            node.target = "reshape"
+
+
 @torch.no_grad()
 def _reproduces(
     model: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
@@ -205,7 +254,7 @@ def _reproduces(
         actual = _Recorder(model, graph=graph).run(*_copies(placeholders))
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    (expected, structure), (actual, other) = tree_flatten(expected), tree_flatten(actual)
+    (expected, structure), (actual, other) = tree_flatten(expected), tree_flatten(_plain(actual))
     return structure == other and all(map(_same, expected, actual))
 
 
@@ -220,6 +269,18 @@ class _Recorder(fx.Interpreter):
 def _copies(values: Any) -> Any:
     """In-place operations of a forward must not reach the caller's examples."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
+
+
+def _plain(value: Any) -> Any:
+    """Results as a generated forward returns them: an interpreter returns fx's own dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        items = tuple(_plain(item) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else items
+    return value
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,7 +1,8 @@
 """Integer layers: codes in, exact int32 sums, codes (or float) out.
 
 Each holds int8 weights, an int32 bias and the scales, and nothing in floating point besides. What it derives from
-them (packed weights, multipliers) is made at the first call and remade when its tensors are loaded or moved.
+them (packed weights, multipliers) is made by :meth:`Int8Layer.pack`, at the first call at the latest, and remade when
+its tensors are loaded or moved.
 """
 
 from __future__ import annotations
@@ -87,10 +88,19 @@ class Int8Layer(nn.Module):
         """Per-channel values of shape (O,), viewed to broadcast against the sums."""
         return values
 
+    def pack(self) -> _Plan:
+        """Derives what the layer runs on, where that is still to be done."""
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
     def _make_plan(self) -> _Plan:
         product = self._product(int(self.input_zero_point))
         bias = self.bias
-        if product.bound + int(bias.abs().max()) < EXACT_IN_FLOAT32:
+        bound = product.bound + int(bias.to(torch.int64).abs().max())
+        if bound >= 2**31:
+            raise OverflowError(f"sums of a weight of shape {tuple(self.weight.shape)} may exceed int32")
+        if bound < EXACT_IN_FLOAT32:
             bias = bias.to(torch.float32)
         accumulator_scale = self.input_scale * self.weight_scale
         if self.output_scheme is None:
@@ -110,10 +120,15 @@ class Int8Layer(nn.Module):
         )
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes of the input's grid to codes of the output's grid, or to float32."""
-        if self._plan is None:
-            self._plan = self._make_plan()
-        plan = self._plan
+        """Codes of the input's grid to codes of the output's grid, or to float32.
+
+        Raises:
+            TypeError: the codes are not of the input scheme's dtype.
+            OverflowError: the layer is so wide that a sum may exceed int32.
+        """
+        if codes.dtype is not self.input_scheme.dtype:
+            raise TypeError(f"codes must have dtype {self.input_scheme.dtype}, got {codes.dtype}")
+        plan = self.pack()
         sums = plan.product(codes)
         if plan.bias.dtype is torch.int32:
             sums = sums.to(torch.int32)
@@ -129,8 +144,11 @@ class Int8Layer(nn.Module):
         return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        packed = self._plan is not None
         self._plan = None
         super()._load_from_state_dict(*args, **kwargs)
+        if packed:
+            self.pack()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}

@@ -89,6 +89,7 @@ class GraphRewriter:
             name = ".".join(filter(None, (parent, unused_name(self.root.get_submodule(parent), f"{last}_call"))))
             chain.node.target = name
         self.root.set_submodule(name, wrapper)
+        chain.node.args, chain.node.kwargs = tuple(chain.node.all_input_nodes), {}
         self._close_up(chain.end, chain.node, chain.activation, chain.batch_norm)
 
     def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer) -> ReportEntry:

@@ -112,6 +112,8 @@ def is_call_of(
 
 def preserves_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the node only moves or selects values of its first argument, so that they stay on their grid."""
+    if node.op == "call_module" and getattr(modules[str(node.target)], "return_indices", False):
+        return False  # its value is no tensor
     functions = _PRESERVING_FUNCTIONS | _PRESERVING_METHODS | _SPATIAL_FUNCTIONS
     return is_call_of(node, modules, _PRESERVING_MODULES + _SPATIAL_MODULES, functions)
 
@@ -153,21 +155,24 @@ def is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def clipping_module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The activation of a node that only clips, as a module; None for anything else."""
+    """The activation of a node that only clips, as a module; None for anything else.
+
+    A module made here is in evaluation mode, which is all the same to it and in no one's way.
+    """
     if node.op == "call_module":
         module = modules[str(node.target)]
         return module if type(module) in (nn.ReLU, nn.ReLU6, nn.Hardtanh) else None
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in _RELUS:
-        return nn.ReLU()
+        return nn.ReLU().eval()
     if node.target is F.relu6:
-        return nn.ReLU6()
+        return nn.ReLU6().eval()
     if node.target in _CLAMPS or node.target is F.hardtanh:
         ends = [*node.args[1:], *(node.kwargs.get(name) for name in ("min", "max", "min_val", "max_val"))]
         numbers = [end for end in ends if isinstance(end, (int, float))]
         if len(numbers) == 2 and numbers[0] <= 0 <= numbers[1] and numbers[0] < numbers[1]:
-            return nn.Hardtanh(float(numbers[0]), float(numbers[1]))
+            return nn.Hardtanh(float(numbers[0]), float(numbers[1])).eval()
     return None
 
 

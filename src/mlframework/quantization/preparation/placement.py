@@ -98,10 +98,17 @@ class _Placer:
                 self._demand(self.base(chain.input))
         while self._join_operations():
             pass
+        # Only now is it known which values are on a grid, and so what a ReLU shares its grid with.
         for chain in self.placement.chains:
             chain.source = None if chain.input is None else self.base(chain.input)
+        for entry in self.placement.sums:
+            entry.sources = self._bases_of_operands(entry.node)
         ends = {chain.end for chain in self.placement.chains} | {entry.end for entry in self.placement.sums}
-        self.placement.quantized = [node for node in self.graph.nodes if node in self.on_grid and node not in ends]
+        self.placement.quantized = [
+            node
+            for node in self.graph.nodes
+            if node in self.on_grid and node not in ends and not self._shares_grid(node)
+        ]
         return self.placement
 
     def _start_chain(self, node: fx.Node) -> None:
@@ -112,6 +119,9 @@ class _Placer:
         config = self.config.for_layer(name, layer)
         if reason is not None or config is None:
             self.placement.float_layers[name] = str(reason)
+            return
+        if len(node.args) + len(node.kwargs) != 1:
+            self.placement.float_layers[name] = "it is called with more than its input"
             return
         chain = Chain(node, config)
         follower = _only_user(node)
@@ -149,13 +159,15 @@ class _Placer:
         return node
 
     def _shares_grid(self, node: fx.Node) -> bool:
-        if not node.args or not isinstance(node.args[0], fx.Node) or node in self.chain_of_end:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or node in self.chain_of_end:
             return False
         if operations.preserves_values(node, self.modules):
-            return True
+            # What is taken out of a tuple or a dictionary shares a grid only if those are parts of one tensor.
+            return operations.is_float_tensor(source) or self._shares_grid(source)
         if operations.is_relu(node, self.modules):
             # At the end of a chain the ReLU comes first and is quantized; elsewhere it finds its input on a grid.
-            return node.args[0] in self.on_grid or self._shares_grid(node.args[0])
+            return source in self.on_grid or self._shares_grid(source)
         return False
 
     def _demand(self, base: fx.Node) -> None:
@@ -167,11 +179,11 @@ class _Placer:
 
     def _join_operations(self) -> bool:
         """Quantizes one operation that reads a quantized value, with its other operands; False when none is left."""
-        joined = {entry.node for entry in self.placement.sums} | self.on_grid
+        joined = {entry.node for entry in self.placement.sums}
         for node in self.graph.nodes:
-            if node in joined:
-                continue
             adds = operations.is_add(node)
+            if node in (joined if adds else self.on_grid):
+                continue
             if not adds and not operations.has_grid_of_its_own(node, self.modules):
                 continue
             operands = node.args if adds else [n for n in node.all_input_nodes if operations.is_float_tensor(n)]
@@ -184,12 +196,17 @@ class _Placer:
             if adds:
                 follower = _only_user(node)
                 clips = follower is not None and operations.clipping_module(follower, self.modules) is not None
-                entry = Sum(node, (bases[0], bases[-1]), follower if clips else None)
+                entry = Sum(node, self._bases_of_operands(node), follower if clips else None)
                 self.placement.sums.append(entry)
                 end = entry.end
             self.on_grid.add(end)
             return True
         return False
+
+    def _bases_of_operands(self, addition: fx.Node) -> tuple[fx.Node, fx.Node]:
+        left, right = addition.args
+        assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+        return self.base(left), self.base(right)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

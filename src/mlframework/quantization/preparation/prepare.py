@@ -102,7 +102,7 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     probe = clone_sharing_parameters(model).eval()
     try:
-        type(probe).forward(probe, *args, **kwargs)
+        probe.forward(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
         raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error

@@ -37,7 +37,7 @@ class ActivationObserver(nn.Module):
 
     Attributes:
         enabled: switch observation off with ``observer.enabled = False``; on again with True.
-        batches: int64 buffer of shape (1,), the number of batches seen.
+        batches: int64 buffer of shape (1,), the number of batches seen that held a finite value.
 
     Raises:
         ValueError: an argument is out of range, or a tensor does not have the channels that were announced.
@@ -75,7 +75,7 @@ class ActivationObserver(nn.Module):
     def update(self, statistics: BatchStatistics) -> None:
         """Keeps what :meth:`measure` returned."""
         self._update(statistics)
-        self.batches.add_(1)
+        self.batches.add_(torch.isfinite(statistics.extremes).any())
 
     def nothing(self) -> BatchStatistics:
         """What :meth:`measure` says of an empty tensor."""

@@ -80,6 +80,10 @@ class FakeQuantizeLayer(nn.Module):
             observer = MovingAverageObserver(channel_axis=scheme.channel_axis, num_channels=num_channels)
         if not isinstance(observer, ActivationObserver):
             raise TypeError(f"observer must be an ActivationObserver, got {type(observer).__name__}")
+        if not isinstance(learnable, bool):
+            raise TypeError(f"learnable must be a bool, got {learnable!r}")
+        if estimator is not None and not isinstance(estimator, StraightThroughEstimator):
+            raise TypeError(f"estimator must be a StraightThroughEstimator, got {type(estimator).__name__}")
         if layer is not None and not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be a module or None, got {type(layer).__name__}")
         if observer.channel_axis != scheme.channel_axis:
@@ -128,10 +132,10 @@ class FakeQuantizeLayer(nn.Module):
 
     @property
     def parameters_on_grid(self) -> QuantizationParameters:
-        """Scale and zero point as evaluation uses them, detached; a learned zero point is rounded."""
+        """A copy of scale and zero point as evaluation uses them; a learned zero point is rounded."""
         self.require_initialized()
         zero_point = arithmetic.grid_zero_point(self.zero_point.detach(), self.scheme)
-        return QuantizationParameters(self.scale.detach(), zero_point, self.scheme)
+        return QuantizationParameters(self.scale.detach().clone(), zero_point, self.scheme)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Values on the grid: shape, dtype and memory format of ``input`` (of the wrapped layer's output)."""
@@ -144,6 +148,8 @@ class FakeQuantizeLayer(nn.Module):
             raise ValueError(
                 f"input must have {self.scale.numel()} channels along axis {axis}, got shape {tuple(output.shape)}"
             )
+        if output.numel() == 0:  # nothing to learn a range from, and nothing to round
+            return output
         if self.observes:
             self._observe(output)
         if self.calibrating or not self.fake_quantize_enabled:
@@ -187,8 +193,11 @@ class FakeQuantizeLayer(nn.Module):
         """Takes known parameters over, as if data had shown them.
 
         Raises:
+            TypeError: they are no QuantizationParameters.
             ValueError: they are of another scheme or shape.
         """
+        if not isinstance(parameters, QuantizationParameters):
+            raise TypeError(f"parameters must be QuantizationParameters, got {type(parameters).__name__}")
         if parameters.scheme != self.scheme or parameters.scale.shape != self.scale.shape:
             raise ValueError(
                 f"parameters must be of scheme {self.scheme} and shape {tuple(self.scale.shape)}, "
@@ -224,7 +233,12 @@ class FakeQuantizeLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_grid(self, state_dict, prefix)
+        before = self.initialized.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        # A state that lacks the scale, or has another number of them, must not pass for data.
+        own = {f"{prefix}{name}": getattr(self, name) for name in ("scale", "zero_point", "initialized")}
+        if not all(name in state_dict and state_dict[name].shape == tensor.shape for name, tensor in own.items()):
+            self.initialized.copy_(before)
         self._ready = bool(self.initialized)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

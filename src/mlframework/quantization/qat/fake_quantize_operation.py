@@ -37,25 +37,26 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, scale, zero_point, *options = inputs
-        ctx.save_for_backward(input, scale, zero_point)
         ctx.options = options
+        if not _passes_unchanged(ctx):
+            ctx.save_for_backward(input, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        input, scale, zero_point = ctx.saved_tensors
         quant_min, quant_max, axis, pass_saturated, gradient_clip = ctx.options
         needs_input, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]
         if gradient_clip is not None:
             gradient = gradient.clamp(-gradient_clip, gradient_clip)
-        if pass_saturated and not (needs_scale or needs_zero_point):
+        if _passes_unchanged(ctx):
             return gradient, *[None] * 7
 
+        input, scale, zero_point = ctx.saved_tensors
         values, step, offset = _operands(input, scale, zero_point, quant_min, quant_max, axis)
         codes = arithmetic.unsaturated_codes(values, step, offset)
         inside = (codes >= quant_min) & (codes <= quant_max)
         to_input = to_scale = to_zero_point = None
         if needs_input:
-            to_input = gradient if pass_saturated else gradient * inside
+            to_input = gradient if pass_saturated else torch.where(inside, gradient, 0.0)
         if needs_scale or needs_zero_point:
             gradient = gradient.to(values.dtype) * _gradient_scale(input.numel(), scale.numel(), quant_max)
             dimensions = [dimension for dimension in range(input.dim()) if dimension != axis]
@@ -66,6 +67,12 @@ class _FakeQuantize(torch.autograd.Function):
                 slope = torch.where(inside, 0.0, -step)
                 to_zero_point = _sum(gradient * slope, dimensions).reshape(scale.shape).to(zero_point.dtype)
         return to_input, to_scale, to_zero_point, *[None] * 5
+
+
+def _passes_unchanged(ctx: Any) -> bool:
+    """Whether backward needs nothing of the forward: everything passes, and only to the input."""
+    pass_saturated = ctx.options[3]
+    return pass_saturated and not any(ctx.needs_input_grad[1:3])
 
 
 def _operands(

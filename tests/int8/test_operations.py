@@ -1,0 +1,158 @@
+"""What stands between integer layers, against the public functions and NumPy's float32."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mlframework.quantization import QuantizationParameters, QuantizationScheme, dequantize, quantize
+from mlframework.quantization.int8.operations import Dequantize, Int8Add, Int8ReLU, Int8WithFloatEdges, OnGrid, Quantize
+
+PER_CHANNEL = QuantizationParameters(
+    torch.tensor([0.01, 0.1, 1.0]),
+    torch.tensor([0, 10, -20]),
+    QuantizationScheme(symmetric=False, channel_axis=1),
+)
+
+
+def grid(scale: float, zero_point: int, signed: bool = False, bits: int = 8) -> QuantizationParameters:
+    scheme = QuantizationScheme(bits, signed, symmetric=False)
+    return QuantizationParameters(torch.tensor([scale]), torch.tensor([zero_point]), scheme)
+
+
+def scheme_name(parameters: QuantizationParameters) -> str:
+    return str(parameters.scheme)
+
+
+GRIDS = [grid(0.1, 0), grid(0.037, 131), grid(0.05, -7, signed=True), grid(0.4, 5, bits=4)]
+
+
+def all_codes(parameters: QuantizationParameters) -> Tensor:
+    scheme = parameters.scheme
+    return torch.arange(scheme.quant_min, scheme.quant_max + 1).to(scheme.dtype)
+
+
+@pytest.mark.parametrize("parameters", GRIDS, ids=scheme_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_in_and_out_of_codes(parameters: QuantizationParameters, dtype: torch.dtype) -> None:
+    values = (torch.randn(4, 5) * 5).to(dtype)
+    codes = Quantize(parameters)(values)
+    assert torch.equal(codes, quantize(values, parameters))
+    assert codes.dtype is parameters.scheme.dtype
+    assert torch.equal(Dequantize(parameters)(codes), dequantize(codes, parameters))
+    assert torch.equal(Quantize(parameters)(Dequantize(parameters)(codes)), codes)
+
+
+def test_in_and_out_of_codes_per_channel() -> None:
+    values = torch.randn(2, 3, 4, 4)
+    codes = Quantize(PER_CHANNEL)(values)
+    assert torch.equal(codes, quantize(values, PER_CHANNEL))
+    assert torch.equal(Dequantize(PER_CHANNEL)(codes), dequantize(codes, PER_CHANNEL))
+
+
+@pytest.mark.parametrize("parameters", GRIDS, ids=scheme_name)
+def test_relu_on_codes_is_relu_on_values(parameters: QuantizationParameters) -> None:
+    codes = all_codes(parameters)
+    result = Int8ReLU(parameters)(codes)
+    assert result.dtype is codes.dtype
+    assert torch.equal(dequantize(result, parameters), dequantize(codes, parameters).relu())
+
+
+def test_relu_per_channel() -> None:
+    # As many columns as channels: the zero points belong to the second axis, not to the last.
+    codes = torch.randint(-128, 128, (2, 3, 3), dtype=torch.int8)
+    result = Int8ReLU(PER_CHANNEL)(codes)
+    assert torch.equal(dequantize(result, PER_CHANNEL), dequantize(codes, PER_CHANNEL).relu())
+
+
+@pytest.mark.parametrize("left", GRIDS, ids=scheme_name)
+@pytest.mark.parametrize("right", GRIDS, ids=scheme_name)
+@pytest.mark.parametrize("output", GRIDS, ids=scheme_name)
+@pytest.mark.parametrize("clip", [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0)], ids=str)
+def test_add(
+    left: QuantizationParameters,
+    right: QuantizationParameters,
+    output: QuantizationParameters,
+    clip: tuple[float, float],
+) -> None:
+    a, b = all_codes(left).view(-1, 1), all_codes(right)
+    result = Int8Add(left, right, output, clip)(a, b)
+    assert result.dtype is output.scheme.dtype
+    (sa, za), (sb, zb), (sy, zy) = (
+        (parameters.scale.numpy(), parameters.zero_point.numpy().astype(np.float32))
+        for parameters in (left, right, output)
+    )
+    constant = zy - ((sa / sy) * za + (sb / sy) * zb)
+    total = (a.numpy().astype(np.float32) * (sa / sy) + constant) + b.numpy().astype(np.float32) * (sb / sy)
+    scheme = output.scheme
+    lowest, highest = (np.clip(np.rint(np.float32(end) / sy) + zy, scheme.quant_min, scheme.quant_max) for end in clip)
+    expected = np.clip(np.rint(total), lowest, highest)
+    assert np.array_equal(result.numpy(), expected)
+
+
+def test_add_of_a_tensor_to_itself_on_its_own_grid() -> None:
+    parameters = grid(0.1, 100)
+    codes = all_codes(parameters)
+    expected = ((codes.int() - 100) * 2 + 100).clamp(0, 255).to(torch.uint8)
+    assert torch.equal(Int8Add(parameters, parameters, parameters)(codes, codes), expected)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 4), (3, 1)), ((2, 1), (5,)), ((0, 4), (4,)), ((), ())])
+def test_add_broadcasts(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    a, b = (torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes)
+    add = Int8Add(GRIDS[0], GRIDS[1], grid(0.2, 50))
+    wide = torch.broadcast_tensors(a, b)
+    assert torch.equal(add(a, b).reshape(-1), add(*(codes.reshape(-1) for codes in wide)))
+
+
+def modules() -> list[nn.Module]:
+    return [Quantize(GRIDS[1]), Dequantize(GRIDS[1]), Int8ReLU(GRIDS[1]), Int8Add(GRIDS[0], GRIDS[1], GRIDS[2])]
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda module: type(module).__name__)
+def test_casting_keeps_scales_float32(module: nn.Module) -> None:
+    before = copy.deepcopy(module.state_dict())
+    nn.Sequential(module).to(torch.float16)
+    for name, value in module.state_dict().items():
+        assert value.dtype is before[name].dtype
+        assert torch.equal(value, before[name])
+        assert value.dtype is (torch.int32 if name.endswith("zero_point") else torch.float32)
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda module: type(module).__name__)
+def test_state_survives_copying_and_loading(module: nn.Module) -> None:
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(other) == repr(module)
+        for buffer in other.buffers():
+            buffer.zero_()
+        other.load_state_dict(module.state_dict())
+        for name, value in module.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_are_copied_as_float32(dtype: torch.dtype) -> None:
+    scheme = QuantizationScheme()
+    parameters = QuantizationParameters(torch.tensor([0.5], dtype=dtype), torch.zeros(1, dtype=torch.int32), scheme)
+    operations = [Quantize(parameters), Int8Add(parameters, parameters, parameters)]
+    parameters.scale.fill_(2.0)
+    parameters.zero_point.fill_(3)
+    for module in operations:
+        for name, value in module.named_buffers():
+            assert value.item() == (0 if name.endswith("zero_point") else 0.5)
+            assert value.dtype is (torch.int32 if name.endswith("zero_point") else torch.float32)
+
+
+def test_integer_layer_between_floats() -> None:
+    values = torch.randn(3, 4) * 5
+    relu = Int8WithFloatEdges(Quantize(GRIDS[1]), Int8ReLU(GRIDS[1]), Dequantize(GRIDS[1]))
+    on_grid = OnGrid(GRIDS[1])(values)
+    assert torch.equal(on_grid, dequantize(quantize(values, GRIDS[1]), GRIDS[1]))
+    assert torch.equal(relu(values), on_grid.relu())
+    assert torch.equal(Int8WithFloatEdges(None, nn.Identity(), None)(values), values)

@@ -1,0 +1,117 @@
+"""``torch.compile(fullgraph=True)`` on prepared and converted models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from mlframework.quantization import HistogramObserver, QATConfig, QATSchedule, calibrate, convert, prepare
+
+# The compiler warns of its own internals (autograd.Function instantiated, .grad of a non-leaf read) while it traces.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+SHAPES = {"cnn": (8, 1, 8, 8), "mlp": (8, 12)}
+
+
+class ResidualNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        features = F.relu(features + self.branch(features))
+        return self.head(features.mean((2, 3)))
+
+
+def _model(name: str) -> nn.Module:
+    if name == "cnn":
+        return ResidualNet()
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _train(
+    model: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], shape: tuple[int, ...], steps: int
+) -> list[float]:
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    losses = []
+    for _ in range(steps):
+        inputs = torch.randn(shape, generator=generator)
+        loss = F.cross_entropy(model(inputs), torch.arange(shape[0]) % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "backend"),
+    [
+        ("cnn", QATConfig(), "inductor"),
+        ("mlp", QATConfig(learnable=True), "inductor"),
+        ("cnn", QATConfig(learnable=True, weight_bits=4, activation_bits=4), "aot_eager"),
+        ("mlp", QATConfig(), "aot_eager"),
+        ("mlp", QATConfig(activation_observer=HistogramObserver), "aot_eager"),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else ("learned" if value.learnable else value.activation_observer.__name__)
+    ),
+)
+def test_training_compiles_whole_and_settles(name: str, config: QATConfig, backend: str) -> None:
+    prepared = prepare(_model(name), config, (torch.randn(SHAPES[name]),))
+    eager = copy.deepcopy(prepared)
+    compiled = torch.compile(prepared, fullgraph=True, backend=backend)
+    losses = _train(compiled, list(prepared.parameters()), SHAPES[name], 2)
+    graphs = counters["stats"]["unique_graphs"]
+    # The generators start alike, so that the two models go on from the same two steps.
+    losses += _train(compiled, list(prepared.parameters()), SHAPES[name], 4)
+    assert counters["stats"]["unique_graphs"] == graphs, "no recompilation after the second step"
+    assert not counters["graph_break"]
+    expected = _train(eager, list(eager.parameters()), SHAPES[name], 2)
+    expected += _train(eager, list(eager.parameters()), SHAPES[name], 4)
+    # What the issue of agreement asks for; compiled sums run in another order.
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_evaluation_compiles_whole_to_the_same_integers(name: str) -> None:
+    prepared = prepare(_model(name), QATConfig(), (torch.randn(SHAPES[name]),))
+    calibrate(prepared, [torch.randn(SHAPES[name]) for _ in range(3)])
+    prepared.eval()
+    converted = convert(prepared)
+    inputs = torch.randn(SHAPES[name])
+    with torch.no_grad():
+        expected = prepared(inputs)
+        for model in (prepared, converted):
+            assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(inputs), expected)
+
+
+def test_a_schedule_recompiles_only_where_it_switches() -> None:
+    prepared = prepare(_model("mlp"), QATConfig(), (torch.randn(SHAPES["mlp"]),))
+    schedule = QATSchedule(prepared, quantize_from=2, observe_until=5)
+    compiled = torch.compile(prepared, fullgraph=True, backend="aot_eager")
+    graphs = []
+    for _ in range(9):
+        _train(compiled, list(prepared.parameters()), SHAPES["mlp"], 1)
+        schedule.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[6] == graphs[8], "nothing to compile once the schedule has run out"
+    assert not counters["graph_break"]

@@ -1,0 +1,124 @@
+"""Two gloo processes against one process that sees both halves of every batch."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlframework.quantization import (
+    FakeQuantizeLayer,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    QATConfig,
+    calibrate,
+    prepare,
+)
+
+RANKS = 2
+STEPS = 6
+
+
+def _model(config: QATConfig) -> nn.Module:
+    torch.manual_seed(0)
+    # No batch normalization: its batch statistics are each rank's own, and would tell the two runs apart.
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 4))
+    return prepare(model, config, (torch.randn(1, 12),))
+
+
+def _batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    # The second half of each batch spans three times the range of the first.
+    scale = torch.cat([torch.ones(8, 1), 3 * torch.ones(8, 1)])
+    return [torch.randn(16, 12, generator=generator) * scale for _ in range(STEPS)]
+
+
+def _train(model: nn.Module, batches: list[Tensor]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for batch in batches:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+
+def _scales(model: nn.Module) -> dict[str, Tensor]:
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizeLayer):
+            state[f"{name}.scale"] = module.scale.detach().clone()
+            state[f"{name}.zero_point"] = module.zero_point.detach().clone()
+    return state
+
+
+def _worker(rank: int, folder: str, config: QATConfig, calibrates: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    reductions = 0
+    all_reduce = dist.all_reduce
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal reductions
+        reductions += 1
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counting
+    model = _model(config)
+    halves = [batch.chunk(RANKS)[rank] for batch in _batches()]
+    if calibrates:
+        calibrate(model, halves)
+    else:
+        parallel = DistributedDataParallel(model)
+        _train(parallel, halves[:1])
+        reductions = 0  # the first batch sets the scales layer by layer
+        _train(parallel, halves[1:])
+    torch.save((_scales(model), reductions), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _run(folder: Path, config: QATConfig, calibrates: bool = False) -> list[tuple[dict[str, Tensor], int]]:
+    mp.spawn(_worker, (str(folder), config, calibrates), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learnable", [False, True])
+def test_training_on_different_data_ends_with_the_scales_of_one_process(tmp_path: Path, learnable: bool) -> None:
+    config = QATConfig(learnable=learnable)
+    (first, reductions), (second, _) = _run(tmp_path, config)
+    single = _model(config)
+    _train(single, _batches()[:1])
+    _train(single, _batches()[1:])
+    expected = _scales(single)
+    assert first.keys() == second.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        # LSQ scales a gradient by the number of elements a rank sees, so learned scales depend on the batch per rank.
+        # What observers set does not; the mean of two half-batch gradients is just summed in another order.
+        assert learnable or torch.allclose(first[name], value, rtol=1e-5, atol=1e-7), name
+    assert reductions == (0 if learnable else STEPS - 1), "one packed all-reduce a step for the whole model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("observer", [MinMaxObserver, MovingAverageObserver, HistogramObserver])
+def test_calibration_on_different_data_equals_one_process(tmp_path: Path, observer: Any) -> None:
+    config = QATConfig(activation_observer=observer)
+    (first, reductions), (second, _) = _run(tmp_path, config, calibrates=True)
+    single = _model(config)
+    calibrate(single, _batches())
+    for name, value in _scales(single).items():
+        assert torch.equal(first[name], second[name]), name
+        # The float forward of half a batch may sum in another order than that of a whole one.
+        assert torch.allclose(first[name], value, rtol=1e-6), name
+    collectives_a_step = 2 if observer is HistogramObserver else 1
+    assert reductions == STEPS * collectives_a_step

@@ -1,0 +1,359 @@
+"""Integer products against int64 sums, exactly: on the kernels of this machine and on the path for every machine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlframework.quantization.kernels import (
+    ConvolutionGeometry,
+    PackedConvolution,
+    PackedLinear,
+    PackedTransposedConvolution,
+    int_mm_is_exact,
+    integer_products,
+    onednn_is_exact,
+)
+from mlframework.quantization.kernels.integer_products import EXACT_IN_FLOAT32, largest_sum
+
+UNSIGNED, SIGNED = torch.uint8, torch.int8
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@pytest.fixture(params=["kernel", "fallback"])
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with the kernels of this machine and again as on a machine that has none."""
+    if request.param == "fallback":
+        monkeypatch.setattr(integer_products, "onednn_is_exact", lambda: False)
+        monkeypatch.setattr(integer_products, "int_mm_is_exact", lambda device_type: False)
+
+
+on_both_paths = pytest.mark.usefixtures("_path")
+
+
+def random_codes(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    ends = torch.iinfo(dtype)
+    return torch.randint(ends.min, ends.max + 1, shape, dtype=dtype)
+
+
+def random_weight(*shape: int, bits: int = 8) -> Tensor:
+    return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8)
+
+
+def geometry_of(
+    dimensions: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+) -> ConvolutionGeometry:
+    return ConvolutionGeometry((stride,) * dimensions, (padding,) * dimensions, (dilation,) * dimensions, groups)
+
+
+def exact_linear(codes: Tensor, weight: Tensor, zero_point: int) -> Tensor:
+    return (codes.long() - zero_point) @ weight.long().t()
+
+
+def exact_convolution(codes: Tensor, weight: Tensor, zero_point: int, geometry: ConvolutionGeometry) -> Tensor:
+    # PyTorch convolves int64 on the CPU, in integer arithmetic. The padding is code zero_point, which is value 0.
+    return CONVOLUTIONS[weight.dim() - 2](codes.long() - zero_point, weight.long(), None, *geometry)
+
+
+def assert_exact(sums: Tensor, expected: Tensor) -> None:
+    assert sums.dtype in (torch.float32, torch.int32)
+    assert sums.shape == expected.shape
+    assert torch.equal(sums.to(torch.int64), expected)
+    if sums.dtype is torch.float32 and sums.numel() > 0:
+        assert expected.abs().max() < EXACT_IN_FLOAT32
+
+
+# Linear
+
+
+@on_both_paths
+@pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
+@pytest.mark.parametrize("shape", [(17,), (1, 17), (5, 17), (2, 3, 17), (40, 64)])
+def test_linear(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    codes, weight = random_codes(shape, dtype), random_weight(9, shape[-1])
+    assert_exact(PackedLinear(weight, 7, dtype)(codes), exact_linear(codes, weight, 7))
+
+
+@on_both_paths
+@pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
+def test_linear_at_every_zero_point(dtype: torch.dtype) -> None:
+    codes, weight = random_codes((4, 16), dtype), random_weight(8, 16)
+    ends = torch.iinfo(dtype)
+    for zero_point in range(ends.min, ends.max + 1):
+        assert_exact(PackedLinear(weight, zero_point, dtype)(codes), exact_linear(codes, weight, zero_point))
+
+
+@on_both_paths
+@pytest.mark.parametrize(("code", "dtype", "zero_point"), [(255, UNSIGNED, 0), (0, UNSIGNED, 255), (-128, SIGNED, 127)])
+@pytest.mark.parametrize("value", [-128, 127])
+@pytest.mark.parametrize("features", [8, 512, 700])
+def test_linear_of_extreme_codes(code: int, dtype: torch.dtype, zero_point: int, value: int, features: int) -> None:
+    codes = torch.full((32, features), code, dtype=dtype)
+    weight = torch.full((16, features), value, dtype=torch.int8)
+    packed = PackedLinear(weight, zero_point, dtype)
+    assert packed.bound == 255 * abs(value) * features
+    assert_exact(packed(codes), exact_linear(codes, weight, zero_point))
+
+
+@on_both_paths
+def test_linear_of_odd_sums_beyond_float32() -> None:
+    codes = torch.full((3, 2001), 255, dtype=UNSIGNED)
+    weight = torch.full((2, 2001), 127, dtype=torch.int8)
+    expected = exact_linear(codes, weight, 0)
+    # Odd and above 2**24: not a float32 number, so only integers hold it.
+    assert expected[0, 0] % 2 == 1
+    assert expected[0, 0] > EXACT_IN_FLOAT32
+    sums = PackedLinear(weight, 0, UNSIGNED)(codes)
+    assert sums.dtype is torch.int32
+    assert_exact(sums, expected)
+
+
+@on_both_paths
+def test_linear_of_transposed_and_spread_codes() -> None:
+    weight = random_weight(8, 24)
+    packed = PackedLinear(weight, 100, UNSIGNED)
+    wide = random_codes((24, 40), UNSIGNED)
+    for codes in (wide.t(), random_codes((20, 48), UNSIGNED)[:, ::2], random_codes((1, 24), UNSIGNED).expand(20, 24)):
+        assert not codes.is_contiguous()
+        assert_exact(packed(codes), exact_linear(codes, weight, 100))
+
+
+@on_both_paths
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16)])
+def test_linear_of_no_rows(shape: tuple[int, ...]) -> None:
+    assert PackedLinear(random_weight(8, 16), 3, SIGNED)(torch.empty(shape, dtype=SIGNED)).shape == (*shape[:-1], 8)
+
+
+# Convolutions
+
+
+@on_both_paths
+@pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"padding": 2, "dilation": 2},
+        {"stride": 3, "padding": 2, "dilation": 2},
+        {"groups": 2, "padding": 1},
+        {"groups": 8, "padding": 1},
+        {"groups": 8, "stride": 2, "padding": 1, "dilation": 2},
+    ],
+    ids=str,
+)
+def test_convolution(dtype: torch.dtype, dimensions: int, options: dict[str, int]) -> None:
+    geometry = geometry_of(dimensions, **options)
+    codes = random_codes((2, 8, *[9, 7, 6][:dimensions]), dtype)
+    weight = random_weight(16, 8 // geometry.groups, *[3] * dimensions)
+    packed = PackedConvolution(weight, 5, dtype, geometry)
+    assert_exact(packed(codes), exact_convolution(codes, weight, 5, geometry))
+
+
+@on_both_paths
+@pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_convolution_at_every_zero_point(dtype: torch.dtype, groups: int) -> None:
+    geometry = geometry_of(2, padding=1, groups=groups)
+    codes, weight = random_codes((1, 4, 3, 3), dtype), random_weight(4, 4 // groups, 3, 3)
+    ends = torch.iinfo(dtype)
+    for zero_point in range(ends.min, ends.max + 1):
+        packed = PackedConvolution(weight, zero_point, dtype, geometry)
+        assert_exact(packed(codes), exact_convolution(codes, weight, zero_point, geometry))
+
+
+@on_both_paths
+@pytest.mark.parametrize("channels", [(1, 1), (3, 32), (17, 5), (64, 64)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 7), (1, 5)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_convolution_of_many_shapes(channels: tuple[int, int], kernel: tuple[int, int], bits: int) -> None:
+    geometry = ConvolutionGeometry((1, 2), (kernel[0] // 2, kernel[1] // 2), (1, 1))
+    codes = random_codes((1, channels[0], 8, 9), UNSIGNED)
+    weight = random_weight(channels[1], channels[0], *kernel, bits=bits)
+    packed = PackedConvolution(weight, 200, UNSIGNED, geometry)
+    assert_exact(packed(codes), exact_convolution(codes, weight, 200, geometry))
+
+
+@on_both_paths
+@pytest.mark.parametrize(("channels", "groups"), [(512, 1), (700, 1), (1040, 1), (1040, 2)])
+@pytest.mark.parametrize(("code", "dtype", "zero_point"), [(255, UNSIGNED, 0), (127, SIGNED, -128)])
+def test_convolution_of_odd_sums_beyond_float32(
+    channels: int, groups: int, code: int, dtype: torch.dtype, zero_point: int
+) -> None:
+    geometry = geometry_of(2, padding=1, groups=groups)
+    codes = torch.full((1, channels, 3, 3), code, dtype=dtype)
+    codes[:, 0] = code - 1
+    weight = torch.full((4, channels // groups, 3, 3), 127, dtype=torch.int8)
+    expected = exact_convolution(codes, weight, zero_point, geometry)
+    sums = PackedConvolution(weight, zero_point, dtype, geometry)(codes)
+    assert (expected[0, 0, 1, 1] % 2 == 1) == (channels // groups % 2 == 0)
+    if expected.max() > EXACT_IN_FLOAT32:
+        assert sums.dtype is torch.int32
+    assert_exact(sums, expected)
+
+
+@pytest.mark.skipif(not onednn_is_exact(), reason="needs oneDNN's integer kernel")
+def test_convolution_beyond_float32_runs_in_blocks_of_channels() -> None:
+    weight = torch.full((2, 1001, 3, 3), -127, dtype=torch.int8)
+    packed = PackedConvolution(weight, 0, UNSIGNED, geometry_of(2))
+    assert len(packed.packed) == 1 + packed.bound // EXACT_IN_FLOAT32 == 18
+    parts = [part for part, _ in packed.packed]
+    assert torch.cat([torch.arange(1001)[part] for part in parts]).tolist() == list(range(1001))
+    assert all(largest_sum(weight[:, part], 0, UNSIGNED) < EXACT_IN_FLOAT32 for part in parts)
+
+
+def test_one_channel_beyond_float32() -> None:
+    # No block of channels is small enough: 23 x 23 taps of the largest products are above 2**24.
+    weight = torch.full((1, 1, 23, 23), 127, dtype=torch.int8)
+    codes = torch.full((1, 1, 23, 23), 255, dtype=UNSIGNED)
+    packed = PackedConvolution(weight, 0, UNSIGNED, geometry_of(2))
+    assert packed.packed == []
+    assert packed(codes).item() == 23 * 23 * 127 * 255
+
+
+@on_both_paths
+@pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
+def test_convolution_whatever_the_strides(dtype: torch.dtype) -> None:
+    geometry, weight = geometry_of(2, padding=1), random_weight(8, 6, 3, 3)
+    packed = PackedConvolution(weight, 3, dtype, geometry)
+    codes = random_codes((3, 6, 5, 8), dtype)
+    views = [
+        codes.contiguous(memory_format=torch.channels_last),
+        random_codes((3, 12, 5, 8), dtype)[:, ::2],
+        random_codes((8, 5, 6, 3), dtype).permute(3, 2, 1, 0),
+        random_codes((1, 6, 5, 8), dtype).expand(3, -1, -1, -1),
+        random_codes((3, 6, 5, 9), dtype)[..., 1:],
+    ]
+    for view in views:
+        assert not view.is_contiguous()
+        before = view.clone()
+        assert_exact(packed(view), exact_convolution(view, weight, 3, geometry))
+        assert torch.equal(view, before)
+
+
+@on_both_paths
+def test_weight_need_not_be_contiguous() -> None:
+    weight = random_weight(8, 6, 3, 3).contiguous(memory_format=torch.channels_last)
+    codes = random_codes((1, 6, 5, 5), UNSIGNED)
+    assert_exact(
+        PackedConvolution(weight, 0, UNSIGNED, geometry_of(2))(codes),
+        exact_convolution(codes, weight, 0, geometry_of(2)),
+    )
+
+
+@on_both_paths
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_convolution_of_an_empty_batch(dimensions: int) -> None:
+    packed = PackedConvolution(random_weight(5, 3, *[3] * dimensions), 3, SIGNED, geometry_of(dimensions))
+    sums = packed(torch.empty(0, 3, *[4] * dimensions, dtype=SIGNED))
+    assert sums.shape == (0, 5, *[2] * dimensions)
+
+
+# Transposed convolution
+
+
+@pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "output_padding"), [(1, 0, 1, 0), (2, 1, 1, 1), (3, 2, 2, 1), (2, 0, 2, 1)]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolution(
+    dtype: torch.dtype, stride: int, padding: int, dilation: int, output_padding: int, groups: int
+) -> None:
+    geometry = geometry_of(2, stride, padding, dilation, groups)
+    codes, weight = random_codes((2, 4, 5, 6), dtype), random_weight(4, 3, 3, 3)
+    expected = exact_transposed(codes, weight, 9, geometry, output_padding)
+    packed = PackedTransposedConvolution(weight, 9, dtype, geometry, (output_padding,) * 2)
+    assert_exact(packed(codes), expected)
+
+
+def exact_transposed(
+    codes: Tensor, weight: Tensor, zero_point: int, geometry: ConvolutionGeometry, output_padding: int
+) -> Tensor:
+    """Scatters every product to where it belongs, tap by tap."""
+    values, taps = codes.long() - zero_point, weight.long()
+    stride, padding, dilation, groups = geometry.stride[0], geometry.padding[0], geometry.dilation[0], geometry.groups
+    kernel = taps.shape[2]
+    sizes = [(size - 1) * stride + dilation * (kernel - 1) + 1 + output_padding for size in values.shape[2:]]
+    sums = torch.zeros(values.shape[0], groups * taps.shape[1], *sizes, dtype=torch.int64)
+    rows, columns = ((size - 1) * stride + 1 for size in values.shape[2:])
+    grouped = values.unflatten(1, (groups, -1))
+    for i, j in itertools.product(range(kernel), repeat=2):
+        products = torch.einsum("ngihw,gio->ngohw", grouped, taps[:, :, i, j].unflatten(0, (groups, -1)))
+        top, left = i * dilation, j * dilation
+        sums[:, :, top : top + rows : stride, left : left + columns : stride] += products.flatten(1, 2)
+    return sums[:, :, padding : sizes[0] - padding, padding : sizes[1] - padding]
+
+
+def test_transposed_convolution_beyond_float32() -> None:
+    codes = torch.full((1, 601, 3, 3), 255, dtype=UNSIGNED)
+    weight = torch.full((601, 1, 3, 3), 127, dtype=torch.int8)
+    geometry = geometry_of(2)
+    expected = exact_transposed(codes, weight, 0, geometry, 0)
+    assert expected.max() == 9 * 601 * 255 * 127
+    sums = PackedTransposedConvolution(weight, 0, UNSIGNED, geometry, (0, 0))(codes)
+    assert sums.dtype is torch.int32
+    assert_exact(sums, expected)
+
+
+def test_transposed_convolution_of_an_empty_batch() -> None:
+    packed = PackedTransposedConvolution(random_weight(3, 5, 2, 2), 0, SIGNED, geometry_of(2), (0, 0))
+    assert packed(torch.empty(0, 3, 4, 4, dtype=SIGNED)).shape == (0, 5, 5, 5)
+
+
+# What all have in common
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero_point", "magnitude"),
+    [(UNSIGNED, 0, 255), (UNSIGNED, 255, 255), (UNSIGNED, 100, 155), (SIGNED, 0, 128), (SIGNED, -128, 255)],
+)
+def test_bound_on_any_sum(dtype: torch.dtype, zero_point: int, magnitude: int) -> None:
+    # -128 has no magnitude in int8.
+    weight = torch.tensor([[-128, -128], [127, 127]], dtype=torch.int8)
+    assert largest_sum(weight, zero_point, dtype) == 256 * magnitude
+
+
+@on_both_paths
+@pytest.mark.parametrize("lower_precision", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(lower_precision: torch.dtype) -> None:
+    codes = random_codes((2, 32, 6, 6), UNSIGNED)
+    weight = random_weight(32, 32, 3, 3)
+    with torch.autocast("cpu", dtype=lower_precision):
+        linear = PackedLinear(weight[:, :, 0, 0], 3, UNSIGNED)(codes[:, :, 0, 0])
+        convolution = PackedConvolution(weight, 3, UNSIGNED, geometry_of(2))(codes)
+        transposed = PackedTransposedConvolution(weight, 3, UNSIGNED, geometry_of(2), (0, 0))(codes)
+    assert_exact(linear, exact_linear(codes[:, :, 0, 0], weight[:, :, 0, 0], 3))
+    assert_exact(convolution, exact_convolution(codes, weight, 3, geometry_of(2)))
+    assert_exact(transposed, exact_transposed(codes, weight, 3, geometry_of(2), 0))
+
+
+def run_without_vnni(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment: dict[str, Any] = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not onednn_is_exact(), reason="the instruction set can only be lowered from one that is exact")
+def test_probes_refuse_kernels_that_saturate() -> None:
+    program = "from mlframework.quantization.kernels import *; print(onednn_is_exact(), int_mm_is_exact('cpu'))"
+    result = run_without_vnni("-c", program)
+    assert result.stdout.split() == ["False", "False"], result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not int_mm_is_exact("cpu"), reason="the instruction set can only be lowered from one that is exact")
+def test_sums_are_exact_without_vnni() -> None:
+    result = run_without_vnni("-m", "pytest", __file__, "-m", "not slow", "-p", "no:cacheprovider")
+    assert result.returncode == 0, result.stdout[-3000:]

@@ -1,0 +1,130 @@
+"""After any optimizer step, learned scales are positive and finite and zero points lie on the grid."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from mlframework.quantization import FakeQuantizeLayer, QuantizationScheme
+from mlframework.quantization.arithmetic import LARGEST_SCALE, SMALLEST_SCALE
+
+AFFINE = QuantizationScheme(bits=4, signed=False, symmetric=False)
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda parameters: SGD(parameters, lr=1.0),
+    "sgd with momentum": lambda parameters: SGD(parameters, lr=1.0, momentum=0.9),
+    "adam": lambda parameters: Adam(parameters, lr=1.0),
+    "adamw": lambda parameters: AdamW(parameters, lr=1.0),
+    "adamw fused": lambda parameters: AdamW(parameters, lr=1.0, fused=True),
+    "adamw foreach": lambda parameters: AdamW(parameters, lr=1.0, foreach=True),
+    "rmsprop": lambda parameters: RMSprop(parameters, lr=1.0),
+}
+
+
+def learnable_layer() -> FakeQuantizeLayer:
+    layer = FakeQuantizeLayer(AFFINE, learnable=True)
+    layer(torch.randn(100))
+    return layer
+
+
+def in_range(layer: FakeQuantizeLayer) -> bool:
+    scale, zero_point = layer.scale.detach(), layer.zero_point.detach()
+    return bool(((scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)).all()) and bool(
+        ((zero_point >= AFFINE.quant_min) & (zero_point <= AFFINE.quant_max)).all()
+    )
+
+
+def step_outwards(layer: FakeQuantizeLayer, optimizer: Optimizer, sign: float, size: float = 100.0) -> None:
+    """One step along a gradient that drives both parameters far below (or above) their ranges."""
+    layer.scale.grad = torch.full_like(layer.scale, sign * size)
+    layer.zero_point.grad = torch.full_like(layer.zero_point, sign * size)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_right_after_each_step(name: str, sign: float) -> None:
+    layer = learnable_layer()
+    optimizer = OPTIMIZERS[name](layer.parameters())
+    for _ in range(20):  # Adam's steps are no longer than the learning rate
+        step_outwards(layer, optimizer, sign)
+        assert in_range(layer)
+    if sign > 0:
+        assert layer.scale.item() == torch.tensor(SMALLEST_SCALE).item()
+        assert layer.zero_point.item() == AFFINE.quant_min
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_at_learning_rate_one(name: str) -> None:
+    layer, input = learnable_layer(), torch.randn(200)
+    optimizer = OPTIMIZERS[name](layer.parameters())
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (layer(input) - input).square().sum()
+        loss.backward()
+        optimizer.step()
+        assert in_range(layer)
+    assert bool(loss.isfinite())
+
+
+def test_an_infinite_step_stops_at_the_largest_scale() -> None:
+    layer = learnable_layer()
+    step_outwards(layer, SGD(layer.parameters(), lr=1.0), sign=-1.0, size=float("inf"))
+    assert layer.scale.item() == LARGEST_SCALE
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_projected_too(how: str) -> None:
+    layer = learnable_layer()
+    twin = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    del layer
+    step_outwards(twin, SGD(twin.parameters(), lr=1.0), sign=1.0)
+    assert in_range(twin)
+
+
+def test_layers_of_a_model_in_groups_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), learnable_layer(), nn.Sequential(learnable_layer()))
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
+    rest = [parameter for name, parameter in model.named_parameters() if "scale" not in name]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": [layer.scale for layer in quantizers], "lr": 10.0}]
+    optimizer = SGD(groups, lr=1.0)
+    model(torch.randn(4, 3)).square().sum().mul(1000).backward()
+    optimizer.step()
+    assert all(in_range(layer) for layer in quantizers)
+
+
+def test_a_learned_scale_within_its_range_is_left_alone() -> None:
+    layer = learnable_layer()
+    layer.scale.grad = torch.tensor([0.01])
+    expected = layer.scale.detach() - 0.01
+    SGD([layer.scale], lr=1.0).step()
+    assert torch.equal(layer.scale.detach(), expected)
+
+
+def test_another_optimizers_step_does_not_break_a_waiting_graph() -> None:
+    """As when two networks train against each other: one steps while the other's graph waits for its backward."""
+    generator, critic = learnable_layer(), learnable_layer()
+    critic_optimizer = SGD(critic.parameters(), lr=0.01)
+    made = generator(torch.randn(10))
+    critic(made.detach()).sum().backward()
+    critic_optimizer.step()
+    critic(made).sum().backward()
+    assert generator.scale.grad is not None
+
+
+def test_a_layer_that_is_gone_is_no_longer_projected() -> None:
+    layer = learnable_layer()
+    scale: Tensor = layer.scale
+    optimizer = SGD([layer.scale], lr=1.0)
+    del layer
+    scale.grad = torch.tensor([100.0])
+    optimizer.step()
+    assert scale.item() < 0
