@@ -53,7 +53,7 @@ def grid_zero_point(zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
 
 def unsaturated_codes(input: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """``rne(x / s) + z`` in floating point, before saturation; the operands broadcast."""
-    return torch.round(input / scale) + zero_point
+    return (input / scale).round_().add_(zero_point)
 
 
 def quantize_values(input: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
@@ -113,13 +113,13 @@ def add_codes(
     right: Tensor,
     right_ratio: Tensor,
     constant: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
+    lowest: int | Tensor,
+    highest: int | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     """The sum of two quantized tensors on the output's grid (see :func:`add_constants` for the operands)."""
     total = (left.to(torch.float32) * left_ratio + constant) + right.to(torch.float32) * right_ratio
-    return total.round_().clamp_(lowest, highest).to(dtype)
+    return total.round_().clamp_(lowest, highest).to(dtype)  # type: ignore[arg-type]
 
 
 def add_constants(

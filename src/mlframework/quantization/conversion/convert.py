@@ -8,7 +8,7 @@ import warnings
 from torch import nn
 
 from ..graph.generated_forward import graph_of, has_generated_forward, set_forward
-from ..int8.layers import Int8Layer
+from ..int8.integer_module import PackedModule
 from ..qat.fake_quantize_layer import FakeQuantizeLayer, check_grids
 from ..qat.observer_synchronizer import commit_statistics, discard_statistics
 from ..qat.qat_add import QATAdd
@@ -64,7 +64,7 @@ def convert(model: nn.Module) -> nn.Module:
         lower(converted, graph)
         set_forward(converted, graph)
     for layer in converted.modules():
-        if isinstance(layer, Int8Layer):
+        if isinstance(layer, PackedModule):
             layer.pack()
     return converted.eval()
 

@@ -160,7 +160,7 @@ def _difference(model: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> t
             same = node.op == other.op and node.target == other.target
             same = same and (node.target in _DROPOUTS or arguments(node) == arguments(other))
         if not same:
-            return _owner_of_difference(nodes, others), "its code depends on the training mode"
+            return _owner_of_difference(nodes, others) or _owner(node), "its code depends on the training mode"
     return None
 
 
@@ -178,7 +178,7 @@ def _owner(node: fx.Node) -> str:
 
 
 def _owner_of_difference(nodes: list[fx.Node], others: list[fx.Node]) -> str:
-    """The module that makes other calls in one graph than in the other."""
+    """The module that makes other calls in one graph than in the other; empty for the model itself."""
 
     def calls(owner: str, graph: list[fx.Node]) -> list[Any]:
         return ["constant" if _is_constant(node) else node.target for node in graph if _owner(node) == owner]

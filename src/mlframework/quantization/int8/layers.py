@@ -8,20 +8,18 @@ its tensors are loaded or moved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import arithmetic
 from ..kernels import ConvolutionGeometry, PackedConvolution, PackedLinear, PackedTransposedConvolution
 from ..kernels.integer_products import EXACT_IN_FLOAT32
 from ..parameters import QuantizationParameters
-from ..precision import keep_float32
 from .folding import IntegerWeights
+from .integer_module import IntegerModule, PackedModule
 
 Product = PackedLinear | PackedConvolution | PackedTransposedConvolution
 
@@ -38,7 +36,7 @@ class _Plan:
     highest: int = 0
 
 
-class Int8Layer(nn.Module):
+class Int8Layer(PackedModule[_Plan]):
     """A linear operation on codes with the epilogue of :mod:`mlframework.quantization.arithmetic`.
 
     Args:
@@ -70,15 +68,8 @@ class Int8Layer(nn.Module):
         self.register_buffer("weight", weights.codes.contiguous())
         self.register_buffer("weight_scale", weights.scale)
         self.register_buffer("bias", weights.bias)
-        self.register_buffer("input_scale", input.scale.detach().to(torch.float32, copy=True))
-        self.register_buffer("input_zero_point", input.zero_point.detach().to(torch.int32, copy=True))
-        self.register_buffer(
-            "output_scale", None if output is None else output.scale.detach().to(torch.float32, copy=True)
-        )
-        self.register_buffer(
-            "output_zero_point", None if output is None else output.zero_point.detach().to(torch.int32, copy=True)
-        )
-        self._plan: _Plan | None = None
+        self.register_grid("input_", input)
+        self.register_grid("output_", output)
 
     def _product(self, zero_point: int) -> Product:
         """The operation's exact sums."""
@@ -87,12 +78,6 @@ class Int8Layer(nn.Module):
     def _channels_view(self, values: Tensor) -> Tensor:
         """Per-channel values of shape (O,), viewed to broadcast against the sums."""
         return values
-
-    def pack(self) -> _Plan:
-        """Derives what the layer runs on, where that is still to be done."""
-        if self._plan is None:
-            self._plan = self._make_plan()
-        return self._plan
 
     def _make_plan(self) -> _Plan:
         product = self._product(int(self.input_zero_point))
@@ -138,20 +123,6 @@ class Int8Layer(nn.Module):
         return arithmetic.requantize_accumulator(
             accumulator, plan.multiplier, plan.zero_point, plan.lowest, plan.highest, self.output_scheme.dtype
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
-        self._plan = None
-        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        packed = self._plan is not None
-        self._plan = None
-        super()._load_from_state_dict(*args, **kwargs)
-        if packed:
-            self.pack()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}
 
     def extra_repr(self) -> str:
         output = "float32" if self.output_scheme is None else str(self.output_scheme)
@@ -242,7 +213,7 @@ class Int8ConvTranspose2d(Int8Layer):
         return super().forward(codes)
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(IntegerModule):
     """``nn.Embedding`` with an int8 table: indices to float32 rows on the table's grid.
 
     Args:
@@ -263,9 +234,6 @@ class Int8Embedding(nn.Module):
         rows = F.embedding(indices, self.weight).to(torch.float32)
         scale = self.weight_scale if self.weight_scale.numel() == 1 else self.weight_scale[indices].unsqueeze(-1)
         return rows * scale
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Embedding:
-        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}"

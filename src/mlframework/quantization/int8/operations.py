@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import arithmetic
 from ..parameters import QuantizationParameters
-from ..precision import keep_float32
+from .integer_module import IntegerModule, PackedModule
 
 
-class _OnGrid(nn.Module):
+class _OnGrid(IntegerModule):
     """Holds the parameters of one grid, per tensor or per channel."""
 
     scale: Tensor
@@ -22,11 +22,7 @@ class _OnGrid(nn.Module):
     def __init__(self, parameters: QuantizationParameters) -> None:
         super().__init__()
         self.scheme = parameters.scheme
-        self.register_buffer("scale", parameters.scale.detach().to(torch.float32, copy=True))
-        self.register_buffer("zero_point", parameters.zero_point.detach().to(torch.int32, copy=True))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _OnGrid:
-        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+        self.register_grid("", parameters)
 
     def extra_repr(self) -> str:
         return str(self.scheme)
@@ -54,7 +50,15 @@ class Int8ReLU(_OnGrid):
         return torch.maximum(codes, arithmetic.along_axis(self.zero_point.to(codes.dtype), codes.dim(), axis))
 
 
-class Int8Add(nn.Module):
+class _SumPlan(NamedTuple):
+    left_ratio: Tensor
+    right_ratio: Tensor
+    constant: Tensor
+    lowest: int
+    highest: int
+
+
+class Int8Add(PackedModule[_SumPlan]):
     """The sum of two quantized tensors, as ONNX Runtime's ``QLinearAdd``; broadcasts.
 
     Args:
@@ -79,12 +83,12 @@ class Int8Add(nn.Module):
         super().__init__()
         self.output_scheme = output.scheme
         self.clip = clip
-        for name, parameters in (("left", left), ("right", right), ("output", output)):
-            self.register_buffer(f"{name}_scale", parameters.scale.detach().to(torch.float32, copy=True))
-            self.register_buffer(f"{name}_zero_point", parameters.zero_point.detach().to(torch.int32, copy=True))
+        self.register_grid("left_", left)
+        self.register_grid("right_", right)
+        self.register_grid("output_", output)
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        left_ratio, right_ratio, constant = arithmetic.add_constants(
+    def _make_plan(self) -> _SumPlan:
+        constants = arithmetic.add_constants(
             self.left_scale,
             self.left_zero_point,
             self.right_scale,
@@ -93,15 +97,23 @@ class Int8Add(nn.Module):
             self.output_zero_point,
         )
         lowest, highest = (
-            arithmetic.code_of_value(end, self.output_scale, self.output_zero_point, self.output_scheme)
+            int(arithmetic.code_of_value(end, self.output_scale, self.output_zero_point, self.output_scheme))
             for end in self.clip
         )
-        return arithmetic.add_codes(
-            left, left_ratio, right, right_ratio, constant, lowest, highest, self.output_scheme.dtype
-        )
+        return _SumPlan(*constants, lowest, highest)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Add:
-        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        plan = self.pack()
+        return arithmetic.add_codes(
+            left,
+            plan.left_ratio,
+            right,
+            plan.right_ratio,
+            plan.constant,
+            plan.lowest,
+            plan.highest,
+            self.output_scheme.dtype,
+        )
 
     def extra_repr(self) -> str:
         return str(self.output_scheme)

@@ -50,7 +50,7 @@ class GraphRewriter:
         for entry, addition in zip(sums, additions, strict=True):
             accounts[entry.node] = self._put_addition(entry, addition)
         for node, layer in zip(placement.quantized, nodes, strict=True):
-            accounts[node] = self._put_node(node, layer)
+            accounts[node] = self._put_node(node, layer, placement.float_layers.get(str(node.target)))
         return [accounts[node] for node in sorted(accounts, key=order.__getitem__)]
 
     def _wrapper(self, chain: Chain) -> QATModuleWrapper:
@@ -92,7 +92,7 @@ class GraphRewriter:
         chain.node.args, chain.node.kwargs = tuple(chain.node.all_input_nodes), {}
         self._close_up(chain.end, chain.node, chain.activation, chain.batch_norm)
 
-    def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer) -> ReportEntry:
+    def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer, why_float: str | None) -> ReportEntry:
         name = unused_name(self.root, f"{node.name}_fake_quantize")
         self.root.add_module(name, layer)
         position = node
@@ -101,12 +101,11 @@ class GraphRewriter:
         with self.graph.inserting_after(position):
             call = self.graph.call_module(name, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        detail = f"computed in float, output {layer.scheme}"
+        detail = f"{why_float or 'computed in float'}, output {layer.scheme}"
         if node.op in ("placeholder", "get_attr"):
             detail = f"{layer.scheme}"
-        return ReportEntry(
-            str(node.target) if node.op == "call_module" else node.name, _description(node, self.modules), True, detail
-        )
+        name = str(node.target) if node.op == "call_module" else node.name
+        return ReportEntry(name, _description(node, self.modules), why_float is None, detail)
 
     def _put_addition(self, entry: Sum, addition: QATAdd) -> ReportEntry:
         name = unused_name(self.root, entry.node.name)

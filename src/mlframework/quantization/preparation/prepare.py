@@ -16,6 +16,7 @@ from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer, check_grids
 from ..qat.layer_types import layer_type_of
 from ..qat.observer_synchronizer import ObserverSynchronizer, commit_statistics, discard_statistics
+from ..qat.qat_add import QATAdd
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from . import operations
 from .graph_rewriter import GraphRewriter, layer_entry
@@ -86,6 +87,9 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
     for name, module in model.named_modules():
         if isinstance(module, (FakeQuantizeLayer, QATModuleWrapper)):
             raise ValueError(f"model is already prepared: {name or 'it'} is a {type(module).__name__}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(f"model must have all its parameters, got none yet for {name}: run it once first")
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -163,9 +167,12 @@ def _wrap_layers(module: nn.Module, prefix: str, config: QATConfig, reason: str)
 
 
 def _connect(prepared: nn.Module) -> None:
-    """Names the nodes, lets their observers update together, and guards against states of other schemes."""
+    """Names the nodes, puts them in the model's mode, lets their observers update together, and guards against
+    states of other schemes."""
     shared = []
     for name, module in prepared.named_modules():
+        if isinstance(module, (FakeQuantizeLayer, QATAdd)):
+            module.train(prepared.training)
         if isinstance(module, FakeQuantizeLayer):
             module.name = name
             if module.reduces_over_ranks:

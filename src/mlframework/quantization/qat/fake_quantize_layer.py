@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,10 @@ from ..precision import keep_float32
 from ..scheme import QuantizationScheme
 from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
 from .fake_quantize_operation import fake_quantize_tensor
-from .observer_synchronizer import reduce_over_ranks
-from .scale_projection import project_after_optimizer_steps
+from .observer_synchronizer import ObserverSynchronizer, reduce_over_ranks
+from .scale_projection import project_optimizer_steps
 from .snapshot import snapshot
 from .straight_through_estimator import StraightThroughEstimator
-
-if TYPE_CHECKING:
-    from .observer_synchronizer import ObserverSynchronizer
 
 
 class FakeQuantizeLayer(nn.Module):
@@ -29,7 +26,8 @@ class FakeQuantizeLayer(nn.Module):
     In training mode every batch is observed first and then quantized with the parameters that follow from it. (Inside
     a model made by :func:`prepare`, updates land together when the model's forward ends.) In evaluation mode nothing
     is observed. With ``learnable=True`` the first batch sets the parameters and from then on the optimizer does
-    (LSQ, LSQ+); attribute names, state-dict keys and shapes are the same both ways, from construction on.
+    (LSQ, LSQ+); attribute names, state-dict keys and shapes are the same both ways, from construction on. An optimizer
+    step changes a learned scale by a factor of two at the most, so that no learning rate can carry it to zero.
 
     Args:
         scheme: the grid; signed 8-bit symmetric per tensor by default.
@@ -111,7 +109,7 @@ class FakeQuantizeLayer(nn.Module):
         if learnable:
             self.scale = nn.Parameter(scale)
             self.zero_point = nn.Parameter(zero_point, requires_grad=not scheme.symmetric)
-            project_after_optimizer_steps(self)
+            project_optimizer_steps(self)
         else:
             self.register_buffer("scale", scale)
             self.register_buffer("zero_point", zero_point)
@@ -244,7 +242,7 @@ class FakeQuantizeLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.learnable:
-            project_after_optimizer_steps(self)
+            project_optimizer_steps(self)
 
     def extra_repr(self) -> str:
         parts = [str(self.scheme)]

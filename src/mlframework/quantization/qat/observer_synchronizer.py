@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .activation_observer import BatchStatistics
+from .activation_observer import ActivationObserver, BatchStatistics
 
-if TYPE_CHECKING:
-    from .fake_quantize_layer import FakeQuantizeLayer
+
+class ObservedLayer(Protocol):
+    """What a layer must offer to have its observer updated with those of the whole model."""
+
+    observer: ActivationObserver
+    synchronizer: ObserverSynchronizer | None
+    synchronizer_index: int
+
+    @property
+    def observes(self) -> bool:
+        """Whether the next forward feeds the observer."""
+
+    def commit(self, statistics: BatchStatistics) -> None:
+        """Folds statistics in and recomputes what follows from them."""
 
 
 class ObserverSynchronizer:
@@ -25,7 +38,7 @@ class ObserverSynchronizer:
         layers: the layers whose observers belong together, in an order that all ranks share.
     """
 
-    def __init__(self, layers: list[FakeQuantizeLayer]) -> None:
+    def __init__(self, layers: Sequence[ObservedLayer]) -> None:
         self.layers = layers
         self.pending: dict[int, BatchStatistics] = {}
         for index, layer in enumerate(layers):

@@ -1,0 +1,210 @@
+"""The converted model gives, bit for bit, what the prepared one gives in evaluation."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from example_architectures import BranchNeverTaken, Functional, SmallResNet, small_cnn
+from example_models import (
+    EVERY_EXAMPLE,
+    EXAMPLES,
+    IMAGE,
+    SIGNAL,
+    SOME_EXAMPLES,
+    Example,
+    all_equal,
+    make_batch_norms_awkward,
+    results,
+    train_briefly,
+)
+from mlframework.quantization import FakeQuantizeLayer, HistogramObserver, QATConfig, calibrate, convert, prepare
+from mlframework.quantization.qat.targets import TARGETS
+
+EVERY_CONFIG = [
+    pytest.param(
+        QATConfig(target=target, weight_bits=bits, activation_bits=bits, learnable=learnable),
+        id=f"{target}-{bits}-{'learnable' if learnable else 'observed'}",
+    )
+    for target, bits, learnable in itertools.product(TARGETS, (8, 4), (False, True))
+]
+
+
+def trained(example: Example, config: QATConfig) -> nn.Module:
+    prepared = prepare(example.make(), config, example.inputs())
+    train_briefly(prepared, example.inputs(8))
+    make_batch_norms_awkward(prepared)
+    return prepared.eval()
+
+
+def assert_same_results(prepared: nn.Module, converted: nn.Module, example: Example) -> None:
+    batches = [example.inputs(), example.inputs(1), example.inputs(7)]
+    if example.shape in (IMAGE, SIGNAL):
+        batches.append(example.inputs(3, odd=True))
+    if example.shape == IMAGE:
+        batches.append((example.inputs(5)[0].to(memory_format=torch.channels_last),))
+        batches.append((torch.randn(5, example.shape[0], *reversed(example.shape[1:])).transpose(2, 3) * 3,))
+    with torch.no_grad():
+        for batch in batches:
+            assert all_equal(results(prepared, *batch), results(converted, *batch))
+
+
+@EVERY_EXAMPLE
+def test_converted_equals_prepared(example: Example) -> None:
+    prepared = trained(example, QATConfig())
+    assert_same_results(prepared, convert(prepared), example)
+
+
+@pytest.mark.parametrize("config", EVERY_CONFIG[::3])  # each target, width and way of learning; all of them below
+def test_converted_equals_prepared_for_many_configurations(config: QATConfig) -> None:
+    prepared = trained(EXAMPLES["resnet"], config)
+    assert_same_results(prepared, convert(prepared), EXAMPLES["resnet"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", EVERY_CONFIG)
+@EVERY_EXAMPLE
+def test_converted_equals_prepared_in_every_combination(example: Example, config: QATConfig) -> None:
+    prepared = trained(example, config)
+    assert_same_results(prepared, convert(prepared), example)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QATConfig(per_channel_weights=False),
+        QATConfig(weight_bits=2, activation_bits=3),
+        QATConfig(quantize_last_linear=True),
+        QATConfig(activation_observer=HistogramObserver),
+        QATConfig(overrides={"block.*": QATConfig(target="tensorrt", weight_bits=4)}),
+        QATConfig(skip=("stem", "block.conv2")),
+        QATConfig(skip=(nn.Linear,)),
+    ],
+    ids=["per tensor", "2 and 3 bits", "last linear", "histogram", "override", "skip names", "skip type"],
+)
+def test_converted_equals_prepared_with_other_options(config: QATConfig) -> None:
+    prepared = trained(EXAMPLES["resnet"], config)
+    assert_same_results(prepared, convert(prepared), EXAMPLES["resnet"])
+
+
+@SOME_EXAMPLES
+def test_converted_equals_prepared_after_calibration_alone(example: Example) -> None:
+    prepared = prepare(example.make(), QATConfig.for_target("executorch"), example.inputs())
+    calibrate(prepared, [example.inputs(), example.inputs()])
+    assert_same_results(prepared.eval(), convert(prepared), example)
+
+
+def test_inputs_beyond_the_observed_range_saturate_alike() -> None:
+    prepared = trained(EXAMPLES["functional"], QATConfig())
+    converted = convert(prepared)
+    inputs = torch.randn(4, 3, 8, 8) * 1e6
+    with torch.no_grad():
+        assert torch.equal(prepared(inputs), converted(inputs))
+
+
+def test_empty_batches_pass() -> None:
+    prepared = trained(EXAMPLES["functional"], QATConfig())
+    inputs = torch.randn(0, 3, 8, 8)
+    with torch.no_grad():
+        assert convert(prepared)(inputs).shape == prepared(inputs).shape == (0, 3)
+
+
+def test_keyword_arguments_are_taken_as_before() -> None:
+    model = EXAMPLES["many results"].make()
+    x, offset = torch.randn(4, 5), torch.rand(4, 6)
+    prepared = prepare(model, QATConfig(), (x,), {"offset": offset, "factor": 2.0})
+    prepared(x, offset, factor=2.0)
+    prepared.eval()
+    converted = convert(prepared)
+    with torch.no_grad():
+        ones = results(prepared, x, offset=offset, factor=3.0)
+        assert all_equal(ones, results(converted, x=x, offset=offset, factor=3.0))
+        assert not all_equal(ones, results(converted, x, offset, factor=1.0))
+
+
+@SOME_EXAMPLES
+def test_converting_leaves_the_prepared_model_as_it_was(example: Example) -> None:
+    prepared = trained(example, QATConfig())
+    prepared.train()
+    modules = [(name, type(module), module.training) for name, module in prepared.named_modules()]
+    state = copy.deepcopy(prepared.state_dict())
+    converted = convert(prepared)
+    assert [(name, type(module), module.training) for name, module in prepared.named_modules()] == modules
+    assert all(torch.equal(value, state[name]) for name, value in prepared.state_dict().items())
+    assert not converted.training
+    mine = {tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())}
+    theirs = [tensor for tensor in (*converted.parameters(), *converted.buffers()) if tensor.numel()]
+    assert mine.isdisjoint(tensor.data_ptr() for tensor in theirs)
+
+
+def test_class_and_hooks_of_the_user_stay() -> None:
+    model = SmallResNet()
+    calls: list[str] = []
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        calls.append(type(module).__name__)
+
+    model.register_forward_hook(record)
+    prepared = prepare(model, QATConfig(), (torch.randn(2, 3, 8, 8),))
+    prepared(torch.randn(2, 3, 8, 8))
+    converted = convert(prepared)
+    calls.clear()
+    converted(torch.randn(2, 3, 8, 8))
+    assert calls == ["SmallResNet"]
+    assert isinstance(converted, SmallResNet)
+    assert converted.features()[:2] == ["stem", "bn"]
+    assert not any(isinstance(module, FakeQuantizeLayer) for module in converted.modules())
+
+
+@pytest.mark.parametrize("model", [small_cnn(), nn.Linear(3, 2)], ids=["model", "layer"])
+def test_a_float_model_is_refused(model: nn.Module) -> None:
+    with pytest.raises(TypeError, match="prepared"):
+        convert(model)
+
+
+@pytest.mark.parametrize("example", [EXAMPLES["cnn"], EXAMPLES["branches at root"]], ids=["traced", "not traced"])
+def test_a_model_that_saw_no_data_is_refused(example: Example) -> None:
+    prepared = prepare(example.make(), QATConfig(), example.inputs())
+    with pytest.raises(RuntimeError, match="seen no data"):
+        convert(prepared)
+
+
+def test_a_graph_of_which_one_node_saw_no_data_is_refused() -> None:
+    prepared = trained(EXAMPLES["resnet"], QATConfig())
+    prepared.block.conv2.output_fake_quantize.reset()
+    with pytest.raises(RuntimeError, match=r"block.conv2.output_fake_quantize has seen no data"):
+        convert(prepared)
+
+
+def test_a_layer_that_no_data_reached_stays_float() -> None:
+    inputs = torch.randn(4, 5)
+    prepared = prepare(BranchNeverTaken(), QATConfig(), (inputs,))
+    prepared(inputs)
+    with pytest.warns(UserWarning, match=r"no data reached rare: it stays float"):
+        converted = convert(prepared.eval())
+    assert type(converted.rare) is nn.Linear
+    with torch.no_grad():
+        assert torch.equal(converted(inputs), prepared(inputs))
+        assert torch.equal(converted(inputs + 1e6), converted.rare(inputs + 1e6))
+
+
+@pytest.mark.parametrize("name", ["stem.weight_fake_quantize", "block.conv1.output_fake_quantize"])
+def test_a_node_that_is_switched_off_is_refused(name: str) -> None:
+    prepared = trained(EXAMPLES["resnet"], QATConfig())
+    prepared.get_submodule(name).fake_quantize_enabled = False
+    with pytest.raises(RuntimeError, match=f"{name} is switched off"):
+        convert(prepared)
+
+
+def test_dropout_is_gone() -> None:
+    example = EXAMPLES["functional"]
+    prepared = prepare(Functional(), QATConfig(), example.inputs())
+    prepared(*example.inputs())
+    converted = convert(prepared).train()
+    batch = example.inputs()
+    assert torch.equal(converted(*batch), converted(*batch))

@@ -1,0 +1,191 @@
+"""What a converted model holds, and that it can be saved, loaded, moved and copied."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from example_architectures import BranchesAtRoot, SmallResNet
+from example_models import EVERY_EXAMPLE, EXAMPLES, SOME_EXAMPLES, Example, all_equal, results, train_briefly
+from mlframework.quantization import QATConfig, QATModuleWrapper, convert, prepare
+from mlframework.quantization.int8.layers import Int8Embedding, Int8Layer
+from mlframework.quantization.int8.operations import Dequantize, Int8Add
+
+# Attention, tied weights, norms that do not fold, and layers that stay float keep parameters.
+WITH_FLOATS = {"tied", "attention", "transformer", "unet", "unused", "preactivation", "branches at root"}
+ALL_INTEGER = [name for name in EXAMPLES if name not in WITH_FLOATS]
+
+
+def trained(example: Example, config: QATConfig | None = None) -> nn.Module:
+    prepared = prepare(example.make(), config, example.inputs())
+    train_briefly(prepared, example.inputs(8))
+    return prepared.eval()
+
+
+def dtypes_entering_layers(model: nn.Module, *inputs: Tensor) -> dict[str, torch.dtype]:
+    entered: dict[str, torch.dtype] = {}
+
+    def record(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            entered[name] = args[0].dtype
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(record(name))
+        for name, module in model.named_modules()
+        if isinstance(module, (Int8Layer, Int8Add))
+    ]
+    model(*inputs)
+    for handle in handles:
+        handle.remove()
+    return entered
+
+
+@EVERY_EXAMPLE
+def test_weights_are_int8(example: Example) -> None:
+    prepared = trained(example)
+    quantized = [module for module in prepared.modules() if isinstance(module, QATModuleWrapper)]
+    layers = [module for module in convert(prepared).modules() if isinstance(module, (Int8Layer, Int8Embedding))]
+    assert len(layers) == len(quantized) > 0
+    assert all(layer.weight.dtype is torch.int8 for layer in layers)
+
+
+@pytest.mark.parametrize("name", ALL_INTEGER)
+def test_no_float_copy_of_a_quantized_weight_stays(name: str) -> None:
+    """What is left in floating point are scales: one per tensor or per channel."""
+    converted = convert(trained(EXAMPLES[name]))
+    assert not list(converted.parameters())
+    floats = {key: value for key, value in converted.named_buffers() if value.is_floating_point()}
+    assert all(key.rpartition(".")[2].endswith("scale") and value.dim() == 1 for key, value in floats.items())
+
+
+def test_parameters_that_a_function_reads_stay_float() -> None:
+    converted = convert(trained(EXAMPLES["tied"]))
+    assert [tuple(parameter.shape) for parameter in converted.parameters()] == [(20, 8)]
+
+
+@SOME_EXAMPLES
+def test_codes_enter_integer_layers(example: Example) -> None:
+    converted = convert(trained(example))
+    entered = dtypes_entering_layers(converted, *example.inputs())
+    assert entered
+    assert set(entered.values()) <= {torch.uint8, torch.int8}
+
+
+def test_codes_flow_from_layer_to_layer() -> None:
+    example = EXAMPLES["resnet"]
+    converted = convert(trained(example))
+    dequantized = [name for name, module in converted.named_modules() if isinstance(module, Dequantize)]
+    assert len(dequantized) == 1  # for the average; the head's result is float of itself
+
+
+def test_asking_for_a_shape_dequantizes_nothing() -> None:
+    class Reshapes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.head(x.view(x.shape[0], x.size(1) * x.shape[2] * 2))
+
+    inputs = torch.randn(2, 3, 4, 4)
+    prepared = prepare(Reshapes(), QATConfig(), (inputs,))
+    prepared(inputs)
+    converted = convert(prepared.eval())
+    assert not any(isinstance(module, Dequantize) for module in converted.modules())
+    with torch.no_grad():
+        assert torch.equal(converted(inputs), prepared(inputs))
+
+
+def test_sums_add_codes() -> None:
+    converted = convert(trained(EXAMPLES["resnet"]))
+    assert sum(isinstance(module, Int8Add) for module in converted.modules()) == 1
+
+
+@SOME_EXAMPLES
+def test_a_state_dict_loads_into_another_converted_model(example: Example) -> None:
+    first, second = convert(trained(example)), convert(trained(example))
+    inputs = example.inputs()
+    second(*inputs)  # what a layer derives from its tensors must be made anew
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    saved.seek(0)
+    second.load_state_dict(torch.load(saved, weights_only=True))
+    assert all_equal(results(first, *inputs), results(second, *inputs))
+
+
+@SOME_EXAMPLES
+def test_safetensors_take_the_state_dict(example: Example, tmp_path: Path) -> None:
+    first, second = convert(trained(example)), convert(trained(example))
+    save_file(first.state_dict(), tmp_path / "model.safetensors")
+    second.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    inputs = example.inputs()
+    assert all_equal(results(first, *inputs), results(second, *inputs))
+
+
+@SOME_EXAMPLES
+def test_copies_compute_the_same(example: Example) -> None:
+    converted = convert(trained(example))
+    inputs = example.inputs()
+    expected = results(converted, *inputs)
+    assert all_equal(results(copy.deepcopy(converted), *inputs), expected)
+    if "<lambda>" not in example.make.__qualname__:
+        assert all_equal(results(pickle.loads(pickle.dumps(converted)), *inputs), expected)
+    assert all_equal(results(converted.to("cpu"), *inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet", "cnn", "text", "called twice"])
+def test_casting_to_half_leaves_the_integers_alone(name: str) -> None:
+    example = EXAMPLES[name]
+    converted = convert(trained(example))
+    inputs = example.inputs()
+    expected = results(converted, *inputs)
+    assert all_equal(results(converted.to(torch.float16), *inputs), expected)
+
+
+FLOAT32_ONLY = "a dequantized value is float32 whatever the dtype of the model, and float layers refuse it"
+
+
+@pytest.mark.xfail(strict=True, reason=FLOAT32_ONLY, raises=RuntimeError)
+def test_a_converted_model_with_float_layers_casts_to_half() -> None:
+    example = EXAMPLES["transformer"]
+    converted = convert(trained(example)).to(torch.float16)
+    assert converted(*(value.to(torch.float16) for value in example.inputs())).dtype is torch.float16
+
+
+@pytest.mark.xfail(strict=True, reason=FLOAT32_ONLY, raises=RuntimeError)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_of_another_dtype_converts(dtype: torch.dtype) -> None:
+    inputs = torch.randn(4, 8, dtype=dtype)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).to(dtype)
+    prepared = prepare(model, QATConfig(), (inputs,))
+    prepared(inputs)
+    prepared.eval()
+    with torch.no_grad():
+        assert torch.equal(convert(prepared)(inputs), prepared(inputs))
+
+
+def test_the_file_is_about_a_quarter(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 64))
+    prepared = prepare(model, QATConfig(), (torch.randn(2, 256),))
+    prepared(torch.randn(8, 256))
+    save_file(model.state_dict(), tmp_path / "float.safetensors")
+    save_file(convert(prepared).state_dict(), tmp_path / "int8.safetensors")
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("int8", "float")]
+    assert sizes[0] <= 0.27 * sizes[1]
+
+
+def test_the_class_stays() -> None:
+    assert type(convert(trained(EXAMPLES["resnet"]))).__name__ == SmallResNet.__name__
+    assert isinstance(convert(trained(EXAMPLES["branches at root"])), BranchesAtRoot)

@@ -1,0 +1,209 @@
+"""Models come down as graphs as far as that changes nothing; the rest is kept whole, with the reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from example_models import EXAMPLES, Example, results
+from mlframework.quantization.graph.tracing import Trace, trace, unused_name
+
+
+def is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d))
+
+
+class Runs(nn.Module):
+    """A model whose forward is a function, with modules of any name."""
+
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def taken(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
+    return trace(model, args, kwargs, is_layer)
+
+
+def called(graph: fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if node.op == "call_module"]
+
+
+@pytest.mark.parametrize(
+    "example", [e for name, e in EXAMPLES.items() if name not in ("branches at root", "single layer")],
+    ids=[name for name in EXAMPLES if name not in ("branches at root", "single layer")],
+)  # fmt: skip
+def test_the_graph_computes_what_the_model_computes(example: Example) -> None:
+    model = example.make().eval()
+    inputs = example.inputs()
+    expected = results(model, *copy.deepcopy(inputs))
+    graph = taken(model, *inputs).graph
+    assert graph is not None
+    traced = fx.GraphModule(model, graph)
+    assert all(map(torch.equal, results(traced, *inputs), expected))
+
+
+def test_control_flow_keeps_the_innermost_module_whole() -> None:
+    example = EXAMPLES["branches inside"]
+    outcome = taken(example.make(), *example.inputs())
+    assert list(outcome.kept_whole) == ["inner"]
+    assert "its code does not trace" in outcome.kept_whole["inner"]
+    assert outcome.graph is not None
+    assert called(outcome.graph) == ["first", "inner", "last"]
+
+
+def test_control_flow_at_the_root_leaves_no_graph() -> None:
+    example = EXAMPLES["branches at root"]
+    outcome = taken(example.make(), *example.inputs())
+    assert outcome.graph is None
+    assert "its code does not trace" in outcome.kept_whole[""]
+
+
+@pytest.mark.parametrize("register", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_container_with_hooks_is_kept_whole(register: str) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 2))
+    getattr(model[0], f"register_{register}_hook")(lambda *args: None)
+    outcome = taken(model, torch.randn(2, 3))
+    assert outcome.kept_whole == {"0": "it has hooks of its own"}
+    assert outcome.graph is not None
+    assert called(outcome.graph) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.layer(x) if self.training else self.layer(x) * 2,
+        lambda self, x: self.layer(x) * 2 if self.training else self.layer(x),
+        lambda self, x: self.layer(x) * (2 if self.training else 3),
+    ],
+    ids=["more in evaluation", "more in training", "another number"],
+)
+def test_code_that_depends_on_the_training_mode_is_kept_whole(forward: Callable[..., Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Runs(forward, layer=nn.Linear(3, 3)), nn.Linear(3, 3))
+    assert taken(model, torch.randn(2, 3)).kept_whole == {"1": "its code depends on the training mode"}
+    assert taken(model[1], torch.randn(2, 3)).graph is None
+
+
+def test_code_that_draws_while_tracing_is_not_traced() -> None:
+    outcome = taken(Runs(lambda self, x: x + torch.rand(3)), torch.randn(2, 3))
+    assert outcome.graph is None
+
+
+def test_any_number_of_arguments_is_not_traced() -> None:
+    class Star(nn.Module):
+        def forward(self, *values: Tensor) -> Tensor:
+            return values[0] + values[1]
+
+    outcome = taken(Star(), torch.randn(2), torch.randn(2))
+    assert "any number of arguments" in outcome.kept_whole[""]
+
+
+def test_a_forward_replaced_on_the_instance_is_not_traced() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.forward = lambda x: x  # type: ignore[method-assign]
+    assert taken(model, torch.randn(2, 3)).kept_whole == {"": "its forward was replaced on the instance"}
+
+
+@pytest.mark.parametrize("call", [F.dropout, F.dropout1d, F.dropout2d], ids=lambda call: call.__name__)
+def test_dropout_functions_become_modules(call: Callable[..., Tensor]) -> None:
+    model = Runs(lambda self, x: call(x, 0.25, self.training))
+    graph = taken(model, torch.randn(2, 3, 4, 4) if call is F.dropout2d else torch.randn(2, 3, 4)).graph
+    assert graph is not None
+    (name,) = called(graph)
+    assert model.get_submodule(name).p == 0.25
+    assert model.get_submodule(name).training
+
+
+def test_dropout_that_never_stops_is_not_traced() -> None:
+    assert taken(Runs(lambda self, x: F.dropout(x, 0.5, True)), torch.randn(8, 8)).graph is None
+
+
+def test_constants_become_buffers_outside_the_state_dict() -> None:
+    model = Runs(lambda self, x: x * torch.tensor([1.0, 2.0]))
+    graph = taken(model, torch.randn(3, 2)).graph
+    assert graph is not None
+    assert model.state_dict() == {}
+    ((name, value),) = model.named_buffers()
+    assert torch.equal(value, torch.tensor([1.0, 2.0]))
+    assert [node.target for node in graph.find_nodes(op="get_attr")] == [name]
+
+
+def test_arguments_left_out_keep_their_defaults() -> None:
+    example = EXAMPLES["many results"]
+    graph = taken(example.make(), *example.inputs()).graph
+    assert graph is not None
+    assert [node.target for node in graph.find_nodes(op="placeholder")] == ["x"]
+    graph = taken(example.make(), *example.inputs(), offset=torch.rand(4, 6)).graph
+    assert graph is not None
+    assert [node.target for node in graph.find_nodes(op="placeholder")] == ["x", "offset"]
+
+
+def test_modes_buffers_inputs_and_random_state_are_as_before() -> None:
+    model = Runs(lambda self, x: self.bn(x.add_(1)), bn=nn.BatchNorm2d(3), other=nn.Dropout())
+    model.other.eval()
+    inputs = torch.randn(2, 3, 4, 4)
+    before, state = inputs.clone(), copy.deepcopy(model.state_dict())
+    modes, random = [module.training for module in model.modules()], torch.random.get_rng_state()
+    taken(model, inputs)
+    assert torch.equal(inputs, before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda self, y: y.relu_(),
+        lambda self, y: F.relu(y, inplace=True),
+        lambda self, y: self.relu(y),
+        lambda self, y: torch.relu_(y),
+        lambda self, y: y.add_(1),
+    ],
+    ids=["method", "function", "module", "torch", "add_"],
+)
+def test_what_reads_a_tensor_after_it_was_changed_reads_the_change(change: Callable[..., Tensor]) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        before = y * 1
+        change(self, y)
+        return y + before
+
+    graph = taken(Runs(forward, layer=nn.Linear(3, 3), relu=nn.ReLU(inplace=True)), torch.randn(2, 3)).graph
+    assert graph is not None
+    layer, multiplied, changed, total = [node for node in graph.nodes if node.op.startswith("call")]
+    assert multiplied.args[0] is layer
+    assert total.args == (changed, multiplied)
+
+
+def test_views_become_reshapes() -> None:
+    graph = taken(Runs(lambda self, x: x.view(2, -1).view(torch.int32)), torch.randn(2, 3, 4)).graph
+    assert graph is not None
+    assert [node.target for node in graph.find_nodes(op="call_method", target="reshape")] == ["reshape"]
+    assert len(list(graph.find_nodes(op="call_method", target="view"))) == 1
+
+
+def test_nodes_tell_dtype_and_shape() -> None:
+    graph = taken(Runs(lambda self, x: self.layer(x).argmax(1), layer=nn.Linear(3, 4)), torch.randn(2, 3)).graph
+    assert graph is not None
+    infos = [node.meta["tensor"] for node in graph.nodes if node.op != "output"]
+    assert [tuple(info.shape) for info in infos] == [(2, 3), (2, 4), (2,)]
+    assert [info.dtype for info in infos] == [torch.float32, torch.float32, torch.int64]
+
+
+def test_unused_names_count_up() -> None:
+    model = nn.Module()
+    assert unused_name(model, "node") == "node"
+    model.node, model.node_1 = nn.ReLU(), 3
+    assert unused_name(model, "node") == "node_2"

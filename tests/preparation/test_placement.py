@@ -1,0 +1,176 @@
+"""Every tensor that enters a quantized operation is quantized exactly once, and where the rules say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from example_architectures import BranchesAtRoot, conv
+from example_models import EXAMPLES, Example, train_briefly
+from mlframework.quantization import FakeQuantizeLayer, QATConfig, QATModuleWrapper, prepare
+from mlframework.quantization.graph.generated_forward import graph_of, has_generated_forward
+from mlframework.quantization.qat.qat_add import QATAdd
+from placement_probes import IMAGES, Runs, free_nodes, output, placed, source, sums
+
+TRACED = {name: example for name, example in EXAMPLES.items() if name not in ("branches at root", "single layer")}
+
+
+@pytest.mark.parametrize("example", TRACED.values(), ids=TRACED)
+def test_what_enters_a_layer_is_on_the_grid_of_its_source(example: Example) -> None:
+    """Each tensor is fake-quantized by the very node that the layer takes its grid from, and by no other after it."""
+    prepared = prepare(example.make(), QATConfig(), example.inputs())
+    train_briefly(prepared, example.inputs(6), steps=2)
+    prepared.eval()
+    assert has_generated_forward(prepared)
+    seen: list[str] = []
+
+    def check(name: str, index: int, node: FakeQuantizeLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(name)
+            assert torch.equal(node(args[index]), args[index])
+
+        return hook
+
+    for name, module in prepared.named_modules():
+        if isinstance(module, QATModuleWrapper) and module.input_source not in (None, module.input_fake_quantize):
+            module.register_forward_pre_hook(check(name, 0, module.input_source))
+        if isinstance(module, QATAdd):
+            for index, node in enumerate(module.sources):
+                module.register_forward_pre_hook(check(name, index, node))
+    prepared(*example.inputs())
+    assert seen
+
+
+@pytest.mark.parametrize("example", TRACED.values(), ids=TRACED)
+def test_no_value_is_quantized_twice(example: Example) -> None:
+    """No node reads, through operations that keep values, what another node has put on a grid."""
+    prepared = prepare(example.make(), None, example.inputs())
+    modules = dict(prepared.named_modules())
+
+    def gives_grid(node: fx.Node) -> bool:
+        module = modules.get(str(node.target))
+        return isinstance(module, FakeQuantizeLayer) or getattr(module, "output_fake_quantize", None) is not None
+
+    for node in graph_of(prepared).nodes:
+        if isinstance(modules.get(str(node.target)), FakeQuantizeLayer):
+            assert not gives_grid(node.args[0])
+            assert len([user for user in node.args[0].users if gives_grid(user)]) == 1
+
+
+@pytest.mark.parametrize("example", TRACED.values(), ids=TRACED)
+def test_every_reached_layer_computes_on_integers_in_evaluation(example: Example) -> None:
+    prepared = prepare(example.make(), None, example.inputs())
+    train_briefly(prepared, example.inputs(6), steps=1)
+    prepared.eval()
+    with torch.no_grad():
+        for module in prepared.modules():
+            if isinstance(module, QATModuleWrapper) and not isinstance(module.layer, nn.Embedding):
+                assert module.computes_integers
+            if isinstance(module, QATAdd):
+                assert module.computes_integers
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0, 2), F.relu, F.relu6, torch.relu])
+def test_a_chain_is_quantized_at_its_end(relu: Any) -> None:
+    modules = {"relu": relu} if isinstance(relu, nn.Module) else {}
+    model = placed(
+        lambda self, x: self.last((self.relu if modules else relu)(self.bn(self.first(x)))),
+        first=conv(3, 4),
+        bn=nn.BatchNorm2d(4),
+        last=conv(4, 2),
+        **modules,
+    )
+    assert free_nodes(model) == ["x_fake_quantize"]
+    assert model.first.following[0] is model.bn
+    assert len(model.first.following) == 2
+    assert source(model, "last") is output(model, "first")
+    scheme = output(model, "first").scheme
+    assert (scheme.signed, scheme.symmetric_zero_point, scheme.symmetric) == (False, scheme.quant_min, True)
+
+
+def test_without_a_relu_the_grid_holds_both_signs() -> None:
+    model = placed(lambda self, x: self.last(self.first(x)), first=conv(3, 4), last=conv(4, 2))
+    assert not output(model, "first").scheme.symmetric
+
+
+def test_a_chain_ends_where_something_else_reads_it() -> None:
+    model = placed(
+        lambda self, x: (lambda y: self.last(F.relu(self.bn(y))) + self.last(y))(self.first(x)),
+        first=conv(3, 4),
+        bn=nn.BatchNorm2d(4),
+        last=conv(4, 2),
+    )
+    assert model.first.following == ()
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.LeakyReLU(), nn.Sigmoid()], ids=str)
+def test_other_activations_are_computed_in_float(activation: nn.Module) -> None:
+    model = placed(
+        lambda self, x: self.last(self.activation(self.first(x))),
+        first=conv(3, 4),
+        activation=activation,
+        last=conv(4, 2),
+    )
+    assert free_nodes(model) == ["x_fake_quantize", "activation_fake_quantize"]
+    scheme = model.activation_fake_quantize.scheme
+    assert scheme.symmetric is isinstance(activation, nn.Sigmoid)  # which is never negative
+
+
+def test_every_call_site_has_a_node_of_its_own() -> None:
+    model = prepare(EXAMPLES["called twice"].make(), None, (IMAGES,))
+    assert model.conv.layer is model.conv_call.layer
+    assert model.conv.weight is model.conv_call.weight
+    assert model.conv.weight_fake_quantize is model.conv_call.weight_fake_quantize
+    assert output(model, "conv") is not output(model, "conv_call")
+    assert source(model, "conv_call") is output(model, "conv")
+    assert source(model, "last") is output(model, "conv_call")
+
+
+def test_the_last_linear_stays_float_and_the_last_convolution_does_not() -> None:
+    model = nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 2), nn.Identity())
+    prepared = prepare(model, None, (IMAGES,))
+    assert output(prepared, "4") is None
+    assert output(prepared, "2") is not None
+    assert output(prepare(model, QATConfig(quantize_last_linear=True), (IMAGES,)), "4") is not None
+    assert output(prepare(nn.Sequential(conv(3, 4)), None, (IMAGES,)), "0") is not None
+
+
+def test_a_result_that_another_layer_reads_is_quantized() -> None:
+    example = EXAMPLES["mlp"]
+    model = Runs(
+        lambda self, x: (lambda y: (y, self.last(y)))(self.first(x)), first=nn.Linear(5, 4), last=nn.Linear(4, 2)
+    )
+    prepared = prepare(model, None, example.inputs())
+    assert source(prepared, "last") is output(prepared, "first")
+    assert output(prepared, "last") is None
+
+
+def test_in_a_model_that_is_not_traced_every_layer_has_its_own_nodes() -> None:
+    model = prepare(BranchesAtRoot(), None, (IMAGES,))
+    assert model.conv.input_fake_quantize is not None
+    assert output(model, "conv") is not None
+    assert output(model, "head") is None
+
+
+def test_embeddings_quantize_their_table_and_rows() -> None:
+    example = EXAMPLES["text"]
+    model = prepare(example.make(), None, example.inputs())
+    assert model.embedding.input_source is None
+    (total,) = sums(model)
+    assert total.sources == (output(model, "embedding"), output(model, "position"))
+
+
+def test_a_layer_called_with_more_than_its_input_stays_float() -> None:
+    model = prepare(EXAMPLES["unet"].make(), None, (IMAGES,))
+    assert type(model.up) is nn.ConvTranspose2d
+
+
+def test_batch_norm_over_another_axis_does_not_fold() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(4, 2))
+    prepared = prepare(model, None, (torch.randn(2, 3, 5),))
+    assert prepared[0].following == ()

@@ -1,0 +1,115 @@
+"""Operations that keep values share a grid; sums, concatenations and averages get one of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from example_architectures import conv
+from mlframework.quantization import prepare
+from placement_probes import IMAGES, free_nodes, output, placed, source, sums
+
+SHARING: dict[str, Callable[[Tensor], Tensor]] = {
+    "max pool": lambda x: F.max_pool2d(x, 2),
+    "reshape": lambda x: x.reshape(2, 4, 4, 16),
+    "view": lambda x: x.view(2, 4, 4, 16),
+    "transpose": lambda x: torch.transpose(x, 2, 3),
+    "permute": lambda x: x.permute(0, 1, 3, 2).contiguous(),
+    "slice": lambda x: x[:, :, ::2],
+    "chunk": lambda x: x.chunk(2, dim=2)[1],
+    "split": lambda x: torch.split(x, [4, 4], dim=3)[0],
+    "squeeze": lambda x: x.unsqueeze(0).squeeze(0),
+    "clone": lambda x: x.clone(),
+    "flatten": lambda x: torch.flatten(x, 2).unsqueeze(2),
+    "relu later": lambda x: F.relu(F.max_pool2d(x, 2)),
+}
+
+
+@pytest.mark.parametrize("operation", SHARING.values(), ids=SHARING)
+def test_operations_that_keep_values_share_the_grid(operation: Callable[[Tensor], Tensor]) -> None:
+    model = placed(lambda self, x: self.last(operation(self.first(x))), first=conv(3, 4), last=conv(4, 2))
+    assert free_nodes(model) == ["x_fake_quantize"]
+    assert source(model, "last") is output(model, "first")
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(), nn.Identity(), nn.MaxPool2d(3, 1, 1, ceil_mode=True)], ids=str)
+def test_modules_that_keep_values_share_the_grid(module: nn.Module) -> None:
+    model = prepare(nn.Sequential(conv(3, 4), module, conv(4, 2)), None, (IMAGES,))
+    assert source(model, "2") is output(model, "0")
+
+
+def test_consumers_share_one_node() -> None:
+    model = placed(
+        lambda self, x: self.left(x) + self.middle(F.max_pool2d(x, 3, 1, 1)) + self.right(x),
+        left=conv(3, 4),
+        middle=conv(3, 4),
+        right=conv(3, 4),
+    )
+    assert free_nodes(model) == ["x_fake_quantize"]
+    assert source(model, "left") is source(model, "middle") is source(model, "right") is model.x_fake_quantize
+
+
+def joined(join: Callable[..., Tensor], relu: bool) -> nn.Module:
+    channels = join(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4)).shape[1]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = join(self.left(x), self.right(x))
+        return self.last(F.relu(y) if relu else y)
+
+    return placed(forward, left=conv(3, 4), right=conv(3, 4), last=nn.Conv2d(channels, 2, 1))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [lambda a, b: torch.cat([a, b], 1), lambda a, b: F.avg_pool2d(a, 2), lambda a, b: a.mean((2, 3), keepdim=True)],
+    ids=["cat", "average pool", "mean"],
+)
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+def test_new_values_get_a_node_of_their_own(join: Callable[..., Tensor], relu: bool) -> None:
+    model = joined(join, relu)
+    assert len(free_nodes(model)) == 2
+    assert source(model, "last") is model.get_submodule(free_nodes(model)[1])
+
+
+@pytest.mark.parametrize(
+    "add",
+    [lambda a, b: a + b, torch.add, lambda a, b: a.add(b), lambda a, b: a.add_(b)],
+    ids=["operator", "function", "method", "in place"],
+)
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+def test_a_residual_sum_adds_codes(add: Callable[..., Tensor], relu: bool) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = add(self.body(x), x * 1)
+        return self.last(F.relu(y) if relu else y)
+
+    model = placed(forward, body=conv(3, 3), last=conv(3, 2))
+    (total,) = sums(model)
+    assert source(model, "last") is total.output_fake_quantize
+    assert total.sources[0] is output(model, "body")
+    assert total.sources[1] is model.mul_fake_quantize
+    assert total.output_fake_quantize.scheme.symmetric is relu
+
+
+def test_a_relu_on_a_sum_that_others_read_shares_its_grid() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.first(x) + x
+        return self.last(F.relu(y)) + y
+
+    model = placed(forward, first=conv(3, 3), last=conv(3, 3))
+    assert free_nodes(model) == ["x_fake_quantize"]
+    assert source(model, "last") is sums(model)[0].output_fake_quantize
+    assert sums(model)[1].sources == (output(model, "last"), sums(model)[0].output_fake_quantize)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda self, x: self.layer(x) + 1, lambda self, x: torch.add(self.layer(x), x, alpha=2)],
+    ids=["number", "factor"],
+)
+def test_other_additions_stay_float(forward: Callable[..., Tensor]) -> None:
+    assert not sums(placed(forward, layer=conv(3, 3)))

@@ -1,0 +1,133 @@
+"""Which grids a configuration means, and which layers it means them for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+from torch import nn
+
+from mlframework.quantization import MinMaxObserver, PercentileObserver, QATConfig, StraightThroughEstimator
+
+LINEAR, CONV = nn.Linear(4, 2), nn.Conv2d(3, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "activation", "non_negative"),
+    [
+        ("onnxruntime", "uint8 [0, 255] affine, per tensor", "uint8 [0, 255] symmetric, per tensor"),
+        ("openvino", "int8 [-128, 127] symmetric, per tensor", "uint8 [0, 255] symmetric, per tensor"),
+        ("tensorrt", "int8 [-128, 127] symmetric, per tensor", "int8 [-128, 127] symmetric, per tensor"),
+        ("executorch", "int8 [-128, 127] affine, per tensor", "int8 [-128, 127] affine, per tensor"),
+    ],
+)
+def test_grids_of_a_target(target: str, activation: str, non_negative: str) -> None:
+    config = QATConfig.for_target(target)
+    assert str(config.activation_scheme) == activation
+    assert str(config.non_negative_activation_scheme) == non_negative
+    assert str(config.weight_scheme) == "int8 [-127, 127] symmetric, per channel 0"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "executorch"])
+def test_zero_after_a_relu_is_the_lowest_code(target: str) -> None:
+    """What fusing the ReLU into the layer takes; on an affine grid the observer brings it about."""
+    scheme = QATConfig(target=target).non_negative_activation_scheme
+    assert not scheme.symmetric or scheme.symmetric_zero_point == scheme.quant_min
+
+
+def test_onnxruntime_is_the_default() -> None:
+    assert QATConfig() == QATConfig.for_target("onnxruntime")
+
+
+@pytest.mark.parametrize(("bits", "lowest", "highest"), [(2, -1, 1), (4, -7, 7), (7, -63, 63)])
+def test_weights_of_fewer_bits(bits: int, lowest: int, highest: int) -> None:
+    config = QATConfig(weight_bits=bits)
+    assert (config.weight_scheme.quant_min, config.weight_scheme.quant_max) == (lowest, highest)
+    assert config.activation_scheme.bits == 8
+
+
+def test_activations_of_fewer_bits() -> None:
+    config = QATConfig.for_target("executorch", activation_bits=4)
+    assert (config.activation_scheme.quant_min, config.activation_scheme.quant_max) == (-8, 7)
+    assert config.non_negative_activation_scheme.bits == 4
+    assert config.weight_scheme.bits == 8
+
+
+def test_for_target_takes_every_field() -> None:
+    estimator = StraightThroughEstimator(saturated="identity")
+    config = QATConfig.for_target("tensorrt", learnable=True, estimator=estimator, skip=("a",))
+    assert (config.learnable, config.estimator, config.skip) == (True, estimator, ("a",))
+
+
+@pytest.mark.parametrize("selector", ["stem.0", "stem.*", "s*0", nn.Linear, nn.Module], ids=str)
+def test_selectors_pick_by_name_pattern_and_type(selector: str | type[nn.Module]) -> None:
+    other = QATConfig(weight_bits=4)
+    config = QATConfig(overrides={selector: other})
+    assert config.for_layer("stem.0", LINEAR) is other
+    assert QATConfig(skip=(selector,)).for_layer("stem.0", LINEAR) is None
+
+
+@pytest.mark.parametrize("selector", ["stem", "0", "STEM.0", "stem.0.*", nn.Conv2d], ids=str)
+def test_selectors_leave_others_alone(selector: str | type[nn.Module]) -> None:
+    config = QATConfig(overrides={selector: QATConfig(weight_bits=4)}, skip=(selector,))
+    assert config.for_layer("stem.0", LINEAR) is config
+
+
+def test_the_first_override_that_matches_counts() -> None:
+    first, second = QATConfig(weight_bits=4), QATConfig(weight_bits=5)
+    config = QATConfig(overrides={"a*": first, nn.Linear: second})
+    assert config.for_layer("ab", LINEAR) is first
+    assert config.for_layer("b", LINEAR) is second
+
+
+def test_skip_goes_before_overrides() -> None:
+    config = QATConfig(overrides={"a": QATConfig()}, skip=(nn.Linear,))
+    assert config.for_layer("a", LINEAR) is None
+
+
+def test_selectors_that_match_nothing_are_told() -> None:
+    config = QATConfig(overrides={"a": QATConfig(), nn.Conv1d: QATConfig()}, skip=("b.*", nn.Conv2d))
+    assert config.unused_selectors({"a": LINEAR, "c": CONV}) == [nn.Conv1d, "b.*"]
+
+
+@pytest.mark.parametrize("make", [MinMaxObserver, functools.partial(PercentileObserver, 99.0)])
+def test_observers_come_from_any_maker(make: Any) -> None:
+    config = QATConfig(activation_observer=make)
+    assert config.activation_observer() is not config.activation_observer()
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"target": "tflite"}, ValueError, "target must be one of executorch, onnxruntime, openvino, tensorrt"),
+        ({"weight_bits": 1}, ValueError, "weight_bits must be an int between 2 and 8, got 1"),
+        ({"activation_bits": 16}, ValueError, "activation_bits"),
+        ({"activation_bits": 8.0}, ValueError, "activation_bits"),
+        ({"weight_bits": True}, ValueError, "weight_bits"),
+        ({"activation_observer": MinMaxObserver()}, TypeError, "activation_observer must make a new observer"),
+        ({"activation_observer": "minmax"}, TypeError, "activation_observer"),
+        ({"estimator": "ste"}, TypeError, "estimator must be a StraightThroughEstimator"),
+        ({"skip": "head"}, TypeError, "skip must be a tuple"),
+        ({"skip": nn.Linear}, TypeError, "skip must be a tuple"),
+        ({"skip": (3,)}, TypeError, "must select by name, pattern or module type, got 3"),
+        ({"skip": (int,)}, TypeError, "must select by"),
+        ({"overrides": {LINEAR: QATConfig()}}, TypeError, "must select by"),
+        ({"overrides": {"head": {"weight_bits": 4}}}, TypeError, r"overrides\['head'\] must be a QATConfig, got dict"),
+    ],
+    ids=str,
+)
+def test_bad_fields_are_refused(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        QATConfig(**fields)
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(TypeError, match="bits"):
+        QATConfig.for_target("onnxruntime", bits=4)
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QATConfig().weight_bits = 4  # type: ignore[misc]
