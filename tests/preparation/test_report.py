@@ -31,8 +31,10 @@ def test_every_layer_has_an_entry(example: Example) -> None:
 
 
 def test_entries_tell_grids() -> None:
-    entries = {entry.name: entry for entry in report_on(EXAMPLES["resnet"]).quantized}
+    report = report_on(EXAMPLES["resnet"])
+    entries = {entry.name: entry for entry in report.entries}
     assert list(entries) == ["x", "stem", "block.conv1", "block.conv2", "add", "average", "head"]
+    assert [entry.name for entry in report.left_float] == ["average"]
     assert entries["x"] == ReportEntry("x", "input", True, "uint8 [0, 255] affine, per tensor")
     assert entries["stem"].kind == "Conv2d"
     assert entries["stem"].detail == (

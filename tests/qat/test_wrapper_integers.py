@@ -228,7 +228,6 @@ def test_one_node_switched_off_ends_the_integers(example: LayerExample) -> None:
     assert not wrapper.train().computes_integers
 
 
-@pytest.mark.xfail(strict=True, reason="an activation has no mode, but is asked for it")
 def test_an_activation_in_training_mode_does_not_end_the_integers() -> None:
     wrapper = QATModuleWrapper(nn.Linear(4, 3), activation=nn.ReLU())
     wrapper(torch.randn(5, 4))

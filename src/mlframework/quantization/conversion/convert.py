@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..graph.generated_forward import graph_of, has_generated_forward, set_forward
-from ..int8.integer_module import PackedModule
-from ..qat.fake_quantize_layer import FakeQuantizeLayer, check_grids
+from ..int8.integer_module import IntegerModule, PackedModule
+from ..preparation.report import NEVER_REACHED, PreparationReport
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.observer_synchronizer import commit_statistics, discard_statistics
 from ..qat.qat_add import QATAdd
 from ..qat.qat_module_wrapper import QATModuleWrapper
@@ -51,10 +53,22 @@ def convert(model: nn.Module) -> nn.Module:
         True
     """
     _check(model)
-    converted = copy.deepcopy(model)
+    _warn_of_unreached_layers(model)
+    converted = _integer_form(copy.deepcopy(model))
+    dtype = _float_dtype(model)
+    for module in converted.modules():
+        if isinstance(module, IntegerModule):
+            module.float_dtype = dtype
+        if isinstance(module, PackedModule):
+            module.pack()
+    return converted.eval()
+
+
+def _integer_form(converted: nn.Module) -> nn.Module:
+    """Replaces what quantizes by what computes on integers, in place where the root itself stays."""
     _remove_hooks(converted)
     if isinstance(converted, (QATModuleWrapper, FakeQuantizeLayer)):
-        return between_floats(converted).eval()
+        return between_floats(converted)
     graph = graph_of(converted) if has_generated_forward(converted) else None
     called = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for name, module in _outermost_nodes(converted):
@@ -63,10 +77,24 @@ def convert(model: nn.Module) -> nn.Module:
     if graph is not None:
         lower(converted, graph)
         set_forward(converted, graph)
-    for layer in converted.modules():
-        if isinstance(layer, PackedModule):
-            layer.pack()
-    return converted.eval()
+    return converted
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that the model computes in where it computes on floats."""
+    for module in model.modules():
+        if isinstance(module, QATModuleWrapper):
+            weight: Tensor = module.layer.weight  # type: ignore[assignment]
+            return weight.dtype
+    return torch.float32
+
+
+def _warn_of_unreached_layers(model: nn.Module) -> None:
+    report = getattr(model, "preparation_report", None)
+    if isinstance(report, PreparationReport):
+        for entry in report.left_float:
+            if entry.detail == NEVER_REACHED:
+                warnings.warn(f"no data reached {entry.name}: it stays float", UserWarning, stacklevel=3)
 
 
 def _check(model: nn.Module) -> None:
@@ -94,7 +122,7 @@ def _remove_hooks(model: nn.Module) -> None:
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
             for key, hook in list(hooks.items()):
-                if getattr(hook, "hook", hook) in (commit_statistics, discard_statistics, check_grids):
+                if getattr(hook, "hook", hook) in (commit_statistics, discard_statistics):
                     del hooks[key]
     if hasattr(model, "observer_synchronizer"):
         del model.observer_synchronizer
@@ -119,5 +147,5 @@ def _alone(name: str, module: QATModuleWrapper | FakeQuantizeLayer) -> nn.Module
     nodes = [part for part in module.modules() if isinstance(part, FakeQuantizeLayer)]
     if all(node.is_initialized for node in nodes):
         return between_floats(module)
-    warnings.warn(f"no data reached {name}: it stays float", UserWarning, stacklevel=3)
+    warnings.warn(f"no data reached {name}: it stays float", UserWarning, stacklevel=4)
     return module.layer if isinstance(module, QATModuleWrapper) else module.layer or nn.Identity()

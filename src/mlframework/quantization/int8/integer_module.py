@@ -11,24 +11,40 @@ from torch import Tensor, nn
 
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
+from ..scheme_state import check_schemes, register_scheme
 
 Plan = TypeVar("Plan")
 
 
 class IntegerModule(nn.Module):
-    """Holds codes and scales; scales stay float32 when a model is cast."""
+    """Holds codes and scales; scales stay float32 when a model is cast, and only floats that leave it follow.
+
+    Attributes:
+        float_dtype: the dtype of the model around it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.float_dtype = torch.float32
 
     def register_grid(self, name: str, parameters: QuantizationParameters | None) -> None:
-        """Copies parameters to the buffers ``{name}scale`` (float32) and ``{name}zero_point`` (int32)."""
+        """Copies parameters to the buffers ``{name}scale`` (float32), ``{name}zero_point`` (int32), ``{name}grid``."""
         scale = zero_point = None
         if parameters is not None:
             scale = parameters.scale.detach().to(torch.float32, copy=True)
             zero_point = parameters.zero_point.detach().to(torch.int32, copy=True)
         self.register_buffer(f"{name}scale", scale)
         self.register_buffer(f"{name}zero_point", zero_point)
+        if parameters is not None:
+            register_scheme(self, f"{name}grid", parameters.scheme)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerModule:
+        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_schemes(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PackedModule(IntegerModule, Generic[Plan]):
@@ -56,10 +72,10 @@ class PackedModule(IntegerModule, Generic[Plan]):
         self._plan = None
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         packed = self._plan is not None
         self._plan = None
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if packed:
             self.pack()
 

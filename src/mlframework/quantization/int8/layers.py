@@ -119,7 +119,8 @@ class Int8Layer(PackedModule[_Plan]):
             sums = sums.to(torch.int32)
         accumulator = sums + plan.bias
         if self.output_scheme is None:
-            return arithmetic.rescale_accumulator(accumulator, plan.multiplier).clamp_(*self.clip)
+            result = arithmetic.rescale_accumulator(accumulator, plan.multiplier).clamp_(*self.clip)
+            return result.to(self.float_dtype)
         return arithmetic.requantize_accumulator(
             accumulator, plan.multiplier, plan.zero_point, plan.lowest, plan.highest, self.output_scheme.dtype
         )
@@ -214,7 +215,7 @@ class Int8ConvTranspose2d(Int8Layer):
 
 
 class Int8Embedding(IntegerModule):
-    """``nn.Embedding`` with an int8 table: indices to float32 rows on the table's grid.
+    """``nn.Embedding`` with an int8 table: indices to float rows on the table's grid.
 
     Args:
         weight: codes (num_embeddings, embedding_dim), int8.
@@ -233,7 +234,7 @@ class Int8Embedding(IntegerModule):
         """Indices (*) to rows (*, embedding_dim)."""
         rows = F.embedding(indices, self.weight).to(torch.float32)
         scale = self.weight_scale if self.weight_scale.numel() == 1 else self.weight_scale[indices].unsqueeze(-1)
-        return rows * scale
+        return (rows * scale).to(self.float_dtype)
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}"

@@ -36,10 +36,11 @@ class Quantize(_OnGrid):
 
 
 class Dequantize(_OnGrid):
-    """Codes to float32 values."""
+    """Codes to float values: computed in float32, in the dtype of the model around."""
 
     def forward(self, codes: Tensor) -> Tensor:
-        return arithmetic.dequantize_codes(codes, self.scale, self.zero_point, self.scheme.channel_axis)
+        values = arithmetic.dequantize_codes(codes, self.scale, self.zero_point, self.scheme.channel_axis)
+        return values.to(self.float_dtype)
 
 
 class Int8ReLU(_OnGrid):
@@ -136,7 +137,12 @@ class Int8WithFloatEdges(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self.layer(input if self.quantize is None else self.quantize(input))
-        return output if self.dequantize is None else self.dequantize(output)
+        return in_format_of(input, output if self.dequantize is None else self.dequantize(output))
+
+
+def in_format_of(input: Tensor, output: Tensor) -> Tensor:
+    """``output`` in the memory format that a float layer would give it: integer convolutions make channels-last."""
+    return output.contiguous() if input.is_contiguous() else output
 
 
 class OnGrid(nn.Module):

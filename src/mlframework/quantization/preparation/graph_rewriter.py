@@ -105,7 +105,8 @@ class GraphRewriter:
         if node.op in ("placeholder", "get_attr"):
             detail = f"{layer.scheme}"
         name = str(node.target) if node.op == "call_module" else node.name
-        return ReportEntry(name, _description(node, self.modules), why_float is None, detail)
+        on_integers = node.op in ("placeholder", "get_attr")
+        return ReportEntry(name, _description(node, self.modules), on_integers, detail)
 
     def _put_addition(self, entry: Sum, addition: QATAdd) -> ReportEntry:
         name = unused_name(self.root, entry.node.name)

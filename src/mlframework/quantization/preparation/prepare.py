@@ -13,15 +13,16 @@ from ..graph.clone import clone_sharing_parameters
 from ..graph.generated_forward import set_forward
 from ..graph.tracing import trace
 from ..qat.config import QATConfig
-from ..qat.fake_quantize_layer import FakeQuantizeLayer, check_grids
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.layer_types import layer_type_of
 from ..qat.observer_synchronizer import ObserverSynchronizer, commit_statistics, discard_statistics
 from ..qat.qat_add import QATAdd
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from ..scheme_state import check_schemes
 from . import operations
 from .graph_rewriter import GraphRewriter, layer_entry
 from .placement import place, skip_reason
-from .report import PreparationReport, ReportEntry
+from .report import NEVER_REACHED, PreparationReport, ReportEntry
 
 
 def prepare(
@@ -131,7 +132,7 @@ def _rewrite(root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], confi
     reported = {entry.name for entry in entries}
     for name, module in modules.items():
         if layer_type_of(module) is not None and name not in reported:
-            reason = placement.float_layers.get(name, "the forward never reaches it")
+            reason = placement.float_layers.get(name, NEVER_REACHED)
             entries.append(ReportEntry(name, type(module).__name__, False, reason))
     return entries
 
@@ -180,4 +181,4 @@ def _connect(prepared: nn.Module) -> None:
     prepared.observer_synchronizer = ObserverSynchronizer(shared)  # type: ignore[assignment]
     prepared.register_forward_pre_hook(discard_statistics)
     prepared.register_forward_hook(commit_statistics)
-    prepared.register_load_state_dict_pre_hook(check_grids)  # type: ignore[no-untyped-call]
+    prepared.register_load_state_dict_pre_hook(check_schemes)  # type: ignore[no-untyped-call]

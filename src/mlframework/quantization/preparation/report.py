@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+NEVER_REACHED = "the forward never reaches it"
+
 
 @dataclass(frozen=True)
 class ReportEntry:
-    """One layer or operation: its qualified name, its kind, whether it is quantized, and how (or why not)."""
+    """One layer or operation: its qualified name, its kind, whether it computes on integers, and how (or why not).
+
+    An operation that computes in float may still have its output on a grid, for the layers that read it.
+    """
 
     name: str
     kind: str

@@ -12,6 +12,7 @@ from .. import arithmetic
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
 from ..scheme import QuantizationScheme
+from ..scheme_state import check_schemes, register_scheme
 from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
 from .fake_quantize_operation import fake_quantize_tensor
 from .observer_synchronizer import ObserverSynchronizer, reduce_over_ranks
@@ -114,7 +115,7 @@ class FakeQuantizeLayer(nn.Module):
             self.register_buffer("scale", scale)
             self.register_buffer("zero_point", zero_point)
         self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
-        self.register_buffer("grid", grid_of(scheme))
+        register_scheme(self, "grid", scheme)
 
     @property
     def is_initialized(self) -> bool:
@@ -230,7 +231,7 @@ class FakeQuantizeLayer(nn.Module):
         return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_grid(self, state_dict, prefix)
+        check_schemes(self, state_dict, prefix)
         before = self.initialized.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
         # A state that lacks the scale, or has another number of them, must not pass for data.
@@ -251,28 +252,3 @@ class FakeQuantizeLayer(nn.Module):
         if not self.fake_quantize_enabled:
             parts.append("disabled")
         return ", ".join(parts)
-
-
-def grid_of(scheme: QuantizationScheme) -> Tensor:
-    """The scheme as a tensor, so that a state dict says which grid its scales belong to."""
-    axis = -100 if scheme.channel_axis is None else scheme.channel_axis
-    return torch.tensor([scheme.bits, scheme.signed, scheme.symmetric, scheme.narrow_range, axis])
-
-
-def check_grid(layer: FakeQuantizeLayer, state_dict: dict[str, Any], prefix: str) -> None:
-    """Raises RuntimeError where the state to be loaded is of another scheme."""
-    saved = state_dict.get(f"{prefix}grid")
-    if saved is not None and not torch.equal(saved.cpu(), grid_of(layer.scheme)):
-        bits, signed, symmetric, narrow_range, axis = saved.tolist()
-        scheme = QuantizationScheme(
-            bits, bool(signed), bool(symmetric), bool(narrow_range), None if axis == -100 else axis
-        )
-        name = prefix.removesuffix(".") or "this layer"
-        raise RuntimeError(f"state_dict holds {name} quantized as {scheme}, expected {layer.scheme}")
-
-
-def check_grids(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load pre-hook of a prepared model: refuses a state of another scheme before any of it is loaded."""
-    for name, child in module.named_modules():
-        if isinstance(child, FakeQuantizeLayer):
-            check_grid(child, state_dict, f"{prefix}{name}." if name else prefix)

@@ -122,12 +122,17 @@ def obstacle_of(layer: nn.Module) -> str | None:
     """Why a layer of a known type cannot be quantized all the same; None where it can."""
     if parametrize.is_parametrized(layer):
         return "its weight is parametrized: remove the parametrization first"
-    if not isinstance(getattr(layer, "weight", None), Tensor):
+    weight = layer._parameters.get("weight")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
         return "it has no weight yet: run it once first"
+    if weight is None:
+        return "its weight is computed by a hook: remove weight or spectral normalization first"
     if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
         return "in a transposed convolution with groups, one weight scale would stand for several output channels"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "max_norm rewrites its weight in forward"
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        return "a sparse gradient does not pass through a quantized weight"
     return None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import arithmetic
 from ..int8.folding import IntegerWeights, fold
 from ..int8.layers import Int8Embedding, Int8Layer
+from ..int8.operations import in_format_of
 from ..scheme import QuantizationScheme
 from .activation_observer import MovingAverageObserver
 from .config import QATConfig
@@ -98,6 +99,7 @@ class QATModuleWrapper(nn.Module):
         self.weight_fake_quantize = weight_node(layer, config, layer_type.output_axis)
         self.output_fake_quantize = activation_node(config, non_negative=clip[0] >= 0)
         self.to(layer.weight.device)  # type: ignore[arg-type]
+        self.train(layer.training)
 
     @property
     def input_source(self) -> FakeQuantizeLayer | None:
@@ -111,7 +113,8 @@ class QATModuleWrapper(nn.Module):
     @property
     def computes_integers(self) -> bool:
         """Whether a call now computes on integers: evaluation mode, no gradients, and every node switched on."""
-        if self.training or torch.is_grad_enabled() or any(module.training for module in self.following):
+        batch_norm = self._batch_norm[0]
+        if self.training or torch.is_grad_enabled() or (batch_norm is not None and batch_norm.training):
             return False
         nodes = [self.input_source, self.weight_fake_quantize]
         if self.output_fake_quantize is not None:
@@ -224,6 +227,8 @@ class QATModuleWrapper(nn.Module):
         if output is not None:
             zero_point = arithmetic.grid_zero_point(output.zero_point, output.scheme)
             result = arithmetic.dequantize_codes(result, output.scale, zero_point, None)
+        if self.input_fake_quantize is not None:  # alone between floats, where code may rely on the memory format
+            result = in_format_of(input, result)
         return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
 
     def _trace_integers(self, input: Tensor) -> Tensor:

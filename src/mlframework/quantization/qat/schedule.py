@@ -116,6 +116,8 @@ class QATSchedule:
         elif not self.freezes_batch_norm:
             for hold in self._holds:
                 hold.remove()
+            if self._holds:
+                self.model.train(self.model.training)
             self._holds = []
 
 
