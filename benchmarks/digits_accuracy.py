@@ -8,7 +8,6 @@ a few tenths of a point with a handful of images, so only the means say anything
 
 from __future__ import annotations
 
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,21 +15,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from results_file import environment, write_section
 from rich.console import Console
 
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import digits  # noqa: E402
 from digits_checks import count_mismatches  # noqa: E402
-from digits_report import TrainingMonitor, replacing  # noqa: E402
+from digits_report import TrainingMonitor  # noqa: E402
 from mlframework.quantization import convert  # noqa: E402
 
 SEEDS = range(5)
 SETTINGS = {"8 bits": (8, False), "4 bits, learned scales": (4, True)}
 QAT_EPOCHS = 10
-RESULTS = _ROOT / "benchmarks" / "RESULTS.md"
-BEGIN, END = "<!-- digits-accuracy: begin -->", "<!-- digits-accuracy: end -->"
 
 
 class Accuracies(NamedTuple):
@@ -85,21 +82,11 @@ def section_of(results: dict[str, list[Accuracies]]) -> str:
         f"images (one image is 0.11 points). {digits.FLOAT_EPOCHS} epochs of float training, then {QAT_EPOCHS} of QAT",
         "from that float model, which therefore has trained less than the quantized ones beside it. No model was",
         "chosen by its test accuracy; learning rates were set on other seeds.",
-        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, one thread.",
+        environment(),
     ]
     for name, rows in results.items():
         lines += ["", f"### {name}", "", *rows_of(rows)]
     return "\n".join(lines)
-
-
-def write_section(path: Path, section: str) -> None:
-    """Puts the section between its markers, at the end of the file where there are none yet."""
-    text = path.read_text(encoding="utf-8") if path.exists() else "# Measured results\n"
-    if BEGIN not in text or END not in text:
-        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    with replacing(path) as file:
-        file.write_text(f"{before}{BEGIN}\n{section}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -113,7 +100,7 @@ def main() -> None:
         for name, (bits, learnable) in SETTINGS.items():
             results[name].append(measure(model, data, bits, learnable, seed, monitor))
     section = section_of(results)
-    write_section(RESULTS, section)
+    write_section("digits-accuracy", section)
     monitor.say(section)
 
 

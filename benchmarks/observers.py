@@ -1,6 +1,8 @@
 """What observing costs: every observer on two million values, against the minimum and maximum.
 
-Run with ``python benchmarks/observers.py``. The contenders take turns in one process; medians and ratios are reported.
+The contenders take turns in one process; medians and ratios are reported.
+
+    python benchmarks/observers.py
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import statistics
 import time
 
 import torch
+from results_file import environment, write_section
 
 from mlframework.quantization import (
     ActivationObserver,
@@ -23,7 +26,7 @@ ROUNDS = 60
 
 
 def main() -> None:
-    """Prints one line per observer."""
+    """Times them all and writes the section."""
     torch.manual_seed(0)
     values = torch.randn(ELEMENTS)
     observers: list[ActivationObserver] = [
@@ -41,10 +44,21 @@ def main() -> None:
             if round_number >= 5:
                 times[type(observer).__name__].append(elapsed)
     reference = statistics.median(times["MinMaxObserver"])
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {ELEMENTS:,} float32 values")
+    lines = [
+        "## Cost of observing",
+        "",
+        f"`python benchmarks/observers.py`: one batch of {ELEMENTS:,} float32 values into the statistics, median of",
+        f"{ROUNDS} rounds taken in turn. {environment()}",
+        "",
+        "| observer | ms | of `MinMaxObserver` |",
+        "|---|---|---|",
+    ]
     for name, measured in times.items():
         median = statistics.median(measured)
-        print(f"{name:<24} {median * 1e3:7.3f} ms  {median / reference:5.2f} of MinMaxObserver")
+        lines.append(f"| `{name}` | {median * 1e3:.2f} | {median / reference:.2f} |")
+    section = "\n".join(lines)
+    write_section("observers", section)
+    print(section)
 
 
 if __name__ == "__main__":
