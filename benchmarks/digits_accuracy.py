@@ -20,10 +20,10 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-import digits  # noqa: E402
-from digits_checks import count_mismatches  # noqa: E402
-from digits_report import TrainingMonitor  # noqa: E402
-from mlframework.quantization import convert  # noqa: E402
+import digits
+from digits_checks import count_mismatches
+from digits_report import TrainingMonitor
+from mlframework.quantization import convert
 
 SEEDS = range(5)
 SETTINGS = {"8 bits": (8, False), "4 bits, learned scales": (4, True)}
