@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from example_architectures import BranchNeverTaken, Functional, SmallResNet, small_cnn
 from example_models import (
@@ -23,7 +26,16 @@ from example_models import (
     results,
     train_briefly,
 )
-from mlframework.quantization import FakeQuantizeLayer, HistogramObserver, QATConfig, calibrate, convert, prepare
+from mlframework.quantization import (
+    FakeQuantizeLayer,
+    HistogramObserver,
+    QATConfig,
+    QATModuleWrapper,
+    calibrate,
+    convert,
+    prepare,
+)
+from mlframework.quantization.int8.layers import Int8Linear
 from mlframework.quantization.qat.targets import TARGETS
 
 # One of the examples has a layer that its forward never reaches, of which convert() warns.
@@ -84,7 +96,7 @@ def test_converted_equals_prepared_in_every_combination(example: Example, config
         QATConfig(weight_bits=2, activation_bits=3),
         QATConfig(quantize_last_linear=True),
         QATConfig(activation_observer=HistogramObserver),
-        QATConfig(overrides={"block.*": QATConfig(target="tensorrt", weight_bits=4)}),
+        QATConfig(overrides={"block.*": QATConfig(weight_bits=4)}),
         QATConfig(skip=("stem", "block.conv2")),
         QATConfig(skip=(nn.Linear,)),
     ],
@@ -211,3 +223,109 @@ def test_dropout_is_gone() -> None:
     converted = convert(prepared).train()
     batch = example.inputs()
     assert torch.equal(converted(*batch), converted(*batch))
+
+
+def assert_nothing_of_training_is_left(model: nn.Module) -> None:
+    for module in model.modules():
+        assert not isinstance(module, (FakeQuantizeLayer, QATModuleWrapper))
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not hasattr(module, "observer_synchronizer")
+
+
+@pytest.mark.parametrize("name", ["resnet", "branches at root", "single layer"])
+def test_a_model_around_prepared_ones_is_converted_as_they_are(name: str) -> None:
+    example = EXAMPLES[name]
+    prepared, other = trained(example, QATConfig()), trained(example, QATConfig())
+    around = nn.ModuleDict({"first": nn.Sequential(prepared, nn.Softmax(1)), "second": other})
+    converted = convert(around)
+    assert_nothing_of_training_is_left(converted)
+    batch = example.inputs()
+    with torch.no_grad():
+        assert torch.equal(converted["first"](*batch), around["first"](*batch))
+        assert torch.equal(converted["second"](*batch), other(*batch))
+    assert list(converted["second"].state_dict()) == list(convert(other).state_dict())
+
+
+def test_a_prepared_model_inside_without_data_is_refused() -> None:
+    prepared = trained(EXAMPLES["resnet"], QATConfig())
+    prepared.block.conv2.output_fake_quantize.reset()
+    with pytest.raises(RuntimeError, match=r"block.conv2.output_fake_quantize has seen no data"):
+        convert(nn.Sequential(prepared))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("parallel", [None, DataParallel, DistributedDataParallel], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_the_model_inside_of_a_wrapper_is_converted(parallel: Any, compiled: bool) -> None:
+    example = EXAMPLES["resnet"]
+    prepared = trained(example, QATConfig())
+    wrapped = prepared if parallel is None else parallel(prepared)
+    converted = convert(torch.compile(wrapped, backend="eager") if compiled else wrapped)
+    assert isinstance(converted, SmallResNet)
+    assert_nothing_of_training_is_left(converted)
+    assert_same_results(prepared, converted, example)
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["traced", "not traced"])
+def test_a_layer_of_two_names_is_replaced_under_both(branches: bool) -> None:
+    class TwoNames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(5, 5), nn.Linear(5, 2)
+            self.alias = self.layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            if branches and x.sum() == 0.5:
+                return x
+            return self.last(self.alias(self.layer(x)))
+
+    inputs = torch.randn(4, 5)
+    prepared = prepare(TwoNames(), QATConfig(), (inputs,))
+    prepared(inputs)
+    converted = convert(prepared.eval())
+    assert converted.alias is converted.layer
+    assert not list(converted.parameters())
+    with torch.no_grad():
+        assert torch.equal(converted(inputs), prepared(inputs))
+
+
+def test_a_container_of_two_names_is_converted() -> None:
+    class TwoNames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+            self.alias = self.block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.alias(x)
+
+    example = Example(TwoNames, (5,))
+    prepared = trained(example, QATConfig())
+    converted = convert(prepared)
+    assert converted.alias is converted.block
+    assert [type(module) for module in converted.block] == [Int8Linear, nn.Identity, Int8Linear]
+    assert_same_results(prepared, converted, example)
+
+
+def test_statistics_that_the_graph_reads_outlive_their_batch_norm() -> None:
+    class ReadsStatistics(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.bn(self.conv(x)), self.bn.running_mean * 2
+
+    example = Example(ReadsStatistics, IMAGE)
+    prepared = trained(example, QATConfig())
+    converted = convert(prepared)
+    assert isinstance(converted.bn, nn.Identity)
+    assert_same_results(prepared, converted, example)

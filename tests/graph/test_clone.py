@@ -85,6 +85,17 @@ def test_a_modules_own_hook_belongs_to_the_copy() -> None:
     assert (model[0].calls, clone[0].calls) == (0, 1)
 
 
+def test_tensors_with_a_graph_are_copied_without_it() -> None:
+    model = nn.Linear(3, 2)
+    model.derived, model.several = model.weight * 2, [model.weight * 3]
+    clone = clone_sharing_parameters(model)
+    for original, copied in ((model.derived, clone.derived), (model.several[0], clone.several[0])):
+        assert torch.equal(copied, original)
+        assert copied.is_leaf
+        assert copied.data_ptr() != original.data_ptr()
+        assert original.grad_fn is not None
+
+
 def test_gradients_of_both_add_up() -> None:
     model = nn.Linear(3, 2)
     clone = clone_sharing_parameters(model)

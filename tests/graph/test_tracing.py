@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from example_models import EXAMPLES, Example, results
-from mlframework.quantization.graph.tracing import Trace, trace, unused_name
+from mlframework.quantization.graph.nodes import unused_name
+from mlframework.quantization.graph.tracing import Trace, trace
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -185,6 +186,94 @@ def test_what_reads_a_tensor_after_it_was_changed_reads_the_change(change: Calla
     layer, multiplied, changed, total = [node for node in graph.nodes if node.op.startswith("call")]
     assert multiplied.args[0] is layer
     assert total.args == (changed, multiplied)
+
+
+def changes_a_part(self: Any, x: Tensor) -> Tensor:
+    y = self.layer(x)
+    y[:, :2].add_(1)
+    return y * 2
+
+
+def changes_a_part_by_name(self: Any, x: Tensor) -> Tensor:
+    y = self.layer(x)
+    part = y[:, :2]
+    part.add_(1)
+    return y * part.sum()
+
+
+def reads_another_view_of_what_changed(self: Any, x: Tensor) -> Tensor:
+    y = self.layer(x)
+    view = y.view(-1)
+    y.add_(1)
+    return view.view(2, 3) * 2
+
+
+def clips_a_part(self: Any, x: Tensor) -> Tensor:
+    y = self.layer(x)
+    self.relu(y[:, :2])
+    return y * 2
+
+
+def clips_what_a_part_is_read_of(self: Any, x: Tensor) -> Tensor:
+    y = self.layer(x)
+    part = y[:, :2]
+    torch.relu_(y)
+    return y * part.sum()
+
+
+def changes_its_argument(self: Any, x: Tensor) -> Tensor:
+    x[:, :2].relu_()
+    return self.layer(x)
+
+
+THROUGH_A_VIEW = [
+    changes_a_part,
+    changes_a_part_by_name,
+    reads_another_view_of_what_changed,
+    clips_a_part,
+    clips_what_a_part_is_read_of,
+    changes_its_argument,
+]
+
+
+@pytest.mark.parametrize("forward", THROUGH_A_VIEW, ids=lambda forward: forward.__name__)
+def test_code_that_changes_a_tensor_through_a_view_is_kept_whole(forward: Callable[..., Tensor]) -> None:
+    inner = Runs(forward, layer=nn.Linear(3, 3), relu=nn.ReLU(inplace=True))
+    reason = "it changes a tensor in place through a view"
+    outcome = taken(nn.Sequential(nn.Linear(3, 3), inner, nn.Linear(3, 3)), torch.randn(2, 3))
+    assert outcome.kept_whole == {"1": reason}
+    assert outcome.graph is not None
+    assert called(outcome.graph) == ["0", "1", "2"]
+    assert taken(inner, torch.randn(2, 3)) == (None, {"": reason})
+
+
+def test_a_module_is_kept_whole_with_all_that_hold_what_it_changes() -> None:
+    """The view is made outside of the module that changes the tensor, so that the module alone would not do."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        part = y[:, :2]
+        self.change(y)
+        return part * 2
+
+    change = nn.Sequential(nn.ReLU(inplace=True))
+    model = nn.Sequential(Runs(forward, layer=nn.Linear(3, 3), change=change))
+    assert list(taken(model, torch.randn(2, 3)).kept_whole) == ["0"]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.relu(self.layer(x)).view(-1) * 2,
+        lambda self, x: self.layer(x).view(-1).relu_().add_(1).view(2, 3),
+        lambda self, x: (self.layer(self.relu(x)) + x).relu_(),
+    ],
+    ids=["a view of the result", "a view that no one else reads", "pre-activation"],
+)
+def test_views_that_no_change_reaches_are_traced(forward: Callable[..., Tensor]) -> None:
+    outcome = taken(Runs(forward, layer=nn.Linear(3, 3), relu=nn.ReLU(inplace=True)), torch.randn(2, 3))
+    assert outcome.graph is not None
+    assert outcome.kept_whole == {}
 
 
 def test_views_become_reshapes() -> None:

@@ -314,3 +314,12 @@ def test_embedding(scale: Tensor, shape: tuple[int, ...]) -> None:
     rows = (table.float() * scale.view(-1, 1))[indices]
     assert_same(layer(indices), rows)
     assert_same(copy.deepcopy(layer).half()(indices), rows.half())
+
+
+def test_floats_are_refused() -> None:
+    float_layer = nn.Linear(3, 2)
+    layer = integer_layer(float_layer, random_weights(float_layer))
+    with pytest.raises(TypeError, match=r"must have dtype torch.uint8, got torch.float32: .* only the forward is"):
+        layer(torch.randn(4, 3))
+    with pytest.raises(TypeError, match=r"must have dtype torch.uint8, got torch.int8$"):
+        layer(torch.zeros(4, 3, dtype=torch.int8))

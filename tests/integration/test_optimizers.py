@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "AdamW fused": (lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True), 0.01),
     "AdamW foreach": (lambda groups, lr: torch.optim.AdamW(groups, lr=lr, foreach=True), 0.01),
     "RMSprop": (lambda groups, lr: torch.optim.RMSprop(groups, lr=lr), 0.005),
-    "LBFGS": (lambda groups, lr: torch.optim.LBFGS(_one_group(groups), lr=lr, line_search_fn="strong_wolfe"), 0.5),
+    "LBFGS": (lambda groups, lr: torch.optim.LBFGS(_one_group(groups), lr=lr, line_search_fn="strong_wolfe"), 1.0),
 }
 
 

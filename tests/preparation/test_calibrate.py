@@ -183,3 +183,14 @@ def test_a_branch_not_taken_keeps_its_nodes_without_data() -> None:
     calibrate(prepared, [LINE])
     assert prepared.usual.input_fake_quantize.is_initialized
     assert not prepared.rare.input_fake_quantize.is_initialized
+
+
+@pytest.mark.parametrize("batch", [(IMAGES, torch.zeros(4)), {"image": IMAGES}, ()], ids=["labels", "name", "nothing"])
+def test_a_batch_that_does_not_fit_is_refused(batch: Any) -> None:
+    prepared = prepared_resnet()
+    train_briefly(prepared, (IMAGES,))
+    state = state_of(prepared)
+    with pytest.raises(TypeError, match=r"batches must hold a tensor, .* drop the labels") as caught:
+        calibrate(prepared, [IMAGES * 3, batch])
+    assert isinstance(caught.value.__cause__, TypeError)
+    assert_state(prepared, state)

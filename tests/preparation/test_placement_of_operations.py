@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from example_architectures import conv
-from mlframework.quantization import prepare
+from mlframework.quantization import QATConfig, calibrate, prepare
+from mlframework.quantization.qat.qat_add import QATAdd
 from placement_probes import IMAGES, free_nodes, output, placed, source, sums
 
 SHARING: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,14 +85,13 @@ def test_new_values_get_a_node_of_their_own(join: Callable[..., Tensor], relu: b
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 def test_a_residual_sum_adds_codes(add: Callable[..., Tensor], relu: bool) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        y = add(self.body(x), x * 1)
+        y = add(self.body(x), self.skip(x))
         return self.last(F.relu(y) if relu else y)
 
-    model = placed(forward, body=conv(3, 3), last=conv(3, 2))
+    model = placed(forward, body=conv(3, 3), skip=conv(3, 3), last=conv(3, 2))
     (total,) = sums(model)
     assert source(model, "last") is total.output_fake_quantize
-    assert total.sources[0] is output(model, "body")
-    assert total.sources[1] is model.mul_fake_quantize
+    assert total.sources == (output(model, "body"), output(model, "skip"))
     assert total.output_fake_quantize.scheme.symmetric is relu
 
 
@@ -113,3 +113,67 @@ def test_a_relu_on_a_sum_that_others_read_shares_its_grid() -> None:
 )
 def test_other_additions_stay_float(forward: Callable[..., Tensor]) -> None:
     assert not sums(placed(forward, layer=conv(3, 3)))
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head((self.linear(x) + mask).softmax(-1))
+
+
+def test_a_mask_of_infinities_is_added_in_float() -> None:
+    mask = torch.zeros(6)
+    mask[3:] = -torch.inf
+    model = Masked()
+    prepared = prepare(model, QATConfig(), (torch.randn(2, 6), mask))
+    calibrate(prepared, [(torch.randn(16, 6), mask)])
+    assert not any(isinstance(module, QATAdd) for module in prepared.modules())
+    seen: list[Tensor] = []
+    node = dict(prepared.named_modules())["softmax_fake_quantize"]
+    node.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        prepared.eval()(torch.randn(4, 6), mask)
+    assert not seen[0][:, 3:].any()
+
+
+@pytest.mark.parametrize("hidden", [-1e9, -1e4, 0.0])
+def test_a_mask_that_the_model_computes_is_added_in_float(hidden: float) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        scores = self.body(x)
+        return self.last((scores + (x > 0) * hidden).softmax(-1))
+
+    assert not sums(placed(forward, body=conv(3, 3), last=conv(3, 2)))
+
+
+def test_a_sum_with_a_value_computed_in_float_adds_codes() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.last(self.body(x) + x * 1)
+
+    model = placed(forward, body=conv(3, 3), last=conv(3, 2))
+    (total,) = sums(model)
+    assert total.sources == (output(model, "body"), model.mul_fake_quantize)
+
+
+@pytest.mark.parametrize("tail", [nn.LogSoftmax(1), nn.Sigmoid(), nn.Identity()], ids=lambda tail: type(tail).__name__)
+def test_the_last_linear_stays_float_before_what_makes_probabilities(tail: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3), tail)
+    prepared = prepare(model, QATConfig(), (torch.randn(2, 6),))
+    assert prepared[2].output_fake_quantize is None
+    assert prepared[0].output_fake_quantize is not None
+
+
+def test_an_override_that_quantizes_the_last_linear_counts() -> None:
+    config = QATConfig(overrides={"1": QATConfig(quantize_last_linear=True)})
+    prepared = prepare(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), config, (torch.randn(2, 6),))
+    assert prepared[1].output_fake_quantize is not None
+
+
+def test_the_input_has_the_finest_grid_that_its_readers_ask_for() -> None:
+    config = QATConfig(weight_bits=4, activation_bits=4, overrides={"0": QATConfig()})
+    prepared = prepare(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), config, (torch.randn(2, 6),))
+    assert prepared[0].input_source.scheme.bits == 8
+    assert prepared[1].weight_fake_quantize.scheme.bits == 4

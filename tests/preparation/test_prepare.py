@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from example_architectures import BranchesAtRoot, SmallResNet, small_cnn
 from example_models import EVERY_EXAMPLE, EXAMPLES, SOME_EXAMPLES, Example, all_equal, results, train_briefly
@@ -262,3 +265,59 @@ def test_both_models_see_every_update() -> None:
     before = results_of(model, IMAGES)
     train_briefly(prepared, (IMAGES,), steps=1)
     assert not all_equal(results_of(model, IMAGES), before)
+
+
+def test_examples_and_random_state_stay_where_the_forward_changes_them() -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+            x += 1
+            return self.layer(x + torch.rand(1)) + offset.mul_(2)
+
+    model, x, offset = Changes(), torch.ones(4, 3), torch.ones(4, 2)
+    random = torch.random.get_rng_state()
+    prepare(model, None, (x,), {"offset": offset})
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert torch.equal(x, torch.ones(4, 3))
+    assert torch.equal(offset, torch.ones(4, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nn.utils.spectral_norm, functools.partial(prune.l1_unstructured, name="weight", amount=0.3)],
+    ids=["spectral norm", "pruning"],
+)
+def test_weights_that_a_hook_computed_with_gradients_are_no_obstacle(change: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(change(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
+    inputs = torch.randn(5, 3)
+    model(inputs)
+    prepared = prepare(model, None, (inputs,))
+    train_briefly(prepared, (inputs,))
+    converted = convert(prepared)
+    with torch.no_grad():
+        assert torch.equal(converted(inputs), prepared.eval()(inputs))
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "by a module"])
+def test_a_change_through_a_view_is_what_the_float_model_computes(inplace: bool) -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.relu = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            if inplace:
+                self.relu(y[:, :2])
+            else:
+                y[:, :2].add_(1)
+            return self.last(y)
+
+    model = Changes().eval()
+    prepared = prepare(model, None, (IMAGES,))
+    disable(prepared)
+    assert torch.equal(prepared(IMAGES), model(IMAGES))
+    assert all(isinstance(layer, QATModuleWrapper) for layer in (prepared.first, prepared.last))

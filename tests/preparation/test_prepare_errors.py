@@ -11,7 +11,14 @@ from torch import nn
 
 from example_architectures import SmallResNet
 from example_models import EXAMPLES, train_briefly
-from mlframework.quantization import FakeQuantizeLayer, QATConfig, QATModuleWrapper, QuantizationScheme, prepare
+from mlframework.quantization import (
+    FakeQuantizeLayer,
+    QATConfig,
+    QATModuleWrapper,
+    QuantizationScheme,
+    convert,
+    prepare,
+)
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -56,6 +63,13 @@ def test_bad_arguments_are_refused(
 def test_a_prepared_model_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="model is already prepared"):
         prepare(model, None, (IMAGES,))
+
+
+def test_a_converted_model_is_refused() -> None:
+    prepared = prepare(SmallResNet(), None, (IMAGES,))
+    prepared(IMAGES)
+    with pytest.raises(ValueError, match=r"model is already converted: .* is a "):
+        prepare(convert(prepared), None, (IMAGES,))
 
 
 def test_a_lazy_model_is_refused_and_stays_lazy() -> None:

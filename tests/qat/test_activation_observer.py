@@ -235,7 +235,7 @@ def test_state_round_trips_and_goes_on_alike(make: MakeObserver) -> None:
     for either in (observer, other):
         either(batch)
     assert ends(observer) == ends(other)
-    assert torch.equal(observer.due(), other.due())
+    assert observer.due() == other.due()
 
 
 @each_observer

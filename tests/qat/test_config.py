@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -109,6 +110,13 @@ def test_observers_come_from_any_maker(make: Any) -> None:
         ({"activation_observer": MinMaxObserver()}, TypeError, "activation_observer must make a new observer"),
         ({"activation_observer": "minmax"}, TypeError, "activation_observer"),
         ({"estimator": "ste"}, TypeError, "estimator must be a StraightThroughEstimator"),
+        ({"target": ["onnxruntime"]}, TypeError, r"target must be a str, got \['onnxruntime'\]"),
+        ({"per_channel_weights": 1}, TypeError, "per_channel_weights must be a bool, got 1"),
+        ({"learnable": 1}, TypeError, "learnable must be a bool, got 1"),
+        ({"quantize_last_linear": "no"}, TypeError, "quantize_last_linear must be a bool, got 'no'"),
+        ({"overrides": None}, TypeError, "overrides must be a mapping .*, got None"),
+        ({"overrides": ["head"]}, TypeError, "overrides must be a mapping"),
+        ({"skip": None}, TypeError, "skip must be a tuple .*, got None"),
         ({"skip": "head"}, TypeError, "skip must be a tuple"),
         ({"skip": nn.Linear}, TypeError, "skip must be a tuple"),
         ({"skip": (3,)}, TypeError, "must select by name, pattern or module type, got 3"),
@@ -131,3 +139,15 @@ def test_unknown_fields_are_refused() -> None:
 def test_it_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         QATConfig().weight_bits = 4  # type: ignore[misc]
+
+
+def test_it_has_a_hash() -> None:
+    ones, others = (QATConfig(overrides={"a": QATConfig(weight_bits=bits)}, skip=["b"]) for bits in (4, 5))  # type: ignore[arg-type]
+    assert ones.skip == ("b",)
+    assert hash(ones) == hash(copy.deepcopy(ones))
+    assert len({ones, copy.deepcopy(ones), others}) == 2
+
+
+def test_an_override_for_another_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"overrides\['0'\] must be for target 'onnxruntime', got 'tensorrt'"):
+        QATConfig(overrides={"0": QATConfig.for_target("tensorrt")})

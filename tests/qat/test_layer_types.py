@@ -23,6 +23,12 @@ def test_subclasses_count_unless_they_compute_otherwise(kind: type[nn.Module]) -
     assert obstacle_of(plain(*arguments)) is None
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d], ids=lambda kind: kind.__name__)
+def test_convolutions_that_compute_otherwise_in_their_helper_are_unknown(kind: type[nn.Module]) -> None:
+    standardized = type("Standardized", (kind,), {"_conv_forward": lambda self, input, weight, bias: input})
+    assert layer_type_of(standardized(2, 4, 3)) is None
+
+
 @pytest.mark.parametrize("layer", [nn.Bilinear(2, 2, 2), nn.ConvTranspose1d(2, 2, 3), nn.LSTM(2, 2), nn.ReLU()])
 def test_other_layers_are_unknown(layer: nn.Module) -> None:
     assert layer_type_of(layer) is None

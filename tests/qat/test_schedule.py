@@ -147,3 +147,29 @@ def test_impossible_steps_are_refused(steps: dict[str, Any], message: str) -> No
     with pytest.raises(ValueError, match=message):
         QATSchedule(prepared, **steps)
     assert all(node.fake_quantize_enabled for node in nodes(prepared, weights=True))
+
+
+def test_a_node_switched_by_hand_stays_so_until_the_schedule_switches() -> None:
+    prepared = prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), QATConfig(), (torch.randn(1, 4),))
+    schedule = QATSchedule(prepared, observe_until=3)
+    node = next(module for module in prepared.modules() if isinstance(module, FakeQuantizeLayer))
+    node.fake_quantize_enabled = False
+    schedule.step()
+    assert not node.fake_quantize_enabled
+
+
+def test_learned_scales_follow_the_weights_until_quantization_starts() -> None:
+    prepared = prepare(nn.Linear(4, 2), QATConfig(learnable=True), (torch.randn(1, 4),))
+    schedule = QATSchedule(prepared, quantize_from=3)
+    node = prepared.weight_fake_quantize
+    for _ in range(3):
+        prepared(torch.randn(8, 4))
+        with torch.no_grad():
+            prepared.weight.mul_(4)
+        schedule.step()
+    seen_last = prepared.weight / 4
+    assert torch.equal(node.scale, seen_last.abs().amax(1) / 127)
+    prepared(torch.randn(8, 4))
+    before = node.scale.clone()
+    prepared(torch.randn(8, 4))
+    assert torch.equal(node.scale, before)

@@ -18,6 +18,7 @@ from mlframework.quantization import (
     dequantize,
     quantize,
 )
+from mlframework.quantization.conversion.between_floats import between_floats
 from mlframework.quantization.qat.targets import TARGETS
 
 EVERY_GRID = pytest.mark.parametrize(
@@ -233,3 +234,23 @@ def test_an_activation_in_training_mode_does_not_end_the_integers() -> None:
     wrapper(torch.randn(5, 4))
     with torch.no_grad():
         assert wrapper.eval().computes_integers
+
+
+def test_a_fused_optimizer_step_in_evaluation_mode_is_seen() -> None:
+    """A fused step changes a parameter without a trace in its version."""
+    wrapper = QATModuleWrapper(nn.Linear(4, 3))
+    inputs = torch.randn(5, 4)
+    wrapper(inputs)
+    wrapper.eval()
+    with torch.no_grad():
+        wrapper(inputs)
+    wrapper(inputs).sum().backward()
+    torch.optim.SGD(wrapper.layer.parameters(), lr=1.0, fused=True).step()
+    with torch.no_grad():
+        assert torch.equal(wrapper(inputs), between_floats(wrapper)(inputs))
+
+
+def test_a_float_checkpoint_brings_the_range_of_its_weight() -> None:
+    wrapper = QATModuleWrapper(nn.Linear(4, 3))
+    wrapper.load_state_dict({"weight": torch.full((3, 4), 12.7), "bias": torch.zeros(3)}, strict=False)
+    assert torch.equal(wrapper.weight_fake_quantize.scale, torch.full((3,), 12.7) / 127)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..graph.clone import copy_of
 from ..graph.generated_forward import graph_of, has_generated_forward, set_forward
 from ..int8.integer_module import IntegerModule, PackedModule
 from ..preparation.report import NEVER_REACHED, PreparationReport
@@ -28,7 +29,8 @@ def convert(model: nn.Module) -> nn.Module:
     gradients, and holds no float copy of a quantized weight. It is for inference, and in evaluation mode.
 
     Args:
-        model: from :func:`prepare`, calibrated or trained; it is not changed.
+        model: from :func:`prepare`, calibrated or trained, or any module that holds such a model; it is not changed.
+            Of what ``torch.compile`` or ``DistributedDataParallel`` made, the model inside is converted.
 
     Returns:
         A model of the same class; its state dict holds integer codes and scales.
@@ -52,9 +54,10 @@ def convert(model: nn.Module) -> nn.Module:
         ...     torch.equal(int8_model(x), prepared.eval()(x))
         True
     """
+    model = _unwrapped(model)
     _check(model)
     _warn_of_unreached_layers(model)
-    converted = _integer_form(copy.deepcopy(model))
+    converted = _integer_form(copy_of(model))
     dtype = _float_dtype(model)
     for module in converted.modules():
         if isinstance(module, IntegerModule):
@@ -69,15 +72,43 @@ def _integer_form(converted: nn.Module) -> nn.Module:
     _remove_hooks(converted)
     if isinstance(converted, (QATModuleWrapper, FakeQuantizeLayer)):
         return between_floats(converted)
-    graph = graph_of(converted) if has_generated_forward(converted) else None
-    called = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    for name, module in _outermost_nodes(converted):
-        if name not in called:
-            converted.set_submodule(name, _alone(name, module))
-    if graph is not None:
-        lower(converted, graph)
-        set_forward(converted, graph)
+    for part in reversed(_prepared_parts(converted)):  # from the inside out
+        graph = graph_of(part)
+        _replace_nodes(part, {part.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"})
+        lower(part, graph)
+        set_forward(part, graph)
+    _replace_nodes(converted, set())
     return converted
+
+
+def _replace_nodes(model: nn.Module, connected: set[nn.Module]) -> None:
+    """Puts integer modules in the place of the nodes that no graph connects; of one node under several names, one."""
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, module in _outermost_nodes(model):
+        if module not in connected:
+            if module not in replacements:
+                replacements[module] = _alone(name, module)
+            model.set_submodule(name, replacements[module])
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what ``torch.compile`` and data parallelism put around it."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _prepared_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules whose graph connects nodes, the outermost first: the model itself, or what it holds."""
+    return [
+        module
+        for module in model.modules()
+        if has_generated_forward(module) and any(isinstance(part, FakeQuantizeLayer) for part in module.modules())
+    ]
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
@@ -90,9 +121,9 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _warn_of_unreached_layers(model: nn.Module) -> None:
-    report = getattr(model, "preparation_report", None)
-    if isinstance(report, PreparationReport):
-        for entry in report.left_float:
+    reports = [getattr(module, "preparation_report", None) for module in model.modules()]
+    for report in reports:
+        for entry in report.left_float if isinstance(report, PreparationReport) else ():
             if entry.detail == NEVER_REACHED:
                 warnings.warn(f"no data reached {entry.name}: it stays float", UserWarning, stacklevel=3)
 
@@ -108,13 +139,12 @@ def _check(model: nn.Module) -> None:
     activations = [node for node in nodes if node.reduces_over_ranks]
     if activations and not any(node.is_initialized for node in activations):
         raise RuntimeError("model has seen no data, which its scales come from: train or calibrate before converting")
-    if has_generated_forward(model):
-        graph = graph_of(model)
-        for name in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
-            module = model.get_submodule(name)
-            for part in (module, getattr(module, "output_fake_quantize", None)):
-                if isinstance(part, FakeQuantizeLayer):
-                    part.require_initialized()
+    for part in _prepared_parts(model):
+        for name in {str(node.target) for node in graph_of(part).nodes if node.op == "call_module"}:
+            module = part.get_submodule(name)
+            for called in (module, getattr(module, "output_fake_quantize", None)):
+                if isinstance(called, FakeQuantizeLayer):
+                    called.require_initialized()
 
 
 def _remove_hooks(model: nn.Module) -> None:
@@ -124,8 +154,8 @@ def _remove_hooks(model: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if getattr(hook, "hook", hook) in (commit_statistics, discard_statistics):
                     del hooks[key]
-    if hasattr(model, "observer_synchronizer"):
-        del model.observer_synchronizer
+        if "observer_synchronizer" in vars(module):
+            del module.observer_synchronizer
 
 
 def _outermost_nodes(model: nn.Module) -> list[tuple[str, QATModuleWrapper | FakeQuantizeLayer]]:
@@ -147,5 +177,5 @@ def _alone(name: str, module: QATModuleWrapper | FakeQuantizeLayer) -> nn.Module
     nodes = [part for part in module.modules() if isinstance(part, FakeQuantizeLayer)]
     if all(node.is_initialized for node in nodes):
         return between_floats(module)
-    warnings.warn(f"no data reached {name}: it stays float", UserWarning, stacklevel=4)
+    warnings.warn(f"no data reached {name}: it stays float", UserWarning, stacklevel=5)
     return module.layer if isinstance(module, QATModuleWrapper) else module.layer or nn.Identity()

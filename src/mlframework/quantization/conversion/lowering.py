@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from ..graph.tracing import unused_name
+from ..graph.nodes import unused_name
 from ..int8.layers import Int8Embedding
 from ..int8.operations import Dequantize, Int8ReLU, Quantize
 from ..preparation import operations
@@ -130,16 +130,29 @@ class _Lowering:
         self._keep_parameters_read()
         for name, module in self.replacements.items():
             self.root.set_submodule(name, module)
+        self._replace_other_names()
         called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
         for name, module in self.modules.items():
             if module in self.folded and name not in called:
                 self.root.set_submodule(name, nn.Identity())
 
+    def _replace_other_names(self) -> None:
+        """A layer may be registered under further names, which the graph does not call and no wrapper stands at."""
+        integer_forms: dict[nn.Module, nn.Module] = {}
+        for name, replacement in self.replacements.items():
+            wrapper = self.modules[name]
+            if isinstance(wrapper, QATModuleWrapper):
+                integer_forms.setdefault(wrapper.layer, replacement)
+        called = tuple(f"{node.target}." for node in self.graph.nodes if node.op == "call_module")
+        for name, module in list(self.root.named_modules(remove_duplicate=False)):
+            if module in integer_forms and not f"{name}.".startswith(called):
+                self.root.set_submodule(name, integer_forms[module])
+
     def _keep_parameters_read(self) -> None:
-        """Parameters of layers that the graph also reads by name (tied weights) stay, under names of their own."""
+        """What the graph also reads by name (tied weights, running statistics) stays, under names of its own."""
         for node in self.graph.nodes:
             layer, _, last = str(node.target).rpartition(".")
-            if node.op == "get_attr" and layer in self.replacements:
+            if node.op == "get_attr" and (layer in self.replacements or self.modules.get(layer) in self.folded):
                 value = getattr(self.modules[layer], last)
                 node.target = unused_name(self.root, node.name)
                 if isinstance(value, nn.Parameter):

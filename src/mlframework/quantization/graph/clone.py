@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 def clone_sharing_parameters(model: nn.Module) -> nn.Module:
@@ -22,4 +23,20 @@ def clone_sharing_parameters(model: nn.Module) -> nn.Module:
                 for hook in hooks.values():
                     if id(getattr(hook, "__self__", None)) not in inside:
                         memo[id(hook)] = hook
+    return copy_of(model, memo)
+
+
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of tensors that were computed with gradients (hooks of weight normalization and of pruning keep
+    such), which it takes out of their graph.
+
+    Args:
+        model: to be copied.
+        memo: what stands for which object in the copy, by id.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in tree_leaves(list(vars(module).values())):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)

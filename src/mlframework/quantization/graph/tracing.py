@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch import fx, nn
+
+from .example_run import reproduces
+from .in_place import change_through_view, route_through_in_place_operations
+from .nodes import is_constant, owner_of, unused_name
 
 # Dropout called as a function has the training flag of the moment it was traced; a module has its own.
 _DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d}
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-_IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-class TensorInfo(NamedTuple):
-    """What a node's value was when the example inputs ran: ``node.meta["tensor"]``, absent where it is no tensor."""
-
-    dtype: torch.dtype
-    shape: torch.Size
 
 
 class Trace(NamedTuple):
@@ -39,12 +32,13 @@ def trace(
 ) -> Trace:
     """Traces ``model`` (whose class must not rely on being called during the trace) with given example inputs.
 
-    Submodules whose code does not trace (control flow on values), depends on the training mode, or has hooks, are
-    kept whole: called as they are. Arguments that the examples leave out keep their defaults.
+    Submodules whose code does not trace (control flow on values), depends on the training mode, or changes a tensor
+    in place through a view, and those that have hooks, are kept whole: called as they are. Arguments that the
+    examples leave out keep their defaults.
 
     Args:
         model: the model; dropout modules and constants may be added to it.
-        args, kwargs: example inputs; they run once through the model and once through the graph, in evaluation mode.
+        args, kwargs: example inputs; they run through the model and through the graph, in evaluation mode.
         is_leaf: whether to keep a module whole whatever is in it.
     """
     if "forward" in vars(model):
@@ -67,6 +61,7 @@ def trace(
                     break
             else:
                 failure = _difference(model, tracers[True].graph, tracers[False].graph)
+                failure = failure or change_through_view(model, tracers[False].graph, bound.arguments)
             if failure is None:
                 break
             name, reason = failure
@@ -77,9 +72,9 @@ def trace(
         _modules_for_dropouts(model, graph)
         model.eval()
         _buffers_for_constants(model, graph)
-        if not _reproduces(model, graph, args, kwargs, bound.arguments):
+        if not reproduces(model, graph, args, kwargs, bound.arguments):
             return Trace(None, {"": "its trace does not reproduce its output"})
-        _route_through_in_place_operations(model, graph)
+        route_through_in_place_operations(model, graph)
         _reshapes_for_views(graph)
     finally:
         for module in model.modules():
@@ -153,37 +148,24 @@ def _difference(model: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> t
         return str(fx.map_arg((node.args, node.kwargs), lambda argument: positions[argument]))
 
     for node, other in zip(nodes, others, strict=False):
-        if _is_constant(node) and _is_constant(other):
+        if is_constant(node) and is_constant(other):
             # Constants made while tracing are alike in both traces; random ones are not.
             same = torch.equal(getattr(model, str(node.target)), getattr(model, str(other.target)))
         else:
             same = node.op == other.op and node.target == other.target
             same = same and (node.target in _DROPOUTS or arguments(node) == arguments(other))
         if not same:
-            return _owner_of_difference(nodes, others) or _owner(node), "its code depends on the training mode"
+            return _owner_of_difference(nodes, others) or owner_of(node), "its code depends on the training mode"
     return None
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
-
-
-def _owner(node: fx.Node) -> str:
-    """The innermost module whose code made the node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    names = [name for name, _ in stack.values()] if stack else []
-    if node.op == "call_module":  # the module called is on the stack as well
-        names = [name for name in names if name != node.target]
-    return names[-1] if names else ""
 
 
 def _owner_of_difference(nodes: list[fx.Node], others: list[fx.Node]) -> str:
     """The module that makes other calls in one graph than in the other; empty for the model itself."""
 
     def calls(owner: str, graph: list[fx.Node]) -> list[Any]:
-        return ["constant" if _is_constant(node) else node.target for node in graph if _owner(node) == owner]
+        return ["constant" if is_constant(node) else node.target for node in graph if owner_of(node) == owner]
 
-    owners = dict.fromkeys(map(_owner, [*nodes, *others]))
+    owners = dict.fromkeys(map(owner_of, [*nodes, *others]))
     return next((owner for owner in owners if owner and calls(owner, nodes) != calls(owner, others)), "")
 
 
@@ -201,35 +183,12 @@ def _modules_for_dropouts(model: nn.Module, graph: fx.Graph) -> None:
 
 def _buffers_for_constants(model: nn.Module, graph: fx.Graph) -> None:
     """Constants made while tracing move with the model, and stay out of its state dict."""
-    used = {str(node.target) for node in graph.nodes if _is_constant(node)}
+    used = {str(node.target) for node in graph.nodes if is_constant(node)}
     for name in [name for name in vars(model) if name.startswith("_tensor_constant")]:
         value = getattr(model, name)
         delattr(model, name)
         if name in used:
             model.register_buffer(name, value, persistent=False)
-
-
-def _route_through_in_place_operations(model: nn.Module, graph: fx.Graph) -> None:
-    """Whoever reads a tensor after an operation changed it in place reads that operation's result."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        changed = node.args[0] if node.args else node.kwargs.get("input")
-        if isinstance(changed, fx.Node) and "tensor" in changed.meta and _is_in_place(model, node):
-            changed.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])  # noqa: B023
-
-
-def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    return (
-        node.target in _IN_PLACE_OPERATORS
-        or bool(node.kwargs.get("inplace"))
-        or getattr(node.target, "__name__", "").endswith("_")
-    )
 
 
 def _reshapes_for_views(graph: fx.Graph) -> None:
@@ -238,61 +197,3 @@ def _reshapes_for_views(graph: fx.Graph) -> None:
         reads_bits = any(isinstance(argument, torch.dtype) for argument in node.args)
         if node.op == "call_method" and node.target == "view" and not reads_bits and not node.kwargs:
             node.target = "reshape"
-
-
-@torch.no_grad()
-def _reproduces(
-    model: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
-) -> bool:
-    """Whether model and graph agree on the example, bit for bit; leaves :class:`TensorInfo` at the nodes."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    placeholders = [arguments[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
-    with torch.random.fork_rng(devices=[]):
-        seed = torch.random.get_rng_state()
-        expected = type(model).forward(model, *_copies(args), **_copies(kwargs))
-        torch.random.set_rng_state(seed)
-        actual = _Recorder(model, graph=graph).run(*_copies(placeholders))
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    (expected, structure), (actual, other) = tree_flatten(expected), tree_flatten(_plain(actual))
-    return structure == other and all(map(_same, expected, actual))
-
-
-class _Recorder(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            n.meta["tensor"] = TensorInfo(result.dtype, result.shape)
-        return result
-
-
-def _copies(values: Any) -> Any:
-    """In-place operations of a forward must not reach the caller's examples."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
-
-
-def _plain(value: Any) -> Any:
-    """Results as a generated forward returns them: an interpreter returns fx's own dictionaries and lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, tuple):
-        items = tuple(_plain(item) for item in value)
-        return type(value)(*items) if hasattr(value, "_fields") else items
-    return value
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
-    return bool(operator.eq(one, other))
-
-
-def unused_name(model: nn.Module, wanted: str) -> str:
-    """``wanted``, or with a number behind it where the model has an attribute of that name."""
-    name, number = wanted, 0
-    while hasattr(model, name):
-        number += 1
-        name = f"{wanted}_{number}"
-    return name

@@ -21,6 +21,8 @@ from ..parameters import QuantizationParameters
 from .folding import IntegerWeights
 from .integer_module import IntegerModule, PackedModule
 
+FLOAT_HINT = ": of a converted model, only the forward is converted, not other methods that call its layers"
+
 Product = PackedLinear | PackedConvolution | PackedTransposedConvolution
 
 
@@ -112,7 +114,10 @@ class Int8Layer(PackedModule[_Plan]):
             OverflowError: the layer is so wide that a sum may exceed int32.
         """
         if codes.dtype is not self.input_scheme.dtype:
-            raise TypeError(f"codes must have dtype {self.input_scheme.dtype}, got {codes.dtype}")
+            raise TypeError(
+                f"codes must have dtype {self.input_scheme.dtype}, got {codes.dtype}"
+                f"{FLOAT_HINT if codes.is_floating_point() else ''}"
+            )
         plan = self.pack()
         sums = plan.product(codes)
         if plan.bias.dtype is torch.int32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
 
     Raises:
+        TypeError: a batch does not fit the model's forward.
         ValueError: there are no nodes in the model, or no batches.
 
     Example:
@@ -51,12 +53,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
+    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+    args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            "batches must hold a tensor, a tuple of positional arguments, or a mapping of keyword arguments each; "
+            f"drop the labels. One does not fit the model's forward{signature}: {error}"
+        ) from error
+    model(*args, **kwargs)
 
 
 @contextmanager

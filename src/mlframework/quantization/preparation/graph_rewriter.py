@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from ..graph.tracing import unused_name
+from ..graph.nodes import unused_name
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_add import QATAdd
@@ -37,7 +37,7 @@ class GraphRewriter:
     def rewrite(self, placement: Placement) -> list[ReportEntry]:
         """Does it all; returns an account of every operation."""
         wrappers = [self._wrapper(chain) for chain in placement.chains]
-        nodes = [self._node(node) for node in placement.quantized]
+        nodes = [self._node(node, config) for node, config in placement.quantized.items()]
         order = {node: index for index, node in enumerate(self.graph.nodes)}
         sums = sorted(placement.sums, key=lambda entry: order[entry.node])
         additions = [self._addition(entry) for entry in sums]
@@ -68,8 +68,8 @@ class GraphRewriter:
             wrapper.output_fake_quantize = None
         return wrapper
 
-    def _node(self, node: fx.Node) -> FakeQuantizeLayer:
-        layer = activation_node(self.config, operations.is_never_negative(node, self.modules))
+    def _node(self, node: fx.Node, config: QATConfig) -> FakeQuantizeLayer:
+        layer = activation_node(config, operations.is_never_negative(node, self.modules))
         self.grid_of[node] = layer.to(self.device)
         return layer
 

@@ -34,6 +34,9 @@ def parameter_groups(
 
     Weight decay would pull scales to zero, that is, to a grid on which everything saturates.
 
+    Adam and its kin take steps of the size of the learning rate, whatever the gradient, and a scale halves with every
+    bit: choose the scales' rate below the scales themselves. On the digits demo 5e-3 did well at 4 bits, 3e-4 at 8.
+
     Args:
         model: a prepared model.
         quantization_learning_rate: of scales and zero points; the optimizer's own where not given.

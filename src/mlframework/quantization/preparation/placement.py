@@ -56,11 +56,12 @@ class Sum:
 
 @dataclass
 class Placement:
-    """Chains and sums to wrap, other values to quantize, and the layers that stay float with the reason."""
+    """Chains and sums to wrap, other values to quantize with their configuration, and the layers that stay float with
+    the reason."""
 
     chains: list[Chain] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
-    quantized: list[fx.Node] = field(default_factory=list)
+    quantized: dict[fx.Node, QATConfig] = field(default_factory=dict)
     float_layers: dict[str, str] = field(default_factory=dict)
 
 
@@ -104,12 +105,17 @@ class _Placer:
         for entry in self.placement.sums:
             entry.sources = self._bases_of_operands(entry.node)
         ends = {chain.end for chain in self.placement.chains} | {entry.end for entry in self.placement.sums}
-        self.placement.quantized = [
-            node
+        self.placement.quantized = {
+            node: self._config_of_readers(node)
             for node in self.graph.nodes
             if node in self.on_grid and node not in ends and not self._shares_grid(node)
-        ]
+        }
         return self.placement
+
+    def _config_of_readers(self, node: fx.Node) -> QATConfig:
+        """Of the layers that read a value, the configuration with the finest grid."""
+        readers = [chain.config for chain in self.placement.chains if chain.source is node]
+        return max(readers, key=lambda config: config.activation_bits, default=self.config)
 
     def _start_chain(self, node: fx.Node) -> None:
         name, layer = str(node.target), self.modules[str(node.target)]
@@ -142,15 +148,18 @@ class _Placer:
         return takes_batch_norm(layer, self.modules[str(follower.target)])
 
     def _is_linear_result(self, chain: Chain) -> bool:
-        if self.config.quantize_last_linear or not isinstance(self.modules[str(chain.node.target)], nn.Linear):
+        """Whether a linear layer gives the model's result: no quantized layer reads what is computed from it."""
+        if chain.config.quantize_last_linear or not isinstance(self.modules[str(chain.node.target)], nn.Linear):
             return False
-        return self._reaches_output(chain.end)
-
-    def _reaches_output(self, node: fx.Node) -> bool:
-        return any(
-            user.op == "output" or (operations.preserves_values(user, self.modules) and self._reaches_output(user))
-            for user in node.users
-        )
+        layers = {other.node for other in self.placement.chains}
+        pending, seen = [chain.end], {chain.end}
+        while pending:
+            readers = set(pending.pop().users) - seen
+            if readers & layers:
+                return False
+            seen |= readers
+            pending.extend(readers)
+        return True
 
     def base(self, node: fx.Node) -> fx.Node:
         """The node whose grid ``node`` is on: back through whatever preserves values."""
@@ -188,7 +197,7 @@ class _Placer:
                 continue
             operands = node.args if adds else [n for n in node.all_input_nodes if operations.is_float_tensor(n)]
             bases = [self.base(operand) for operand in operands if isinstance(operand, fx.Node)]
-            if not any(base in self.on_grid for base in bases):
+            if not self._joins(bases):
                 continue
             for base in bases:
                 self._demand(base)
@@ -202,6 +211,24 @@ class _Placer:
             self.on_grid.add(end)
             return True
         return False
+
+    def _joins(self, bases: list[fx.Node]) -> bool:
+        """Whether an operation on these values is to be quantized: one is on a grid, and the others can be.
+
+        An operand may be a mask, whose large or infinite values no grid can hold beside ordinary ones. So what comes
+        from outside the graph's own computation does not join, and neither does what was zero in the example (a mask
+        that hid nothing), or so large that one step of its grid exceeds everything that the others hold.
+        """
+        extents = {base: base.meta["tensor"].extent for base in bases}
+        largest = max((extents[base] for base in bases if base in self.on_grid), default=0.0)
+        return any(base in self.on_grid for base in bases) and all(
+            base in self.on_grid
+            or (
+                base.op not in ("placeholder", "get_attr")
+                and 0 < extents[base] <= largest * 2**self.config.activation_bits
+            )
+            for base in bases
+        )
 
     def _bases_of_operands(self, addition: fx.Node) -> tuple[fx.Node, fx.Node]:
         left, right = addition.args

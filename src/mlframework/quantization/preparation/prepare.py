@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.clone import clone_sharing_parameters
+from ..graph.example_run import copies, random_state_kept
 from ..graph.generated_forward import set_forward
 from ..graph.tracing import trace
+from ..int8.integer_module import IntegerModule
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.layer_types import layer_type_of
@@ -49,8 +51,8 @@ def prepare(
 
     Raises:
         TypeError: an argument is not of its type, or the examples do not fit the model's signature.
-        ValueError: the model is prepared already, does not run on the examples, or a selector of the configuration
-            matches no layer.
+        ValueError: the model is prepared or converted already, does not run on the examples, or a selector of the
+            configuration matches no layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
@@ -60,8 +62,11 @@ def prepare(
         >>> [entry.name for entry in preparation_report(prepared).quantized]
         ['input_1', '0', '4']
     """
-    config = QATConfig() if config is None else config
-    kwargs = dict(example_kwargs or {})
+    with random_state_kept():
+        return _prepare(model, QATConfig() if config is None else config, example_inputs, dict(example_kwargs or {}))
+
+
+def _prepare(model: nn.Module, config: QATConfig, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
     _check(model, config, example_inputs, kwargs)
     prepared = clone_sharing_parameters(model)
     if layer_type_of(prepared) is not None and skip_reason("", prepared, config) is None:
@@ -88,6 +93,8 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
     for name, module in model.named_modules():
         if isinstance(module, (FakeQuantizeLayer, QATModuleWrapper)):
             raise ValueError(f"model is already prepared: {name or 'it'} is a {type(module).__name__}")
+        if isinstance(module, IntegerModule):
+            raise ValueError(f"model is already converted: {name or 'it'} is a {type(module).__name__}")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(f"model must have all its parameters, got none yet for {name}: run it once first")
@@ -107,7 +114,7 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     probe = clone_sharing_parameters(model).eval()
     try:
-        probe.forward(*args, **kwargs)
+        probe.forward(*copies(args), **copies(kwargs))
     except Exception as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
         raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error

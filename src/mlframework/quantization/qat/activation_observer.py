@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class ActivationObserver(nn.Module):
         self.num_channels = num_channels
         self.update_every = update_every
         self.enabled = True
+        self._updates = 0  # batches, where no value may be read back
         self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -76,14 +77,24 @@ class ActivationObserver(nn.Module):
         """Keeps what :meth:`measure` returned."""
         self._update(statistics)
         self.batches.add_(torch.isfinite(statistics.extremes).any())
+        if not torch.compiler.is_compiling():
+            self._updates += 1
 
     def nothing(self) -> BatchStatistics:
         """What :meth:`measure` says of an empty tensor."""
         return BatchStatistics(torch.full((2, self.num_channels), -torch.inf, device=self.batches.device))
 
-    def due(self) -> Tensor:
-        """Whether parameters are to be recomputed after the newest batch: a bool tensor of shape (1,)."""
-        return (self.batches - 1) % self.update_every == 0
+    def due(self) -> bool | Tensor:
+        """Whether parameters are to be recomputed after the newest batch.
+
+        Under ``torch.compile``, where a count that Python keeps would mean a new graph for every batch, a bool tensor
+        of shape (1,).
+        """
+        if self.update_every == 1:
+            return True
+        if torch.compiler.is_compiling():
+            return (self.batches - 1) % self.update_every == 0
+        return (self._updates - 1) % self.update_every == 0
 
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
         """The range to cover with that grid: minimum and maximum, each of shape (C,); (0, 0) before any data."""
@@ -92,12 +103,17 @@ class ActivationObserver(nn.Module):
     def reset(self) -> None:
         """Forgets everything."""
         self.batches.zero_()
+        self._updates = 0
 
     def _measure(self, input: Tensor) -> BatchStatistics:
         return BatchStatistics(batch_extremes(input, self.channel_axis, self.num_channels))
 
     def _update(self, statistics: BatchStatistics) -> None:
         raise NotImplementedError
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._updates = int(self.batches)
 
     def extra_repr(self) -> str:
         parts = [] if self.channel_axis is None else [f"channel_axis={self.channel_axis}, channels={self.num_channels}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,16 +56,21 @@ class QATConfig:
     activation_observer: Callable[[], ActivationObserver] = MovingAverageObserver
     estimator: StraightThroughEstimator = field(default_factory=StraightThroughEstimator)
     quantize_last_linear: bool = False
-    overrides: Mapping[Selector, QATConfig] = field(default_factory=dict)
+    overrides: Mapping[Selector, QATConfig] = field(default_factory=dict, hash=False)  # a mapping has no hash
     skip: tuple[Selector, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target, str):
+            raise TypeError(f"target must be a str, got {self.target!r}")
         if self.target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(sorted(TARGETS))}, got {self.target!r}")
         for name in ("weight_bits", "activation_bits"):
             bits = getattr(self, name)
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
                 raise ValueError(f"{name} must be an int between 2 and 8, got {bits!r}")
+        for name in ("per_channel_weights", "learnable", "quantize_last_linear"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if not callable(self.activation_observer) or isinstance(self.activation_observer, ActivationObserver):
             raise TypeError(
                 "activation_observer must make a new observer at each call (a class or functools.partial), "
@@ -73,14 +78,19 @@ class QATConfig:
             )
         if not isinstance(self.estimator, StraightThroughEstimator):
             raise TypeError(f"estimator must be a StraightThroughEstimator, got {self.estimator!r}")
-        if isinstance(self.skip, (str, type)):
+        if isinstance(self.skip, (str, type)) or not isinstance(self.skip, Collection):
             raise TypeError(f"skip must be a tuple of names, patterns or types, got {self.skip!r}")
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides must be a mapping from names, patterns or types, got {self.overrides!r}")
+        object.__setattr__(self, "skip", tuple(self.skip))  # any collection will do; a tuple has a hash
         for selector in (*self.overrides, *self.skip):
             if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
                 raise TypeError(f"overrides and skip must select by name, pattern or module type, got {selector!r}")
         for selector, config in self.overrides.items():
             if not isinstance(config, QATConfig):
                 raise TypeError(f"overrides[{selector!r}] must be a QATConfig, got {type(config).__name__}")
+            if config.target != self.target:
+                raise ValueError(f"overrides[{selector!r}] must be for target {self.target!r}, got {config.target!r}")
 
     @classmethod
     def for_target(cls, target: str, **fields: Any) -> QATConfig:

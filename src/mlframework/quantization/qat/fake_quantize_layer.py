@@ -25,10 +25,12 @@ class FakeQuantizeLayer(nn.Module):
     """Observes what passes, keeps ``scale`` and ``zero_point`` for it, and fake-quantizes it.
 
     In training mode every batch is observed first and then quantized with the parameters that follow from it. (Inside
-    a model made by :func:`prepare`, updates land together when the model's forward ends.) In evaluation mode nothing
-    is observed. With ``learnable=True`` the first batch sets the parameters and from then on the optimizer does
-    (LSQ, LSQ+); attribute names, state-dict keys and shapes are the same both ways, from construction on. An optimizer
-    step changes a learned scale by a factor of two at the most, so that no learning rate can carry it to zero.
+    a model made by :func:`prepare`, updates land together when the model's forward ends: a batch is quantized with what
+    earlier ones have shown, and the first is only observed.) In evaluation mode nothing is observed.
+
+    With ``learnable=True`` the first batch sets the parameters and from then on the optimizer does (LSQ, LSQ+);
+    attribute names, state-dict keys and shapes are the same both ways, from construction on. An optimizer step changes
+    a learned scale by a factor of two at the most, so that no learning rate can carry it to zero.
 
     Args:
         scheme: the grid; signed 8-bit symmetric per tensor by default.
@@ -127,7 +129,8 @@ class FakeQuantizeLayer(nn.Module):
         """Whether the next forward feeds the observer."""
         if self.calibrating:
             return True
-        return self.training and self.observer.enabled and not (self.learnable and self._ready)
+        learned = self.learnable and self._ready and self.fake_quantize_enabled
+        return self.training and self.observer.enabled and not learned
 
     @property
     def parameters_on_grid(self) -> QuantizationParameters:
@@ -149,10 +152,14 @@ class FakeQuantizeLayer(nn.Module):
             )
         if output.numel() == 0:  # nothing to learn a range from, and nothing to round
             return output
-        if self.observes:
+        observes = self.observes
+        if observes:
             self._observe(output)
         if self.calibrating or not self.fake_quantize_enabled:
             return output
+        if observes and not self._ready:  # the model's first batch: it takes effect when all ranks have shown theirs
+            # DistributedDataParallel wants every parameter to take part in every step.
+            return output + 0 * (self.scale.sum() + self.zero_point.sum()) if self.learnable else output
         self.require_initialized()
         scale, zero_point = self.scale, self.zero_point
         if not self.learnable:  # the observer may update them in place before backward reads them
@@ -161,7 +168,7 @@ class FakeQuantizeLayer(nn.Module):
 
     def _observe(self, input: Tensor) -> None:
         statistics = self.observer.measure(input)
-        if self.synchronizer is not None and (self._ready or self.calibrating):
+        if self.synchronizer is not None:
             self.synchronizer.defer(self.synchronizer_index, statistics)
             return
         if self.reduces_over_ranks:
@@ -171,8 +178,13 @@ class FakeQuantizeLayer(nn.Module):
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds measured statistics in and, where due, recomputes the parameters from them."""
         self.observer.update(statistics)
-        if not self.calibrating:
-            self.update_parameters(self.observer.due() if self._ready else None)
+        if self.calibrating:
+            return
+        due = True if not self._ready else self.observer.due()
+        if isinstance(due, Tensor):
+            self.update_parameters(due)
+        elif due:
+            self.update_parameters()
 
     @torch.no_grad()
     def update_parameters(self, due: Tensor | None = None) -> None:
@@ -193,7 +205,7 @@ class FakeQuantizeLayer(nn.Module):
 
         Raises:
             TypeError: they are no QuantizationParameters.
-            ValueError: they are of another scheme or shape.
+            ValueError: they are of another scheme or shape, or move the zero point of a symmetric scheme.
         """
         if not isinstance(parameters, QuantizationParameters):
             raise TypeError(f"parameters must be QuantizationParameters, got {type(parameters).__name__}")
@@ -202,6 +214,9 @@ class FakeQuantizeLayer(nn.Module):
                 f"parameters must be of scheme {self.scheme} and shape {tuple(self.scale.shape)}, "
                 f"got {parameters.scheme} and {tuple(parameters.scale.shape)}"
             )
+        fixed = self.scheme.symmetric_zero_point
+        if self.scheme.symmetric and bool((parameters.zero_point != fixed).any()):
+            raise ValueError(f"zero_point must be {fixed} on a symmetric grid, got {parameters.zero_point.tolist()}")
         self.scale.copy_(parameters.scale)
         self.zero_point.copy_(parameters.zero_point)
         self._mark_ready()

@@ -111,9 +111,11 @@ _CLIPS: dict[type[nn.Module], Callable[[nn.Module], Clip]] = {
 
 
 def layer_type_of(layer: nn.Module) -> LayerType | None:
-    """The kind of a layer that can be quantized; None for anything else, subclasses with a forward of their own too."""
+    """The kind of a layer that can be quantized; None for anything else, subclasses that compute otherwise too."""
     for kind, layer_type in LAYER_TYPES.items():
-        if isinstance(layer, kind) and type(layer).forward is kind.forward:
+        if isinstance(layer, kind) and all(
+            getattr(type(layer), method, None) is getattr(kind, method, None) for method in ("forward", "_conv_forward")
+        ):
             return layer_type
     return None
 

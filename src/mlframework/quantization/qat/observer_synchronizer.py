@@ -23,6 +23,10 @@ class ObservedLayer(Protocol):
     def observes(self) -> bool:
         """Whether the next forward feeds the observer."""
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether data has set the layer's parameters."""
+
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds statistics in and recomputes what follows from them."""
 
@@ -56,17 +60,24 @@ class ObserverSynchronizer:
 
     def commit(self) -> None:
         """Reduces over ranks, updates every layer and forgets."""
-        if _distributed():
-            # A rank whose forward took another branch takes part with nothing seen: all ranks pack the same layers.
-            indices = [index for index, layer in enumerate(self.layers) if layer.observes]
-            nothing = [self.layers[index].observer.nothing() for index in indices]
-            statistics = [self.pending.get(index, empty) for index, empty in zip(indices, nothing, strict=True)]
-            updates = list(zip(indices, reduce_over_ranks(statistics), strict=True))
-        else:
-            updates = list(self.pending.items())
+        pending = dict(self.pending)
         self.pending.clear()
-        for index, reduced in updates:
-            self.layers[index].commit(reduced)
+        if _distributed():
+            # A rank whose forward took another branch, or that had an empty batch, takes part with nothing seen: all
+            # ranks pack the same layers, in every forward in which any layer observes.
+            indices = [index for index, layer in enumerate(self.layers) if layer.observes]
+            statistics = [
+                pending[index] if index in pending else self.layers[index].observer.nothing() for index in indices
+            ]
+            reduced = reduce_over_ranks(statistics)
+            pending = {
+                index: batch
+                for index, batch in zip(indices, reduced, strict=True)
+                # Only a layer that this rank has never reached has to ask whether another one has.
+                if index in pending or self.layers[index].is_initialized or bool(torch.isfinite(batch.extremes).any())
+            }
+        for index, batch in pending.items():
+            self.layers[index].commit(batch)
 
 
 def discard_statistics(module: nn.Module, args: Any) -> None:
@@ -76,9 +87,7 @@ def discard_statistics(module: nn.Module, args: Any) -> None:
 
 def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a prepared model."""
-    synchronizer = module.observer_synchronizer
-    if synchronizer.pending:  # type: ignore[union-attr]
-        synchronizer.commit()  # type: ignore[union-attr, operator]
+    module.observer_synchronizer.commit()  # type: ignore[union-attr, operator]
 
 
 def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics]:

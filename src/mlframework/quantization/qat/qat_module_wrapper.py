@@ -29,8 +29,8 @@ class QATModuleWrapper(nn.Module):
 
     In evaluation mode without gradients the wrapper computes on integers, with the very layer that ``convert`` puts in
     its place (:meth:`to_integer`), and returns the result as floats on the grid. Hooks inside then see simulated
-    values. The integer layer is kept until a tensor it was made from changes or the mode is set; a change through
-    ``.data`` goes unseen, so call ``eval()`` after one.
+    values. The integer layer is kept until a tensor it was made from changes, the mode is set, or a forward with
+    gradients runs; a change through ``.data`` between two evaluations goes unseen, so call ``eval()`` after one.
 
     Args:
         layer: Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d or Embedding.
@@ -132,6 +132,8 @@ class QATModuleWrapper(nn.Module):
         return self._run_integers(input)
 
     def _simulate(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self._cached is not None:
+            self._cached = None  # fused optimizers change a weight without a trace in its version
         output = self.input_fake_quantize(input) if self.input_fake_quantize is not None else input
         output = self._run_layer(output)
         for module in self.following:
@@ -267,6 +269,14 @@ class QATModuleWrapper(nn.Module):
         self._cached = None
         self.layer.train(mode)
         return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._cached = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        node = self.weight_fake_quantize
+        comes_alone = f"{prefix}weight" in state_dict and f"{prefix}weight_fake_quantize.scale" not in state_dict
+        if node is not None and comes_alone:  # a float checkpoint: the range is that of the new weight
+            node.commit(node.observer.measure(self.layer.weight))  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         try:

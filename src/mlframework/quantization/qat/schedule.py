@@ -69,6 +69,7 @@ class QATSchedule:
         self.freeze_batch_norm_from = freeze_batch_norm_from
         self.steps = 0
         self._holds: list[RemovableHandle] = []
+        self._applied: tuple[bool, bool, bool] | None = None
         self._apply()
 
     @property
@@ -101,6 +102,11 @@ class QATSchedule:
         self._apply()
 
     def _apply(self) -> None:
+        """Switches what changed; what somebody switched by hand in the meantime stays."""
+        due = (self.is_observing, self.is_quantizing, self.freezes_batch_norm)
+        if due == self._applied:
+            return
+        self._applied = due
         for module in self.model.modules():
             if isinstance(module, FakeQuantizeLayer):
                 module.fake_quantize_enabled = self.is_quantizing

@@ -1,0 +1,106 @@
+"""A model's graph on example inputs: what its values are, and whether it computes what the model computes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+
+class TensorInfo(NamedTuple):
+    """What a node's value was when the example inputs ran: ``node.meta["tensor"]``, absent where it is no tensor.
+
+    ``extent`` is the largest magnitude among floating-point values, 0 where there are none.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    extent: float
+
+
+class _Recorder(fx.Interpreter):
+    """Notes what every value is and which storages it lies in: references that are unique and keep no memory."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.tensors: dict[fx.Node, TensorInfo] = {}
+        self.storages: dict[fx.Node, set[StorageWeakRef]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            measurable = result.is_floating_point() and result.numel() > 0
+            extent = float(result.detach().abs().max()) if measurable else 0.0
+            self.tensors[n] = TensorInfo(result.dtype, result.shape, extent)
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+        self.storages[n] = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}  # type: ignore[no-untyped-call]
+        return result
+
+
+def recorded(model: nn.Module, graph: fx.Graph, arguments: dict[str, Any]) -> tuple[_Recorder, Any]:
+    """Runs the graph on the example; returns what was noted, and the result."""
+    recorder = _Recorder(model, graph)
+    placeholders = [arguments[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
+    return recorder, recorder.run(*copies(placeholders))
+
+
+def reproduces(
+    model: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
+) -> bool:
+    """Whether model and graph agree on the example, bit for bit; leaves :class:`TensorInfo` at the nodes."""
+    with state_kept(model):
+        seed = torch.random.get_rng_state()
+        expected = type(model).forward(model, *copies(args), **copies(kwargs))
+        torch.random.set_rng_state(seed)
+        recorder, actual = recorded(model, graph, arguments)
+    for node, value in recorder.tensors.items():
+        node.meta["tensor"] = value
+    (expected, structure), (actual, other) = tree_flatten(expected), tree_flatten(_plain(actual))
+    return structure == other and all(map(_same, expected, actual))
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """No gradients, and buffers and random generators are as before afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), random_state_kept():
+        yield
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The random generators are as before afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def copies(values: Any) -> Any:
+    """In-place operations of a forward must not reach the caller's examples."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
+
+
+def _plain(value: Any) -> Any:
+    """Results as a generated forward returns them: an interpreter returns fx's own dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        items = tuple(_plain(item) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else items
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
+    return bool(operator.eq(one, other))
