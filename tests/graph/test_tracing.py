@@ -14,23 +14,11 @@ from torch import Tensor, fx, nn
 from example_models import EXAMPLES, Example, results
 from mlframework.quantization.graph.nodes import unused_name
 from mlframework.quantization.graph.tracing import Trace, trace
+from placement_probes import Runs
 
 
 def is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d))
-
-
-class Runs(nn.Module):
-    """A model whose forward is a function, with modules of any name."""
-
-    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
 
 
 def taken(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
