@@ -329,3 +329,14 @@ def test_statistics_that_the_graph_reads_outlive_their_batch_norm() -> None:
     converted = convert(prepared)
     assert isinstance(converted.bn, nn.Identity)
     assert_same_results(prepared, converted, example)
+
+
+def test_synchronized_batch_norm_folds_like_any_other() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(small_cnn())
+    inputs = torch.randn(4, *IMAGE)
+    prepared = prepare(model, QATConfig(), (inputs,))
+    calibrate(prepared, [inputs])  # in evaluation mode, which needs no process group
+    converted = convert(prepared)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+    with torch.no_grad():
+        assert torch.equal(converted(inputs), prepared.eval()(inputs))

@@ -67,5 +67,5 @@ def test_batch_norm_folds_into_layers_of_its_dimensions() -> None:
     assert takes_batch_norm(nn.ConvTranspose2d(2, 3, 1), nn.BatchNorm2d(3, affine=False))
     assert not takes_batch_norm(nn.Conv2d(2, 3, 1), nn.BatchNorm1d(3))
     assert not takes_batch_norm(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, track_running_stats=False))
-    assert not takes_batch_norm(nn.Conv2d(2, 3, 1), nn.SyncBatchNorm(3))
+    assert takes_batch_norm(nn.Conv2d(2, 3, 1), nn.SyncBatchNorm(3))
     assert not takes_batch_norm(nn.ReLU(), nn.BatchNorm1d(3))

@@ -23,8 +23,6 @@ OPAQUE_MODULES = (
     nn.AdaptiveLogSoftmaxWithLoss,
 )
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
 _PRESERVING_MODULES = (
     nn.Identity,
     nn.Flatten,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ..int8.folding import BATCH_NORMS
 from ..qat.config import QATConfig
 from ..qat.layer_types import layer_type_of, obstacle_of, takes_batch_norm
 from . import operations
@@ -140,7 +141,7 @@ class _Placer:
         self.chain_of_end[chain.end] = chain
 
     def _folds(self, follower: fx.Node, node: fx.Node) -> bool:
-        if follower.op != "call_module" or not isinstance(self.modules[str(follower.target)], operations.BATCH_NORMS):
+        if follower.op != "call_module" or not isinstance(self.modules[str(follower.target)], BATCH_NORMS):
             return False
         layer = self.modules[str(node.target)]
         if isinstance(layer, nn.Linear) and len(node.meta["tensor"].shape) != 2:

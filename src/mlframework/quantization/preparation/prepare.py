@@ -13,6 +13,7 @@ from ..graph.clone import clone_sharing_parameters
 from ..graph.example_run import copies, random_state_kept
 from ..graph.generated_forward import set_forward
 from ..graph.tracing import trace
+from ..int8.folding import BATCH_NORMS
 from ..int8.integer_module import IntegerModule
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
@@ -121,9 +122,7 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return layer_type_of(module) is not None or isinstance(
-        module, (*operations.BATCH_NORMS, *operations.OPAQUE_MODULES)
-    )
+    return layer_type_of(module) is not None or isinstance(module, (*BATCH_NORMS, *operations.OPAQUE_MODULES))
 
 
 def _rewrite(root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], config: QATConfig) -> list[ReportEntry]:

@@ -149,6 +149,8 @@ def clip_of(activation: nn.Module | None) -> Clip | None:
 def takes_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> bool:
     """Whether that batch normalization folds into that layer."""
     layer_type = layer_type_of(layer)
-    if layer_type is None or layer_type.batch_norm is None or type(batch_norm) is not layer_type.batch_norm:
+    if layer_type is None or layer_type.batch_norm is None:
+        return False
+    if type(batch_norm) not in (layer_type.batch_norm, nn.SyncBatchNorm):
         return False
     return batch_norm.running_mean is not None

@@ -86,13 +86,11 @@ class QATModuleWrapper(nn.Module):
         self.__dict__["_parameters"] = layer._parameters
         self.__dict__["_buffers"] = layer._buffers
         self.__dict__["_non_persistent_buffers_set"] = layer._non_persistent_buffers_set
-        self.training = layer.training
         # In tuples, because other rooms of the model own (and name) these modules.
         self.following: tuple[nn.Module, ...] = tuple(m for m in (batch_norm, activation) if m is not None)
         self._batch_norm = (batch_norm,)
         self._input_source: tuple[FakeQuantizeLayer | None] = (None,)
         self._clip: Clip = clip
-        self._layer_type = type(layer)
         self._cached: tuple[Any, Int8Layer] | None = None
 
         self.input_fake_quantize = None if layer_type.to_integer is None else activation_node(config)

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..int8.folding import BATCH_NORMS
 from .fake_quantize_layer import FakeQuantizeLayer
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class QATSchedule:
@@ -117,7 +116,7 @@ class QATSchedule:
             self._holds = [
                 module.register_forward_pre_hook(_use_running_statistics)
                 for module in self.model.modules()
-                if isinstance(module, _BATCH_NORMS)
+                if isinstance(module, BATCH_NORMS)
             ]
         elif not self.freezes_batch_norm:
             for hold in self._holds:
