@@ -242,7 +242,9 @@ def test_a_view_inside_what_is_not_traced_works_on_integers() -> None:
     prepared = prepare(Viewing(), QATConfig(), (IMAGES,))
     prepared(IMAGES)
     with torch.no_grad():
-        prepared.eval()(IMAGES)
+        result = prepared.eval()(IMAGES)
+        assert prepared.conv.computes_integers
+        assert torch.equal(result, convert(prepared)(IMAGES))
 
 
 def test_parameters_that_do_not_train_stay_that_way() -> None:

@@ -254,3 +254,17 @@ def test_a_float_checkpoint_brings_the_range_of_its_weight() -> None:
     wrapper = QATModuleWrapper(nn.Linear(4, 3))
     wrapper.load_state_dict({"weight": torch.full((3, 4), 12.7), "bias": torch.zeros(3)}, strict=False)
     assert torch.equal(wrapper.weight_fake_quantize.scale, torch.full((3,), 12.7) / 127)
+
+
+def test_a_changed_epsilon_of_the_batch_norm_is_seen() -> None:
+    wrapper = QATModuleWrapper(nn.Linear(4, 3), batch_norm=nn.BatchNorm1d(3))
+    inputs = torch.randn(8, 4)
+    wrapper(inputs)
+    (batch_norm,) = wrapper.following
+    batch_norm.eval()
+    wrapper.eval()
+    with torch.no_grad():
+        before = wrapper(inputs)
+        batch_norm.eps = 10.0
+        assert not torch.equal(wrapper(inputs), before)
+        assert torch.equal(wrapper(inputs), between_floats(wrapper)(inputs))

@@ -45,8 +45,8 @@ class GraphRewriter:
         for chain, wrapper in zip(placement.chains, wrappers, strict=True):
             if chain.source is not None:
                 wrapper.take_input_from(self.grid_of[chain.source])
-            accounts[chain.node] = layer_entry(str(chain.node.target), wrapper)
             self._put_wrapper(chain, wrapper)
+            accounts[chain.node] = layer_entry(str(chain.node.target), wrapper)
         for entry, addition in zip(sums, additions, strict=True):
             accounts[entry.node] = self._put_addition(entry, addition)
         for node, layer in zip(placement.quantized, nodes, strict=True):
@@ -101,12 +101,11 @@ class GraphRewriter:
         with self.graph.inserting_after(position):
             call = self.graph.call_module(name, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        detail = f"{why_float or 'computed in float'}, output {layer.scheme}"
-        if node.op in ("placeholder", "get_attr"):
-            detail = f"{layer.scheme}"
         name = str(node.target) if node.op == "call_module" else node.name
-        on_integers = node.op in ("placeholder", "get_attr")
-        return ReportEntry(name, _description(node, self.modules), on_integers, detail)
+        kind = _description(node, self.modules)
+        if node.op in ("placeholder", "get_attr"):
+            return ReportEntry(name, kind, True, str(layer.scheme))
+        return ReportEntry(name, kind, False, f"{why_float or 'computed in float'}, output {layer.scheme}")
 
     def _put_addition(self, entry: Sum, addition: QATAdd) -> ReportEntry:
         name = unused_name(self.root, entry.node.name)

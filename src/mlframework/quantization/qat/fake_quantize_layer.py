@@ -136,8 +136,25 @@ class FakeQuantizeLayer(nn.Module):
     def parameters_on_grid(self) -> QuantizationParameters:
         """A copy of scale and zero point as evaluation uses them; a learned zero point is rounded."""
         self.require_initialized()
-        zero_point = arithmetic.grid_zero_point(self.zero_point.detach(), self.scheme)
-        return QuantizationParameters(self.scale.detach().clone(), zero_point, self.scheme)
+        return QuantizationParameters(self.scale.detach().clone(), self.code_of_zero.detach(), self.scheme)
+
+    @property
+    def code_of_zero(self) -> Tensor:
+        """The zero point as a code of the grid: a learned one is rounded."""
+        return arithmetic.grid_zero_point(self.zero_point, self.scheme)
+
+    def to_codes(self, values: Tensor) -> Tensor:
+        """Quantizes with the present scale and zero point.
+
+        Raises:
+            RuntimeError: no data has set them.
+        """
+        self.require_initialized()
+        return arithmetic.quantize_values(values, self.scale, self.code_of_zero, self.scheme)
+
+    def to_values(self, codes: Tensor) -> Tensor:
+        """Dequantizes, to float32."""
+        return arithmetic.dequantize_codes(codes, self.scale, self.code_of_zero, self.scheme.channel_axis)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Values on the grid: shape, dtype and memory format of ``input`` (of the wrapped layer's output)."""

@@ -11,7 +11,7 @@ from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import has_user_hooks
 from .layer_types import Clip, clip_of
-from .qat_module_wrapper import activation_node
+from .qat_module_wrapper import activation_node, in_dtype_of
 
 
 class QATAdd(nn.Module):
@@ -70,20 +70,25 @@ class QATAdd(nn.Module):
         return Int8Add(left, right, self.output_fake_quantize.parameters_on_grid, self._clip)
 
     def _add_codes(self, left: Tensor, right: Tensor) -> Tensor:
-        grids, codes = [], []
-        for source in (*self.sources, self.output_fake_quantize):
-            source.require_initialized()
-            grids += [source.scale, arithmetic.grid_zero_point(source.zero_point, source.scheme)]
-        for index, (source, operand) in enumerate(zip(self.sources, (left, right), strict=True)):
-            codes.append(arithmetic.quantize_values(operand, grids[2 * index], grids[2 * index + 1], source.scheme))
-        left_ratio, right_ratio, constant = arithmetic.add_constants(*grids)
-        scheme = self.output_fake_quantize.scheme
-        lowest, highest = (arithmetic.code_of_value(end, grids[4], grids[5], scheme) for end in self._clip)
-        total = arithmetic.add_codes(
-            codes[0], left_ratio, codes[1], right_ratio, constant, lowest, highest, scheme.dtype
+        left_source, right_source = self.sources
+        output = self.output_fake_quantize
+        codes = left_source.to_codes(left), right_source.to_codes(right)
+        output.require_initialized()
+        left_ratio, right_ratio, constant = arithmetic.add_constants(
+            left_source.scale,
+            left_source.code_of_zero,
+            right_source.scale,
+            right_source.code_of_zero,
+            output.scale,
+            output.code_of_zero,
         )
-        result = arithmetic.dequantize_codes(total, grids[4], grids[5], None)
-        return result if torch.is_autocast_enabled(left.device.type) else result.to(left.dtype)
+        lowest, highest = (
+            arithmetic.code_of_value(end, output.scale, output.code_of_zero, output.scheme) for end in self._clip
+        )
+        total = arithmetic.add_codes(
+            codes[0], left_ratio, codes[1], right_ratio, constant, lowest, highest, output.scheme.dtype
+        )
+        return in_dtype_of(left, output.to_values(total))
 
     def extra_repr(self) -> str:
         return "" if self._activation[0] is None else f"-> {type(self._activation[0]).__name__}"

@@ -182,15 +182,7 @@ class QATModuleWrapper(nn.Module):
         node = self.weight_fake_quantize
         if node is None:
             raise RuntimeError("weight_fake_quantize is None: the weight has no grid")
-        node.require_initialized()
-        scale = node.scale.detach()
-        codes = arithmetic.quantize_values(
-            self.layer.weight.detach(),  # type: ignore[operator]
-            scale,
-            torch.zeros_like(scale),
-            node.scheme,
-        )
-        return codes, scale, node.scheme
+        return node.to_codes(self.layer.weight).detach(), node.scale.detach(), node.scheme  # type: ignore[arg-type]
 
     def _folded(self) -> IntegerWeights:
         source, layer_type = self.input_source, layer_type_of(self.layer)
@@ -207,9 +199,12 @@ class QATModuleWrapper(nn.Module):
         nodes = (self.input_source, self.weight_fake_quantize, self.output_fake_quantize)
         tensors = [tensor for node in nodes if node is not None for tensor in (node.scale, node.zero_point)]
         tensors += [tensor for tensor in (self.layer.weight, self.layer.bias) if isinstance(tensor, Tensor)]
-        if self._batch_norm[0] is not None:
-            tensors += self._batch_norm[0].state_dict(keep_vars=True).values()
-        key = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        batch_norm: Any = self._batch_norm[0]
+        if batch_norm is not None:
+            state = (batch_norm.weight, batch_norm.bias, batch_norm.running_mean, batch_norm.running_var)
+            tensors += [tensor for tensor in state if tensor is not None]
+        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        key = (versions, None if batch_norm is None else batch_norm.eps)
         if self._cached is None or self._cached[0] != key:
             layer = self.to_integer()
             assert isinstance(layer, Int8Layer)
@@ -219,35 +214,29 @@ class QATModuleWrapper(nn.Module):
     def _run_integers(self, input: Tensor) -> Tensor:
         source, output = self.input_source, self.output_fake_quantize
         assert source is not None
-        source.require_initialized()
-        zero_point = arithmetic.grid_zero_point(source.zero_point, source.scheme)
-        result: Tensor = self._integer_layer()(
-            arithmetic.quantize_values(input, source.scale, zero_point, source.scheme)
-        )
+        codes = source.to_codes(input)
+        result: Tensor = self._integer_layer()(codes)
         if output is not None:
-            zero_point = arithmetic.grid_zero_point(output.zero_point, output.scheme)
-            result = arithmetic.dequantize_codes(result, output.scale, zero_point, None)
+            result = output.to_values(result)
         if self.input_fake_quantize is not None:  # alone between floats, where code may rely on the memory format
             result = in_format_of(input, result)
-        return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
+        return in_dtype_of(input, result)
 
     def _trace_integers(self, input: Tensor) -> Tensor:
         """The same integers in operations that ``torch.compile`` can trace: sums in float64, which is exact."""
         source, output, layer_type = self.input_source, self.output_fake_quantize, layer_type_of(self.layer)
         assert source is not None and layer_type is not None and layer_type.product is not None
-        source.require_initialized()
-        zero_point = arithmetic.grid_zero_point(source.zero_point, source.scheme)
-        codes = arithmetic.quantize_values(input, source.scale, zero_point, source.scheme)
+        codes = source.to_codes(input)
         weights = self._folded()
         with torch.autocast(input.device.type, enabled=False):
-            sums = layer_type.product(self.layer, codes.double() - zero_point, weights.codes.double())
+            sums = layer_type.product(self.layer, codes.double() - source.code_of_zero, weights.codes.double())
         axis = sums.dim() - 1 if isinstance(self.layer, nn.Linear) else sums.dim() - len(self.layer.stride) - 1  # type: ignore[arg-type]
         accumulator = sums.round().to(torch.int32) + arithmetic.along_axis(weights.bias, sums.dim(), axis)
         scale = source.scale * weights.scale
         if output is None:
             result = arithmetic.rescale_accumulator(accumulator, arithmetic.along_axis(scale, sums.dim(), axis))
-            return result.clamp(*self._clip).to(input.dtype)
-        output_zero_point = arithmetic.grid_zero_point(output.zero_point, output.scheme)
+            return in_dtype_of(input, result.clamp(*self._clip))
+        output_zero_point = output.code_of_zero
         lowest, highest = (
             arithmetic.code_of_value(end, output.scale, output_zero_point, output.scheme) for end in self._clip
         )
@@ -259,7 +248,7 @@ class QATModuleWrapper(nn.Module):
             highest,
             output.scheme.dtype,
         )
-        return arithmetic.dequantize_codes(codes, output.scale, output_zero_point, None).to(input.dtype)
+        return in_dtype_of(input, output.to_values(codes))
 
     # --- standing in the layer's place ----------------------------------------------------------------------------
 
@@ -290,6 +279,12 @@ class QATModuleWrapper(nn.Module):
     def extra_repr(self) -> str:
         following = [type(module).__name__ for module in self.following]
         return " -> ".join([f"layer={self.layer}", *following])
+
+
+def in_dtype_of(input: Tensor, result: Tensor) -> Tensor:
+    """An evaluation's float32 result in its input's dtype; under autocast as it is, since half precision would lose the
+    grid that the next layer reads."""
+    return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
 
 
 def activation_node(config: QATConfig, non_negative: bool = False) -> FakeQuantizeLayer:

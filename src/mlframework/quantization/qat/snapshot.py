@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 # Under torch.compile, backward would rather copy the state anew than keep a copy, and so read what forward has
 # updated since (autograd then refuses). An operator that the partitioner does not know, it keeps.
-_LIBRARY = torch.library.Library("mlframework_quantization", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = Library("mlframework_quantization", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("snapshot(Tensor state) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("snapshot", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("mlframework_quantization::snapshot", torch.empty_like, lib=_LIBRARY)
+register_fake("mlframework_quantization::snapshot", torch.empty_like, lib=_LIBRARY)
 
 
 def snapshot(state: Tensor) -> Tensor:
