@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, QATModuleWrapper, prepare
-from mlframework.quantization.qat.qat_add import QATAdd
+from mlframework.quantization.int8.integer_operation import Addition, IntegerOperation
+from mlframework.quantization.qat.qat_operation import QATOperation
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -36,8 +37,14 @@ def free_nodes(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_children() if isinstance(module, FakeQuantizeLayer)]
 
 
-def sums(model: nn.Module) -> list[QATAdd]:
-    return [module for module in model.modules() if isinstance(module, QATAdd)]
+def joined(model: nn.Module, kind: type[IntegerOperation] = IntegerOperation) -> list[QATOperation]:
+    """Operations on codes, of one kind or of any."""
+    modules = [module for module in model.modules() if isinstance(module, QATOperation)]
+    return [module for module in modules if isinstance(module.operation, kind)]
+
+
+def sums(model: nn.Module) -> list[QATOperation]:
+    return joined(model, Addition)
 
 
 def source(model: nn.Module, name: str) -> FakeQuantizeLayer | None:

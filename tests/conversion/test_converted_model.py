@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from example_architectures import BranchesAtRoot, SmallResNet
 from example_models import EVERY_EXAMPLE, EXAMPLES, SOME_EXAMPLES, Example, all_equal, results, train_briefly
 from mlframework.quantization import QATConfig, QATModuleWrapper, convert, prepare
+from mlframework.quantization.int8.average_pooling import AveragePooling
+from mlframework.quantization.int8.integer_operation import Addition
 from mlframework.quantization.int8.layers import Int8Embedding, Int8Layer
-from mlframework.quantization.int8.operations import Dequantize, Int8Add
+from mlframework.quantization.int8.operations import Dequantize, Int8Operation
 
 # One of the examples has a layer that its forward never reaches, of which convert() warns.
 pytestmark = pytest.mark.filterwarnings("ignore:no data reached spare")
@@ -46,7 +48,7 @@ def dtypes_entering_layers(model: nn.Module, *inputs: Tensor) -> dict[str, torch
     handles = [
         module.register_forward_pre_hook(record(name))
         for name, module in model.named_modules()
-        if isinstance(module, (Int8Layer, Int8Add))
+        if isinstance(module, (Int8Layer, Int8Operation))
     ]
     model(*inputs)
     for handle in handles:
@@ -88,8 +90,7 @@ def test_codes_enter_integer_layers(example: Example) -> None:
 def test_codes_flow_from_layer_to_layer() -> None:
     example = EXAMPLES["resnet"]
     converted = convert(trained(example))
-    dequantized = [name for name, module in converted.named_modules() if isinstance(module, Dequantize)]
-    assert len(dequantized) == 1  # for the average; the head's result is float of itself
+    assert not any(isinstance(module, Dequantize) for module in converted.modules())  # the head gives float of itself
 
 
 def test_asking_for_a_shape_dequantizes_nothing() -> None:
@@ -113,7 +114,8 @@ def test_asking_for_a_shape_dequantizes_nothing() -> None:
 
 def test_sums_add_codes() -> None:
     converted = convert(trained(EXAMPLES["resnet"]))
-    assert sum(isinstance(module, Int8Add) for module in converted.modules()) == 1
+    operations = [module.operation for module in converted.modules() if isinstance(module, Int8Operation)]
+    assert [type(operation) for operation in operations] == [Addition, AveragePooling]
 
 
 @SOME_EXAMPLES

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mlframework.quantization import QuantizationParameters, QuantizationScheme, dequantize, quantize
-from mlframework.quantization.int8.operations import Dequantize, Int8Add, Int8ReLU, Int8WithFloatEdges, OnGrid, Quantize
+from mlframework.quantization.int8.integer_operation import Addition
+from mlframework.quantization.int8.operations import (
+    Dequantize,
+    Int8Operation,
+    Int8ReLU,
+    Int8WithFloatEdges,
+    OnGrid,
+    Quantize,
+)
 
 PER_CHANNEL = QuantizationParameters(
     torch.tensor([0.01, 0.1, 1.0]),
@@ -71,6 +79,11 @@ def test_relu_per_channel() -> None:
     assert torch.equal(dequantize(result, PER_CHANNEL), dequantize(codes, PER_CHANNEL).relu())
 
 
+def fma(codes: np.ndarray, factor: np.ndarray, addend: np.ndarray) -> np.ndarray:
+    """A code times a float32 is exact in float64; rounded once, with the addend."""
+    return (codes.astype(np.float64) * factor.astype(np.float64) + addend.astype(np.float64)).astype(np.float32)
+
+
 @pytest.mark.parametrize("left", GRIDS, ids=scheme_name)
 @pytest.mark.parametrize("right", GRIDS, ids=scheme_name)
 @pytest.mark.parametrize("output", GRIDS, ids=scheme_name)
@@ -82,14 +95,15 @@ def test_add(
     clip: tuple[float, float],
 ) -> None:
     a, b = all_codes(left).view(-1, 1), all_codes(right)
-    result = Int8Add(left, right, output, clip)(a, b)
+    result = Int8Operation(Addition(), (left, right), output, clip)(a, b)
     assert result.dtype is output.scheme.dtype
     (sa, za), (sb, zb), (sy, zy) = (
         (parameters.scale.numpy(), parameters.zero_point.numpy().astype(np.float32))
         for parameters in (left, right, output)
     )
-    constant = zy - ((sa / sy) * za + (sb / sy) * zb)
-    total = (a.numpy().astype(np.float32) * (sa / sy) + constant) + b.numpy().astype(np.float32) * (sb / sy)
+    # The left operand is constant along the last axis, and so stands second in ONNX Runtime's formula.
+    constant = zy - fma(zb, sb / sy, (sa / sy) * za)
+    total = fma(b.numpy(), sb / sy, fma(a.numpy(), sa / sy, constant))
     scheme = output.scheme
     lowest, highest = (np.clip(np.rint(np.float32(end) / sy) + zy, scheme.quant_min, scheme.quant_max) for end in clip)
     expected = np.clip(np.rint(total), lowest, highest)
@@ -100,19 +114,24 @@ def test_add_of_a_tensor_to_itself_on_its_own_grid() -> None:
     parameters = grid(0.1, 100)
     codes = all_codes(parameters)
     expected = ((codes.int() - 100) * 2 + 100).clamp(0, 255).to(torch.uint8)
-    assert torch.equal(Int8Add(parameters, parameters, parameters)(codes, codes), expected)
+    assert torch.equal(Int8Operation(Addition(), (parameters, parameters), parameters)(codes, codes), expected)
 
 
 @pytest.mark.parametrize("shapes", [((2, 3, 4), (3, 1)), ((2, 1), (5,)), ((0, 4), (4,)), ((), ())])
 def test_add_broadcasts(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     a, b = (torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes)
-    add = Int8Add(GRIDS[0], GRIDS[1], grid(0.2, 50))
+    add = Int8Operation(Addition(), GRIDS[:2], grid(0.2, 50))
     wide = torch.broadcast_tensors(a, b)
     assert torch.equal(add(a, b).reshape(-1), add(*(codes.reshape(-1) for codes in wide)))
 
 
 def modules() -> list[nn.Module]:
-    return [Quantize(GRIDS[1]), Dequantize(GRIDS[1]), Int8ReLU(GRIDS[1]), Int8Add(GRIDS[0], GRIDS[1], GRIDS[2])]
+    return [
+        Quantize(GRIDS[1]),
+        Dequantize(GRIDS[1]),
+        Int8ReLU(GRIDS[1]),
+        Int8Operation(Addition(), GRIDS[:2], GRIDS[2]),
+    ]
 
 
 @pytest.mark.parametrize("module", modules(), ids=lambda module: type(module).__name__)
@@ -140,7 +159,7 @@ def test_state_survives_copying_and_loading(module: nn.Module) -> None:
 def test_parameters_are_copied_as_float32(dtype: torch.dtype) -> None:
     scheme = QuantizationScheme()
     parameters = QuantizationParameters(torch.tensor([0.5], dtype=dtype), torch.zeros(1, dtype=torch.int32), scheme)
-    operations = [Quantize(parameters), Int8Add(parameters, parameters, parameters)]
+    operations = [Quantize(parameters), Int8Operation(Addition(), (parameters, parameters), parameters)]
     parameters.scale.fill_(2.0)
     parameters.zero_point.fill_(3)
     for module in operations:

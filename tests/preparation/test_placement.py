@@ -14,8 +14,9 @@ from example_architectures import BranchesAtRoot, conv
 from example_models import EXAMPLES, Example, train_briefly
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, QATModuleWrapper, prepare
 from mlframework.quantization.graph.generated_forward import graph_of, has_generated_forward
-from mlframework.quantization.qat.qat_add import QATAdd
-from placement_probes import IMAGES, Runs, free_nodes, output, placed, source, sums
+from mlframework.quantization.int8.lookup import Lookup
+from mlframework.quantization.qat.qat_operation import QATOperation
+from placement_probes import IMAGES, Runs, free_nodes, joined, output, placed, source, sums
 
 TRACED = {name: example for name, example in EXAMPLES.items() if name not in ("branches at root", "single layer")}
 
@@ -39,7 +40,7 @@ def test_what_enters_a_layer_is_on_the_grid_of_its_source(example: Example) -> N
     for name, module in prepared.named_modules():
         if isinstance(module, QATModuleWrapper) and module.input_source not in (None, module.input_fake_quantize):
             module.register_forward_pre_hook(check(name, 0, module.input_source))
-        if isinstance(module, QATAdd):
+        if isinstance(module, QATOperation):
             for index, node in enumerate(module.sources):
                 module.register_forward_pre_hook(check(name, index, node))
     prepared(*example.inputs())
@@ -71,7 +72,7 @@ def test_every_reached_layer_computes_on_integers_in_evaluation(example: Example
         for module in prepared.modules():
             if isinstance(module, QATModuleWrapper) and not isinstance(module.layer, nn.Embedding):
                 assert module.computes_integers
-            if isinstance(module, QATAdd):
+            if isinstance(module, QATOperation):
                 assert module.computes_integers
 
 
@@ -109,15 +110,18 @@ def test_a_chain_ends_where_something_else_reads_it() -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.LeakyReLU(), nn.Sigmoid()], ids=str)
-def test_other_activations_are_computed_in_float(activation: nn.Module) -> None:
+def test_other_activations_are_tables(activation: nn.Module) -> None:
     model = placed(
         lambda self, x: self.last(self.activation(self.first(x))),
         first=conv(3, 4),
         activation=activation,
         last=conv(4, 2),
     )
-    assert free_nodes(model) == ["x_fake_quantize", "activation_fake_quantize"]
-    scheme = model.activation_fake_quantize.scheme
+    assert free_nodes(model) == ["x_fake_quantize"]
+    (table,) = joined(model, Lookup)
+    assert table.sources == (output(model, "first"),)
+    assert source(model, "last") is table.output_fake_quantize
+    scheme = table.output_fake_quantize.scheme
     assert scheme.symmetric is isinstance(activation, nn.Sigmoid)  # which is never negative
 
 

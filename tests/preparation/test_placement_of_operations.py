@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from example_architectures import conv
-from mlframework.quantization import QATConfig, calibrate, prepare
-from mlframework.quantization.qat.qat_add import QATAdd
-from placement_probes import IMAGES, free_nodes, output, placed, source, sums
+from mlframework.quantization import QATConfig, calibrate, convert, prepare
+from mlframework.quantization.int8.average_pooling import AveragePooling
+from mlframework.quantization.int8.integer_operation import Concatenation, IntegerOperation, Multiplication
+from mlframework.quantization.int8.lookup import Lookup
+from mlframework.quantization.int8.operations import Dequantize
+from mlframework.quantization.qat.qat_operation import QATOperation
+from placement_probes import IMAGES, free_nodes, joined, output, placed, source, sums
 
 SHARING: dict[str, Callable[[Tensor], Tensor]] = {
     "max pool": lambda x: F.max_pool2d(x, 2),
@@ -27,7 +31,20 @@ SHARING: dict[str, Callable[[Tensor], Tensor]] = {
     "squeeze": lambda x: x.unsqueeze(0).squeeze(0),
     "clone": lambda x: x.clone(),
     "flatten": lambda x: torch.flatten(x, 2).unsqueeze(2),
+    "flip": lambda x: x.flip(3),
+    "roll": lambda x: x.roll(1, 2),
+    "pad": lambda x: F.pad(x, (1, 0, 0, 2)),
+    "reflect": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2),
+    "nearest to a size": lambda x: F.interpolate(x, size=x.shape[2:], mode="nearest"),
+    "shuffle": lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
     "relu later": lambda x: F.relu(F.max_pool2d(x, 2)),
+}
+
+
+NOT_SHARING: dict[str, Callable[[Tensor], Tensor]] = {
+    "pad with a value": lambda x: F.pad(x, (1, 1), value=0.3),
+    "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
 }
 
 
@@ -36,6 +53,17 @@ def test_operations_that_keep_values_share_the_grid(operation: Callable[[Tensor]
     model = placed(lambda self, x: self.last(operation(self.first(x))), first=conv(3, 4), last=conv(4, 2))
     assert free_nodes(model) == ["x_fake_quantize"]
     assert source(model, "last") is output(model, "first")
+    calibrate(model, [torch.randn(2, 3, 8, 8)])
+    converted, x = convert(model.eval()), torch.randn(2, 3, 8, 8)
+    assert sum(isinstance(module, Dequantize) for module in converted.modules()) == 1  # of the result
+    with torch.no_grad():
+        assert torch.equal(converted(x), model(x))
+
+
+@pytest.mark.parametrize("operation", NOT_SHARING.values(), ids=NOT_SHARING)
+def test_other_values_have_a_node_of_their_own(operation: Callable[[Tensor], Tensor]) -> None:
+    model = placed(lambda self, x: self.last(operation(self.first(x))), first=conv(3, 4), last=conv(4, 2))
+    assert len(free_nodes(model)) == 2
 
 
 @pytest.mark.parametrize("module", [nn.Dropout(), nn.Identity(), nn.MaxPool2d(3, 1, 1, ceil_mode=True)], ids=str)
@@ -55,26 +83,72 @@ def test_consumers_share_one_node() -> None:
     assert source(model, "left") is source(model, "middle") is source(model, "right") is model.x_fake_quantize
 
 
-def joined(join: Callable[..., Tensor], relu: bool) -> nn.Module:
-    channels = join(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4)).shape[1]
+NEW_VALUES: dict[str, tuple[type[IntegerOperation], Callable[[Tensor, Tensor], Tensor]]] = {
+    "cat": (Concatenation, lambda a, b: torch.cat([a, b], 1)),
+    "average pool": (AveragePooling, lambda a, b: F.avg_pool2d(a, 2)),
+    "adaptive": (AveragePooling, lambda a, b: F.adaptive_avg_pool2d(a, (2, 1))),
+    "mean": (AveragePooling, lambda a, b: a.mean((2, 3), keepdim=True)),
+    "product": (Multiplication, lambda a, b: a * b),
+    "gate": (Multiplication, lambda a, b: a * torch.sigmoid(b)),
+    "squeeze and excite": (Multiplication, lambda a, b: a * F.hardsigmoid(F.adaptive_avg_pool2d(a, 1))),
+    "silu written out": (Lookup, lambda a, b: a * torch.sigmoid(a)),
+    "hardswish written out": (Lookup, lambda a, b: a * F.relu6(a + 3) / 6),
+    "number": (Lookup, lambda a, b: 1 - a * 0.5),
+    "gelu": (Lookup, lambda a, b: F.gelu(a, approximate="tanh")),
+    "in place": (Lookup, lambda a, b: F.silu(a, inplace=True)),
+}
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        y = join(self.left(x), self.right(x))
-        return self.last(F.relu(y) if relu else y)
 
-    return placed(forward, left=conv(3, 4), right=conv(3, 4), last=nn.Conv2d(channels, 2, 1))
+@pytest.mark.parametrize(("kind", "operation"), NEW_VALUES.values(), ids=NEW_VALUES)
+def test_new_values_are_computed_on_codes(
+    kind: type[IntegerOperation], operation: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    channels = operation(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)).shape[1]
+    model = placed(
+        lambda self, x: self.last(operation(self.left(x), self.right(x))),
+        left=conv(3, 4),
+        right=conv(3, 4),
+        last=nn.Conv2d(channels, 2, 1),
+    )
+    assert free_nodes(model) == ["x_fake_quantize"]
+    assert [entry for entry in joined(model, kind) if entry.output_fake_quantize is source(model, "last")]
+    calibrate(model, [torch.randn(4, 3, 8, 8)])
+    converted, x = convert(model.eval()), torch.randn(8, 3, 8, 8)
+    assert sum(isinstance(module, Dequantize) for module in converted.modules()) == 1  # of the result
+    with torch.no_grad():
+        assert torch.equal(converted(x), model(x))
+
+
+def test_a_region_is_one_table_and_its_parts_may_have_other_readers() -> None:
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)
+        gate = torch.tanh(y * 2)
+        return self.last(y * gate + 1), gate
+
+    model = placed(forward, first=conv(3, 3), last=conv(3, 2))
+    (table,) = joined(model)
+    assert table.sources == (output(model, "first"),)
+    calibrate(model, [torch.randn(4, 3, 8, 8)])
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        results = convert(model.eval())(x), model(x)
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(
-    "join",
-    [lambda a, b: torch.cat([a, b], 1), lambda a, b: F.avg_pool2d(a, 2), lambda a, b: a.mean((2, 3), keepdim=True)],
-    ids=["cat", "average pool", "mean"],
+    "normalize",
+    [
+        lambda x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5),
+        lambda x: x - x.mean(1, keepdim=True),
+        lambda x: x / (1 + x.abs()),
+        lambda x: x * torch.log(x.abs() + 1),
+        lambda x: torch.softmax(x, 1),
+    ],
+    ids=["root mean square", "centred", "quotient", "logarithm", "softmax"],
 )
-@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
-def test_new_values_get_a_node_of_their_own(join: Callable[..., Tensor], relu: bool) -> None:
-    model = joined(join, relu)
-    assert len(free_nodes(model)) == 2
-    assert source(model, "last") is model.get_submodule(free_nodes(model)[1])
+def test_other_functions_stay_float(normalize: Callable[[Tensor], Tensor]) -> None:
+    model = placed(lambda self, x: self.last(normalize(self.first(x))), first=conv(3, 4), last=conv(4, 2))
+    assert not joined(model)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +205,7 @@ def test_a_mask_of_infinities_is_added_in_float() -> None:
     model = Masked()
     prepared = prepare(model, QATConfig(), (torch.randn(2, 6), mask))
     calibrate(prepared, [(torch.randn(16, 6), mask)])
-    assert not any(isinstance(module, QATAdd) for module in prepared.modules())
+    assert not any(isinstance(module, QATOperation) for module in prepared.modules())
     seen: list[Tensor] = []
     node = dict(prepared.named_modules())["softmax_fake_quantize"]
     node.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -151,11 +225,11 @@ def test_a_mask_that_the_model_computes_is_added_in_float(hidden: float) -> None
 
 def test_a_sum_with_a_value_computed_in_float_adds_codes() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return self.last(self.body(x) + x * 1)
+        return self.last(self.body(x) + x.cumsum(1))
 
     model = placed(forward, body=conv(3, 3), last=conv(3, 2))
     (total,) = sums(model)
-    assert total.sources == (output(model, "body"), model.mul_fake_quantize)
+    assert total.sources == (output(model, "body"), model.cumsum_fake_quantize)
 
 
 @pytest.mark.parametrize("tail", [nn.LogSoftmax(1), nn.Sigmoid(), nn.Identity()], ids=lambda tail: type(tail).__name__)

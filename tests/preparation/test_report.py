@@ -34,14 +34,15 @@ def test_entries_tell_grids() -> None:
     report = report_on(EXAMPLES["resnet"])
     entries = {entry.name: entry for entry in report.entries}
     assert list(entries) == ["x", "stem", "block.conv1", "block.conv2", "add", "average", "head"]
-    assert [entry.name for entry in report.left_float] == ["average"]
+    assert not report.left_float
     assert entries["x"] == ReportEntry("x", "input", True, "uint8 [0, 255] affine, per tensor")
     assert entries["stem"].kind == "Conv2d"
     assert entries["stem"].detail == (
         "weight int8 [-127, 127] symmetric, per channel 0, output uint8 [0, 255] symmetric, per tensor"
     )
     assert entries["add"].kind == "sum"
-    assert entries["average"].detail == "computed in float, output uint8 [0, 255] affine, per tensor"
+    assert entries["average"].kind == "average pool"
+    assert entries["average"].detail == "output uint8 [0, 255] symmetric, per tensor"
     assert entries["head"].detail.endswith("output float")
 
 
@@ -57,7 +58,7 @@ def test_entries_tell_grids() -> None:
     ],
 )
 def test_what_stays_float_has_a_reason(name: str, config: QATConfig | None, layer: str, reason: str) -> None:
-    assert reasons(report_on(EXAMPLES[name], config))[layer] == reason
+    assert reasons(report_on(EXAMPLES[name], config))[layer].startswith(reason)  # and on which grid its output is
 
 
 @pytest.mark.parametrize(("name", "layer"), [("branches inside", "inner.layer"), ("branches at root", "conv")])

@@ -2,7 +2,8 @@ r"""The arithmetic of quantization, and the only place that rounds.
 
 Every formula here works on plain tensors; what checks arguments stands above it (:mod:`.parameters`). Rounding is
 half to even everywhere (:func:`torch.round`), and float arithmetic is float32 in the order written, which is what
-ONNX Runtime computes (``QuantizeLinear``, ``QLinearConv``, ``QGemm``, ``QLinearAdd``).
+ONNX Runtime computes (``QuantizeLinear``, ``QLinearConv``, ``QGemm``, ``QLinearAdd``, ``QLinearMul``,
+``QLinearConcat``, ``QLinearGlobalAveragePool``).
 
 =============  ====================================================================================
 quantize       :math:`q = \mathrm{clamp}(\mathrm{rne}(x / s) + z,\ q_{min},\ q_{max})`
@@ -11,12 +12,18 @@ requantize     :math:`q_y = \mathrm{rne}(\mathrm{clamp}((a + b) \cdot ((s_x s_w)
                q_{min} - z_y,\ q_{max} - z_y)) + z_y`
 bias           :math:`b = \mathrm{rne}(\beta / (s_x s_w))` as int32
 float result   :math:`y = (a + b) \cdot (s_x s_w)`
-add            :math:`q_y = \mathrm{clamp}(\mathrm{rne}(q_a (s_a / s_y) + C + q_b (s_b / s_y)))`,
-               :math:`C = z_y - ((s_a / s_y) z_a + (s_b / s_y) z_b)`
+add            :math:`q_y = \mathrm{clamp}(\mathrm{rne}(\mathrm{fma}(q_a, s_a / s_y, t)))`,
+               :math:`t = \mathrm{fma}(q_b, s_b / s_y, C)`,
+               :math:`C = z_y - \mathrm{fma}(z_a, s_a / s_y, (s_b / s_y) z_b)`
+multiply       :math:`q_y = \mathrm{clamp}(\mathrm{rne}((q_a - z_a)(q_b - z_b)\,((s_a s_b) / s_y) + z_y))`
+average        requantize with :math:`a = \sum (q - z)` over n codes, and :math:`s_x / (s_y n)` for the factor
+lookup         :math:`q_y = \mathrm{quantize}(f(\mathrm{dequantize}(q_x)))` for each of 256 codes
 =============  ====================================================================================
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -118,7 +125,7 @@ def add_codes(
     dtype: torch.dtype,
 ) -> Tensor:
     """The sum of two quantized tensors on the output's grid (see :func:`add_constants` for the operands)."""
-    total = (left.to(torch.float32) * left_ratio + constant) + right.to(torch.float32) * right_ratio
+    total = fused_multiply_add(left, left_ratio, fused_multiply_add(right, right_ratio, constant))
     return total.round_().clamp_(lowest, highest).to(dtype)  # type: ignore[arg-type]
 
 
@@ -133,8 +140,75 @@ def add_constants(
     """``sa / sy``, ``sb / sy`` and the constant ``C`` of :func:`add_codes`, each of shape (1,)."""
     left_ratio = left_scale / output_scale
     right_ratio = right_scale / output_scale
-    constant = output_zero_point - (left_ratio * left_zero_point + right_ratio * right_zero_point)
-    return left_ratio, right_ratio, constant
+    offset = fused_multiply_add(left_zero_point, left_ratio, right_ratio * right_zero_point.to(torch.float32))
+    return left_ratio, right_ratio, output_zero_point - offset
+
+
+def fused_multiply_add(codes: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+    """``codes * factor + addend`` rounded once to float32: a product of a code and a float32 is exact in float64."""
+    return (codes.to(torch.float64) * factor.to(torch.float64) + addend.to(torch.float64)).to(torch.float32)
+
+
+def multiply_ratio(left_scale: Tensor, right_scale: Tensor, output_scale: Tensor) -> Tensor:
+    """``(sa sb) / sy`` of :func:`multiply_codes`."""
+    return (left_scale * right_scale) / output_scale
+
+
+def multiply_codes(
+    left: Tensor,
+    left_zero_point: Tensor,
+    right: Tensor,
+    right_zero_point: Tensor,
+    ratio: Tensor,
+    zero_point: Tensor,
+    lowest: int | Tensor,
+    highest: int | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product of two quantized tensors on the output's grid."""
+    product = (left.to(torch.float32) - left_zero_point) * (right.to(torch.float32) - right_zero_point)
+    return (product * ratio).add_(zero_point).round_().clamp_(lowest, highest).to(dtype)  # type: ignore[arg-type]
+
+
+def average_multiplier(input_scale: Tensor, output_scale: Tensor, count: Tensor) -> Tensor:
+    """What turns a sum of ``count`` codes into the code of their average: ``sx / (sy n)``."""
+    return input_scale / (output_scale * count.to(torch.float32))
+
+
+def lookup_table(
+    function: Callable[[Tensor], Tensor] | None,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+    input_scheme: QuantizationScheme,
+    output_scale: Tensor,
+    output_zero_point: Tensor,
+    output_scheme: QuantizationScheme,
+) -> Tensor:
+    """The output's code for each of the 256 codes of the input's dtype, the lowest first; None for the identity.
+
+    The function is evaluated in float64 and its value rounded to float32, which for a sum, a product or a quotient is
+    the float32 result, and for anything else the same on every device.
+    """
+    ends = torch.iinfo(input_scheme.dtype)
+    codes = torch.arange(ends.min, ends.max + 1, device=input_scale.device)
+    values = dequantize_codes(codes, input_scale, input_zero_point, None)
+    if function is not None:
+        with torch.autocast(input_scale.device.type, enabled=False):
+            values = function(values.double()).to(torch.float32)
+    return quantize_values(values, output_scale, output_zero_point, output_scheme)
+
+
+def look_up(codes: Tensor, table: Tensor) -> Tensor:
+    """The entries of a :func:`lookup_table` at uint8 or int8 codes."""
+    return table[codes.to(torch.int64) - torch.iinfo(codes.dtype).min]
+
+
+def codes_of_clip(
+    clip: tuple[float, float], scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme
+) -> tuple[Tensor, Tensor]:
+    """The codes that a range of values saturates at; infinite ends are the ends of the grid."""
+    lowest, highest = (code_of_value(end, scale, zero_point, scheme) for end in clip)
+    return lowest, highest
 
 
 def code_of_value(value: float, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:

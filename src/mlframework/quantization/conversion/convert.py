@@ -14,8 +14,8 @@ from ..int8.integer_module import IntegerModule, PackedModule
 from ..preparation.report import NEVER_REACHED, PreparationReport
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.observer_synchronizer import commit_statistics, discard_statistics
-from ..qat.qat_add import QATAdd
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from ..qat.qat_operation import QATOperation
 from .between_floats import between_floats
 from .lowering import lower
 
@@ -167,7 +167,7 @@ def _outermost_nodes(model: nn.Module) -> list[tuple[str, QATModuleWrapper | Fak
             continue
         if isinstance(module, (QATModuleWrapper, FakeQuantizeLayer)):
             found.append((name, module))
-        if isinstance(module, (QATModuleWrapper, FakeQuantizeLayer, QATAdd)):
+        if isinstance(module, (QATModuleWrapper, FakeQuantizeLayer, QATOperation)):
             inside += (f"{name}.",)
     return found
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx, nn
 
 from ..graph.nodes import unused_name
+from ..graph.subgraph import module_of_nodes
 from ..int8.layers import Int8Embedding
-from ..int8.operations import Dequantize, Int8ReLU, Quantize
+from ..int8.operations import Dequantize, Int8ReLU, Int8Selection, Quantize
 from ..preparation import operations
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
-from ..qat.qat_add import QATAdd
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from ..qat.qat_operation import QATOperation
 from .between_floats import between_floats
 
 _SHAPE_QUERIES = {"size", "dim", "numel", "shape", "ndim"}
@@ -49,7 +49,7 @@ class _Lowering:
             self.grid_of[node] = module
         elif isinstance(module, QATModuleWrapper):
             self._visit_wrapper(node, module)
-        elif isinstance(module, QATAdd):
+        elif isinstance(module, QATOperation):
             self.replacements[str(node.target)] = module.to_integer()
             self.grid_of[node] = module.output_fake_quantize
         elif isinstance(module, _DROPOUTS):
@@ -97,21 +97,20 @@ class _Lowering:
             node.replace_all_uses_with(relu)
             self.graph.erase_node(node)
             node = relu
-        elif operations.is_spatial_selection(node, self.modules):
-            node = self._through_floats(node, grid.scheme.dtype)
+        elif operations.is_selection(node, self.modules):
+            node = self._select_codes(node, grid)
         self.grid_of[node] = grid
 
-    def _through_floats(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """Lets a kernel for floats select among codes, which float32 holds exactly."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        with self.graph.inserting_before(node):
-            floats = self.graph.call_method("to", (source, torch.float32))
-        node.replace_input_with(source, floats)
+    def _select_codes(self, node: fx.Node, grid: FakeQuantizeLayer) -> fx.Node:
+        inputs = tuple(node.all_input_nodes)
+        name = unused_name(self.root, f"{node.name}_codes")
+        selection = Int8Selection(grid.parameters_on_grid, module_of_nodes([node], inputs, self.modules))
+        self.root.add_module(name, selection)
         with self.graph.inserting_after(node):
-            codes = self.graph.call_method("to", (node, dtype))
-        node.replace_all_uses_with(codes, delete_user_cb=lambda user: user is not codes)
-        return codes
+            selected = self.graph.call_module(name, inputs)
+        node.replace_all_uses_with(selected)
+        self.graph.erase_node(node)
+        return selected
 
     def _to_floats(self, node: fx.Node) -> None:
         """Dequantizes, once each, the codes that an operation on floats reads."""

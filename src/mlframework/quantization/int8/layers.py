@@ -93,17 +93,13 @@ class Int8Layer(PackedModule[_Plan]):
         if self.output_scheme is None:
             return _Plan(product, self._channels_view(bias), self._channels_view(accumulator_scale))
         assert self.output_scale is not None and self.output_zero_point is not None
-        low, high = (
-            int(arithmetic.code_of_value(end, self.output_scale, self.output_zero_point, self.output_scheme))
-            for end in self.clip
-        )
+        ends = arithmetic.codes_of_clip(self.clip, self.output_scale, self.output_zero_point, self.output_scheme)
         return _Plan(
             product,
             self._channels_view(bias),
             self._channels_view(accumulator_scale / self.output_scale),
             int(self.output_zero_point),
-            low,
-            high,
+            *(int(end) for end in ends),
         )
 
     def forward(self, codes: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""What stands between integer layers: into codes, out of codes, and sums of codes."""
+"""What stands between integer layers: into codes, out of codes, and operations on codes."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .. import arithmetic
 from ..parameters import QuantizationParameters
 from .integer_module import IntegerModule, PackedModule
+from .integer_operation import Grid, IntegerOperation
 
 
 class _OnGrid(IntegerModule):
@@ -51,73 +53,90 @@ class Int8ReLU(_OnGrid):
         return torch.maximum(codes, arithmetic.along_axis(self.zero_point.to(codes.dtype), codes.dim(), axis))
 
 
-class _SumPlan(NamedTuple):
-    left_ratio: Tensor
-    right_ratio: Tensor
-    constant: Tensor
-    lowest: int
-    highest: int
+class Int8Selection(_OnGrid):
+    """An operation that moves or selects values or pads with zeros, on codes: they stay on their grid.
 
-
-class Int8Add(PackedModule[_SumPlan]):
-    """The sum of two quantized tensors, as ONNX Runtime's ``QLinearAdd``; broadcasts.
+    PyTorch has such operations (max pooling, padding by reflection, ...) for floats; codes are exact in float32, and
+    with the zero point taken off, what the operation takes for zero is zero.
 
     Args:
-        left, right, output: parameters of the operands and of the sum, per tensor.
-        clip: the range of the activation that follows, (0, inf) for a ReLU.
+        parameters: of the input, and so of the output.
+        selection: the operation on floats.
     """
 
-    left_scale: Tensor
-    left_zero_point: Tensor
-    right_scale: Tensor
-    right_zero_point: Tensor
+    def __init__(self, parameters: QuantizationParameters, selection: nn.Module) -> None:
+        super().__init__(parameters)
+        self.selection = selection
+
+    def forward(self, codes: Tensor, *others: Any) -> Tensor:
+        selected: Tensor = self.selection(codes.to(torch.float32) - self.zero_point, *others)
+        return (selected + self.zero_point).to(codes.dtype)
+
+
+class _OperationPlan(NamedTuple):
+    constants: tuple[Tensor, ...]
+    output: Grid
+    ends: tuple[int, int]
+
+
+class Int8Operation(PackedModule[_OperationPlan]):
+    """An operation other than a layer, on codes.
+
+    Args:
+        operation: what it computes.
+        inputs: parameters of the operands, per tensor.
+        output: parameters of the result, per tensor.
+        clip: the range of the activation that follows, (0, inf) for a ReLU; only for an operation that ``clips``.
+    """
+
     output_scale: Tensor
     output_zero_point: Tensor
 
     def __init__(
         self,
-        left: QuantizationParameters,
-        right: QuantizationParameters,
+        operation: IntegerOperation,
+        inputs: Sequence[QuantizationParameters],
         output: QuantizationParameters,
         clip: tuple[float, float] = (-math.inf, math.inf),
     ) -> None:
         super().__init__()
-        self.output_scheme = output.scheme
+        self.operation = operation
         self.clip = clip
-        self.register_grid("left_", left)
-        self.register_grid("right_", right)
+        self.input_schemes = tuple(parameters.scheme for parameters in inputs)
+        self.output_scheme = output.scheme
+        for index, parameters in enumerate(inputs):
+            self.register_grid(f"input_{index}_", parameters)
         self.register_grid("output_", output)
 
-    def _make_plan(self) -> _SumPlan:
-        constants = arithmetic.add_constants(
-            self.left_scale,
-            self.left_zero_point,
-            self.right_scale,
-            self.right_zero_point,
-            self.output_scale,
-            self.output_zero_point,
+    @property
+    def input_parameters(self) -> tuple[QuantizationParameters, ...]:
+        """The grids of the operands."""
+        return tuple(
+            QuantizationParameters(
+                getattr(self, f"input_{index}_scale"), getattr(self, f"input_{index}_zero_point"), scheme
+            )
+            for index, scheme in enumerate(self.input_schemes)
         )
-        lowest, highest = (
-            int(arithmetic.code_of_value(end, self.output_scale, self.output_zero_point, self.output_scheme))
-            for end in self.clip
-        )
-        return _SumPlan(*constants, lowest, highest)
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+    @property
+    def output_parameters(self) -> QuantizationParameters:
+        """The grid of the result."""
+        return QuantizationParameters(self.output_scale, self.output_zero_point, self.output_scheme)
+
+    def _make_plan(self) -> _OperationPlan:
+        inputs = [Grid(grid.scale, grid.zero_point, grid.scheme) for grid in self.input_parameters]
+        output = Grid(self.output_scale, self.output_zero_point, self.output_scheme)
+        lowest, highest = (int(end) for end in arithmetic.codes_of_clip(self.clip, *output))
+        return _OperationPlan(self.operation.constants(inputs, output), output, (lowest, highest))
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        """Codes of the operands' grids to codes of the result's."""
         plan = self.pack()
-        return arithmetic.add_codes(
-            left,
-            plan.left_ratio,
-            right,
-            plan.right_ratio,
-            plan.constant,
-            plan.lowest,
-            plan.highest,
-            self.output_scheme.dtype,
-        )
+        return self.operation.on_codes(codes, plan.constants, plan.output, plan.ends)
 
     def extra_repr(self) -> str:
-        return str(self.output_scheme)
+        clip = "" if self.clip == (-math.inf, math.inf) else f", clip={self.clip}"
+        return f"{self.operation} -> {self.output_scheme}{clip}"
 
 
 class Int8WithFloatEdges(nn.Module):

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from ..graph.nodes import unused_name
+from ..int8.lookup import Lookup
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
-from ..qat.qat_add import QATAdd
 from ..qat.qat_module_wrapper import QATModuleWrapper, activation_node
+from ..qat.qat_operation import QATOperation
 from . import operations
-from .placement import Chain, Placement, Sum
+from .placement import Chain, Joined, Placement
 from .report import ReportEntry
 
 
 class GraphRewriter:
-    """Wraps chains and sums and inserts nodes, in ``root`` and in ``graph``.
+    """Wraps chains, puts operations on codes in and inserts nodes, in ``root`` and in ``graph``.
 
     Args:
         root: the model; its submodules are replaced in place.
@@ -32,6 +33,7 @@ class GraphRewriter:
         self.modules = modules
         self.config = config
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
+        self.replaced: dict[fx.Node, fx.Node] = {}
         self.device = next((tensor.device for tensor in (*root.parameters(), *root.buffers())), None)
 
     def rewrite(self, placement: Placement) -> list[ReportEntry]:
@@ -39,16 +41,16 @@ class GraphRewriter:
         wrappers = [self._wrapper(chain) for chain in placement.chains]
         nodes = [self._node(node, config) for node, config in placement.quantized.items()]
         order = {node: index for index, node in enumerate(self.graph.nodes)}
-        sums = sorted(placement.sums, key=lambda entry: order[entry.node])
-        additions = [self._addition(entry) for entry in sums]
+        joined = sorted(placement.joined, key=lambda entry: order[entry.node])
+        operation_modules = [self._operation(entry) for entry in joined]
         accounts = self._float_operations(placement)
         for chain, wrapper in zip(placement.chains, wrappers, strict=True):
             if chain.source is not None:
                 wrapper.take_input_from(self.grid_of[chain.source])
             self._put_wrapper(chain, wrapper)
             accounts[chain.node] = layer_entry(str(chain.node.target), wrapper)
-        for entry, addition in zip(sums, additions, strict=True):
-            accounts[entry.node] = self._put_addition(entry, addition)
+        for entry, operation in zip(joined, operation_modules, strict=True):
+            accounts[entry.node] = self._put_operation(entry, operation)
         for node, layer in zip(placement.quantized, nodes, strict=True):
             accounts[node] = self._put_node(node, layer, placement.float_layers.get(str(node.target)))
         return [accounts[node] for node in sorted(accounts, key=order.__getitem__)]
@@ -73,12 +75,21 @@ class GraphRewriter:
         self.grid_of[node] = layer.to(self.device)
         return layer
 
-    def _addition(self, entry: Sum) -> QATAdd:
+    def _operation(self, entry: Joined) -> QATOperation:
         activation = None if entry.activation is None else operations.clipping_module(entry.activation, self.modules)
-        left, right = (self.grid_of[source] for source in entry.sources)
-        addition = QATAdd(self.config, left, right, activation)
-        self.grid_of[entry.end] = addition.output_fake_quantize
-        return addition
+        sources = [self.grid_of[source] for source in entry.sources]
+        operation = QATOperation(
+            entry.config, entry.operation, sources, activation, non_negative=self._is_never_negative(entry)
+        )
+        self.grid_of[entry.end] = operation.output_fake_quantize
+        return operation
+
+    def _is_never_negative(self, entry: Joined) -> bool:
+        """Whether the operation itself says so, or makes its values of values that are all on grids without sign."""
+        if isinstance(entry.operation, Lookup):
+            return operations.is_never_negative(entry.node, self.modules)
+        schemes = [self.grid_of[source].scheme for source in entry.sources]
+        return all(scheme.symmetric_zero_point == scheme.quant_min and scheme.symmetric for scheme in schemes)
 
     def _put_wrapper(self, chain: Chain, wrapper: QATModuleWrapper) -> None:
         name = str(chain.node.target)
@@ -107,27 +118,35 @@ class GraphRewriter:
             return ReportEntry(name, kind, True, str(layer.scheme))
         return ReportEntry(name, kind, False, f"{why_float or 'computed in float'}, output {layer.scheme}")
 
-    def _put_addition(self, entry: Sum, addition: QATAdd) -> ReportEntry:
+    def _put_operation(self, entry: Joined, operation: QATOperation) -> ReportEntry:
         name = unused_name(self.root, entry.node.name)
-        self.root.add_module(name, addition)
+        self.root.add_module(name, operation)
         with self.graph.inserting_before(entry.end):
-            call = self.graph.call_module(name, entry.node.args)
-        entry.end.replace_all_uses_with(call)
-        self._close_up(entry.end, call, entry.activation, entry.node)
-        return ReportEntry(name, "sum", True, f"output {addition.output_fake_quantize.scheme}")
+            call = self.graph.call_module(name, tuple(self.replaced.get(node, node) for node in entry.operands))
+        self._replace(entry.end, call)
+        for node in reversed(entry.nodes):
+            if not node.users:  # a part of a region may have other readers
+                self.graph.erase_node(node)
+        name = str(entry.node.target) if entry.node.op == "call_module" else name
+        detail = f"output {operation.output_fake_quantize.scheme}"
+        return ReportEntry(name, operation.operation.kind, True, detail)
 
     def _close_up(self, end: fx.Node, replacement: fx.Node, *obsolete: fx.Node | None) -> None:
         """Hands the uses of a chain's end over and erases what runs inside the replacement; last node first."""
         if end is not replacement:
-            end.replace_all_uses_with(replacement)
+            self._replace(end, replacement)
         for node in obsolete:
             if node is not None:
                 self.graph.erase_node(node)
 
+    def _replace(self, end: fx.Node, replacement: fx.Node) -> None:
+        end.replace_all_uses_with(replacement)
+        self.replaced[end] = replacement
+
     def _float_operations(self, placement: Placement) -> dict[fx.Node, ReportEntry]:
         """Operations on float tensors that stay as they are."""
         wrapped = {node for chain in placement.chains for node in (chain.node, chain.batch_norm, chain.activation)}
-        wrapped |= {node for entry in placement.sums for node in (entry.node, entry.activation)}
+        wrapped |= {node for entry in placement.joined for node in entry.nodes}
         accounts = {}
         for node in self.graph.nodes:
             if (

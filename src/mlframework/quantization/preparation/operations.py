@@ -32,8 +32,45 @@ _PRESERVING_MODULES = (
     nn.Dropout2d,
     nn.Dropout3d,
 )
-_SPATIAL_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.PixelShuffle, nn.PixelUnshuffle)
-_SPATIAL_FUNCTIONS: set[Any] = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.pixel_shuffle, F.pixel_unshuffle}
+# Selections and movements that PyTorch has for floats, or for few integers: max pooling of uint8 fails on images of
+# more than 255 pixels.
+_SELECTING_MODULES = (
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+    nn.UpsamplingNearest2d,
+    nn.ReflectionPad1d,
+    nn.ReflectionPad2d,
+    nn.ReflectionPad3d,
+    nn.ReplicationPad1d,
+    nn.ReplicationPad2d,
+    nn.ReplicationPad3d,
+    nn.CircularPad1d,
+    nn.CircularPad2d,
+    nn.CircularPad3d,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+)
+_CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+_SELECTING_FUNCTIONS: set[Any] = {
+    F.max_pool1d,
+    F.max_pool2d,
+    F.max_pool3d,
+    F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d,
+    F.pixel_shuffle,
+    F.pixel_unshuffle,
+    F.channel_shuffle,
+}
+_NEAREST = ("nearest", "nearest-exact")
 _PRESERVING_FUNCTIONS: set[Any] = {
     operator.getitem,
     torch.flatten,
@@ -45,6 +82,14 @@ _PRESERVING_FUNCTIONS: set[Any] = {
     torch.chunk,
     torch.split,
     torch.clone,
+    torch.unbind,
+    torch.narrow,
+    torch.select,
+    torch.flip,
+    torch.roll,
+    torch.movedim,
+    torch.swapaxes,
+    torch.tile,
 }
 _PRESERVING_METHODS: set[Any] = {
     "flatten",
@@ -59,28 +104,16 @@ _PRESERVING_METHODS: set[Any] = {
     "contiguous",
     "clone",
     "expand",
-}
-
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-
-_OWN_GRID_MODULES = (
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-)
-_OWN_GRID_FUNCTIONS = {
-    torch.cat,
-    torch.concat,
-    torch.mean,
-    F.avg_pool1d,
-    F.avg_pool2d,
-    F.avg_pool3d,
-    F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d,
-    F.adaptive_avg_pool3d,
+    "unflatten",
+    "unbind",
+    "narrow",
+    "select",
+    "flip",
+    "roll",
+    "movedim",
+    "swapaxes",
+    "tile",
+    "repeat",
 }
 
 _NON_NEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus)
@@ -112,33 +145,29 @@ def preserves_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the node only moves or selects values of its first argument, so that they stay on their grid."""
     if node.op == "call_module" and getattr(modules[str(node.target)], "return_indices", False):
         return False  # its value is no tensor
-    functions = _PRESERVING_FUNCTIONS | _PRESERVING_METHODS | _SPATIAL_FUNCTIONS
-    return is_call_of(node, modules, _PRESERVING_MODULES + _SPATIAL_MODULES, functions)
-
-
-def is_spatial_selection(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the node preserves values through a kernel that PyTorch has for floats only (max pooling of uint8 fails
-    on images of more than 255 pixels)."""
-    return is_call_of(node, modules, _SPATIAL_MODULES, _SPATIAL_FUNCTIONS)
-
-
-def is_add(node: fx.Node) -> bool:
-    """Whether the node adds two tensors of the graph."""
-    operands = node.args
-    return (
-        node.op in ("call_function", "call_method")
-        and node.target in _ADDS
-        and len(operands) == 2
-        and all(isinstance(operand, fx.Node) and is_float_tensor(operand) for operand in operands)
-        and not node.kwargs
+    return is_selection(node, modules) or is_call_of(
+        node, modules, _PRESERVING_MODULES, _PRESERVING_FUNCTIONS | _PRESERVING_METHODS
     )
 
 
-def has_grid_of_its_own(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the node makes new values of quantized ones and so needs an output node: concat and average pooling."""
-    if node.op == "call_method":
-        return node.target == "mean" and is_float_tensor(node)
-    return is_call_of(node, modules, _OWN_GRID_MODULES, _OWN_GRID_FUNCTIONS) and is_float_tensor(node)
+def is_selection(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node preserves values (zeros that it pads with are on every grid) through a kernel for floats."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if isinstance(module, nn.Upsample):
+            return module.mode in _NEAREST
+        if isinstance(module, _CONSTANT_PADS) and module.value == 0:
+            return True
+    if node.op == "call_function" and node.target is F.interpolate:
+        return _argument(node, 3, "mode", "nearest") in _NEAREST
+    if node.op == "call_function" and node.target is F.pad:
+        return _argument(node, 2, "mode", "constant") != "constant" or not _argument(node, 3, "value", None)
+    return is_call_of(node, modules, _SELECTING_MODULES, _SELECTING_FUNCTIONS)
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """An argument of a call, by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def is_never_negative(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

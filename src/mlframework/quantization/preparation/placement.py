@@ -12,10 +12,16 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ..graph.subgraph import module_of_nodes
+from ..int8.average_pooling import AveragePooling, Mean
 from ..int8.folding import BATCH_NORMS
+from ..int8.integer_operation import IntegerOperation, Multiplication
+from ..int8.lookup import Lookup
 from ..qat.config import QATConfig
 from ..qat.layer_types import layer_type_of, obstacle_of, takes_batch_norm
 from . import operations
+from .integer_operations import integer_operation
+from .pointwise import pointwise_region
 
 
 @dataclass
@@ -42,13 +48,20 @@ class Chain:
 
 
 @dataclass
-class Sum:
-    """An addition of quantized tensors with the activation that runs with it; ``sources`` are the nodes whose grids
-    the operands are on."""
+class Joined:
+    """An operation other than a layer that computes on integers, and the activation that runs with it.
+
+    ``operands`` are what it reads in the graph, ``sources`` the nodes whose grids these are on. ``nodes`` are all that
+    it stands for: several for a region that is one table.
+    """
 
     node: fx.Node
-    sources: tuple[fx.Node, fx.Node]
+    operation: IntegerOperation
+    operands: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
     activation: fx.Node | None = None
+    sources: tuple[fx.Node, ...] = ()
+    config: QATConfig = field(default_factory=QATConfig)
 
     @property
     def end(self) -> fx.Node:
@@ -57,11 +70,11 @@ class Sum:
 
 @dataclass
 class Placement:
-    """Chains and sums to wrap, other values to quantize with their configuration, and the layers that stay float with
-    the reason."""
+    """Chains and joined operations to wrap, other values to quantize with their configuration, and the layers that
+    stay float with the reason."""
 
     chains: list[Chain] = field(default_factory=list)
-    sums: list[Sum] = field(default_factory=list)
+    joined: list[Joined] = field(default_factory=list)
     quantized: dict[fx.Node, QATConfig] = field(default_factory=dict)
     float_layers: dict[str, str] = field(default_factory=dict)
 
@@ -98,14 +111,16 @@ class _Placer:
         for chain in self.placement.chains:
             if chain.input is not None:
                 self._demand(self.base(chain.input))
-        while self._join_operations():
+        while self._join_operation():
             pass
         # Only now is it known which values are on a grid, and so what a ReLU shares its grid with.
         for chain in self.placement.chains:
             chain.source = None if chain.input is None else self.base(chain.input)
-        for entry in self.placement.sums:
-            entry.sources = self._bases_of_operands(entry.node)
-        ends = {chain.end for chain in self.placement.chains} | {entry.end for entry in self.placement.sums}
+        for entry in self.placement.joined:
+            entry.sources = tuple(map(self.base, entry.operands))
+        for entry in self.placement.joined:
+            entry.config = self._config_of_readers(entry.end)
+        ends = {chain.end for chain in self.placement.chains} | {entry.end for entry in self.placement.joined}
         self.placement.quantized = {
             node: self._config_of_readers(node)
             for node in self.graph.nodes
@@ -187,42 +202,69 @@ class _Placer:
         if chain is not None:
             chain.quantizes_output = True
 
-    def _join_operations(self) -> bool:
-        """Quantizes one operation that reads a quantized value, with its other operands; False when none is left."""
-        joined = {entry.node for entry in self.placement.sums}
-        for node in self.graph.nodes:
-            adds = operations.is_add(node)
-            if node in (joined if adds else self.on_grid):
-                continue
-            if not adds and not operations.has_grid_of_its_own(node, self.modules):
-                continue
-            operands = node.args if adds else [n for n in node.all_input_nodes if operations.is_float_tensor(n)]
-            bases = [self.base(operand) for operand in operands if isinstance(operand, fx.Node)]
-            if not self._joins(bases):
-                continue
-            for base in bases:
-                self._demand(base)
-            end = node
-            if adds:
-                follower = _only_user(node)
-                clips = follower is not None and operations.clipping_module(follower, self.modules) is not None
-                entry = Sum(node, self._bases_of_operands(node), follower if clips else None)
-                self.placement.sums.append(entry)
-                end = entry.end
-            self.on_grid.add(end)
-            return True
-        return False
+    def _join_operation(self) -> bool:
+        """Brings one operation that reads a quantized value to integers, with its operands; False when none is left."""
+        done = {node for entry in self.placement.joined for node in entry.nodes} | set(self.chain_of_end)
+        nodes = [node for node in self.graph.nodes if node not in done and not self._shares_grid(node)]
+        # Regions first: a product inside of one is part of its table.
+        entry = next(filter(None, map(self._region, nodes)), None) or next(
+            filter(None, map(self._operation, nodes)), None
+        )
+        if entry is None:
+            return False
+        for operand in entry.operands:
+            self._demand(self.base(operand))
+        self.placement.joined.append(entry)
+        self.on_grid.add(entry.end)
+        return True
 
-    def _joins(self, bases: list[fx.Node]) -> bool:
+    def _region(self, node: fx.Node) -> Joined | None:
+        """What ends at a value that a quantized operation reads, and is a function of one that is on a grid."""
+        if node not in self.on_grid:
+            return None
+        region = pointwise_region(node, self.modules, self._is_on_codes)
+        if region is None:
+            return None
+        called = {str(inner.target) for inner in region.nodes if inner.op == "call_module"}
+        function = module_of_nodes(region.nodes, (region.source,), self.modules)
+        lookup = Lookup(function, tuple(self.modules[name] for name in sorted(called)))
+        return Joined(node, lookup, (region.source,), region.nodes)
+
+    def _is_on_codes(self, node: fx.Node) -> bool:
+        return self.base(node) in self.on_grid
+
+    def _operation(self, node: fx.Node) -> Joined | None:
+        call = integer_operation(node, self.modules)
+        if call is None:
+            return None
+        operation, operands = call
+        if not self._joins(node, operation, [self.base(operand) for operand in operands]):
+            return None
+        entry = Joined(node, operation, operands, (node,))
+        follower = _only_user(node)
+        if operation.clips and follower is not None and operations.clipping_module(follower, self.modules) is not None:
+            entry.activation, entry.nodes = follower, (node, follower)
+        return entry
+
+    def _joins(self, node: fx.Node, operation: IntegerOperation, bases: list[fx.Node]) -> bool:
         """Whether an operation on these values is to be quantized: one is on a grid, and the others can be.
 
         An operand may be a mask, whose large or infinite values no grid can hold beside ordinary ones. So what comes
         from outside the graph's own computation does not join, and neither does what was zero in the example (a mask
         that hid nothing), or so large that one step of its grid exceeds everything that the others hold.
         """
+        if not any(base in self.on_grid for base in bases):
+            return False
+        if isinstance(operation, Multiplication):
+            # A factor computed in float (one over a deviation, say) may need all its digits.
+            return all(
+                base in self.on_grid or pointwise_region(base, self.modules, self._is_on_codes) for base in bases
+            )
+        if isinstance(operation, AveragePooling) and isinstance(operation.pooling, Mean) and node not in self.on_grid:
+            return False  # part of a normalization written out
         extents = {base: base.meta["tensor"].extent for base in bases}
-        largest = max((extents[base] for base in bases if base in self.on_grid), default=0.0)
-        return any(base in self.on_grid for base in bases) and all(
+        largest = max(extents[base] for base in bases if base in self.on_grid)
+        return all(
             base in self.on_grid
             or (
                 base.op not in ("placeholder", "get_attr")
@@ -230,11 +272,6 @@ class _Placer:
             )
             for base in bases
         )
-
-    def _bases_of_operands(self, addition: fx.Node) -> tuple[fx.Node, fx.Node]:
-        left, right = addition.args
-        assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-        return self.base(left), self.base(right)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

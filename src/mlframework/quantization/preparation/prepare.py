@@ -19,8 +19,8 @@ from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.layer_types import layer_type_of
 from ..qat.observer_synchronizer import ObserverSynchronizer, commit_statistics, discard_statistics
-from ..qat.qat_add import QATAdd
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from ..qat.qat_operation import QATOperation
 from ..scheme_state import check_schemes
 from . import operations
 from .graph_rewriter import GraphRewriter, layer_entry
@@ -178,7 +178,7 @@ def _connect(prepared: nn.Module) -> None:
     states of other schemes."""
     shared = []
     for name, module in prepared.named_modules():
-        if isinstance(module, (FakeQuantizeLayer, QATAdd)):
+        if isinstance(module, (FakeQuantizeLayer, QATOperation)):
             module.train(prepared.training)
         if isinstance(module, FakeQuantizeLayer):
             module.name = name

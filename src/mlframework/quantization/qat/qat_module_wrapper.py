@@ -236,16 +236,12 @@ class QATModuleWrapper(nn.Module):
         if output is None:
             result = arithmetic.rescale_accumulator(accumulator, arithmetic.along_axis(scale, sums.dim(), axis))
             return in_dtype_of(input, result.clamp(*self._clip))
-        output_zero_point = output.code_of_zero
-        lowest, highest = (
-            arithmetic.code_of_value(end, output.scale, output_zero_point, output.scheme) for end in self._clip
-        )
+        zero_point = output.code_of_zero
         codes = arithmetic.requantize_accumulator(
             accumulator,
             arithmetic.along_axis(scale / output.scale, sums.dim(), axis),
-            output_zero_point,
-            lowest,
-            highest,
+            zero_point,
+            *arithmetic.codes_of_clip(self._clip, output.scale, zero_point, output.scheme),
             output.scheme.dtype,
         )
         return in_dtype_of(input, output.to_values(codes))

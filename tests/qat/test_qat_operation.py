@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, QuantizationScheme, dequantize, quantize
-from mlframework.quantization.qat.qat_add import QATAdd
+from mlframework.quantization.int8.integer_operation import Addition
+from mlframework.quantization.qat.qat_operation import QATOperation
 from mlframework.quantization.qat.targets import TARGETS
 
 EVERY_GRID = pytest.mark.parametrize(
@@ -32,7 +33,7 @@ class Operands(nn.Module):
     def __init__(self, config: QATConfig, activation: nn.Module | None = None) -> None:
         super().__init__()
         self.left, self.right = (FakeQuantizeLayer(config.activation_scheme) for _ in range(2))
-        self.add = QATAdd(config, self.left, self.right, activation)
+        self.add = QATOperation(config, Addition(), (self.left, self.right), activation)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return self.add(self.left(left), self.right(right))
@@ -145,7 +146,7 @@ def test_evaluation_before_any_data_is_refused() -> None:
 def test_an_activation_that_does_more_than_clip_is_refused() -> None:
     node = FakeQuantizeLayer(QuantizationScheme())
     with pytest.raises(TypeError, match=r"activation must only clip .* got GELU"):
-        QATAdd(QATConfig(), node, node, nn.GELU())
+        QATOperation(QATConfig(), Addition(), (node, node), nn.GELU())
 
 
 def test_a_relu_gives_the_sum_an_unsigned_grid() -> None:

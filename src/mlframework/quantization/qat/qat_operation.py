@@ -1,0 +1,106 @@
+"""An operation on quantized tensors, with a node after it; in evaluation, the same on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import arithmetic
+from ..int8.integer_operation import Grid, IntegerOperation
+from ..int8.operations import Int8Operation
+from .config import QATConfig
+from .fake_quantize_layer import FakeQuantizeLayer
+from .hooks import has_user_hooks
+from .layer_types import Clip, clip_of
+from .qat_module_wrapper import activation_node, in_dtype_of
+
+
+class QATOperation(nn.Module):
+    """Stands in the place of an operation other than a layer (a sum, a concatenation, an activation, ...) and of the
+    clipping activation that follows.
+
+    In evaluation mode without gradients it computes on codes, as :class:`Int8Operation` does, and returns floats on
+    the grid.
+
+    Args:
+        config: grid, observer, estimator of the result.
+        operation: what to compute.
+        sources: for each operand the node that puts it on its grid, somewhere before in the model.
+        activation: ReLU, ReLU6 or Hardtanh that follows, where the operation ``clips``.
+        non_negative: the result is known to be.
+
+    Raises:
+        TypeError: the activation does more than clip, or the operation takes none.
+    """
+
+    def __init__(
+        self,
+        config: QATConfig,
+        operation: IntegerOperation,
+        sources: Sequence[FakeQuantizeLayer],
+        activation: nn.Module | None = None,
+        *,
+        non_negative: bool = False,
+    ) -> None:
+        super().__init__()
+        clip = clip_of(activation)
+        if clip is None:
+            raise TypeError(f"activation must only clip (ReLU, ReLU6, Hardtanh), got {type(activation).__name__}")
+        if activation is not None and not operation.clips:
+            raise TypeError(f"activation must be None for a {operation.kind}, got {type(activation).__name__}")
+        self.operation = operation
+        # In tuples, because other rooms of the model own (and name) these modules.
+        self.sources = tuple(sources)
+        self._activation = (activation,)
+        self._clip: Clip = clip
+        node = activation_node(config, non_negative or clip[0] >= 0)
+        self.output_fake_quantize = node.to(self.sources[0].scale.device)
+
+    @property
+    def computes_integers(self) -> bool:
+        """Whether a call now computes on codes: evaluation mode, no gradients, and every node switched on."""
+        if self.training or torch.is_grad_enabled():
+            return False
+        nodes = (*self.sources, self.output_fake_quantize)
+        return all(node.fake_quantize_enabled and not node.calibrating for node in nodes)
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        """The operation's result, fake-quantized (or, of codes, dequantized)."""
+        integers = self.computes_integers
+        if integers and not has_user_hooks(*self.operation.modules(), *self._activation):
+            return self._on_codes(*operands)
+        codes = self._codes(*operands) if integers else ()  # first: an in-place activation changes its operand
+        result = self.operation.on_values(*operands)
+        if self._activation[0] is not None:
+            result = self._activation[0](result)
+        return self._values_of(codes, result) if integers else self.output_fake_quantize(result)
+
+    def to_integer(self) -> Int8Operation:
+        """The operation on codes with the present scales.
+
+        Raises:
+            RuntimeError: a node has seen no data.
+        """
+        inputs = [source.parameters_on_grid for source in self.sources]
+        return Int8Operation(self.operation, inputs, self.output_fake_quantize.parameters_on_grid, self._clip)
+
+    def _on_codes(self, *operands: Tensor) -> Tensor:
+        return self._values_of(self._codes(*operands), operands[0])
+
+    def _codes(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        return tuple(source.to_codes(operand) for source, operand in zip(self.sources, operands, strict=True))
+
+    def _values_of(self, codes: tuple[Tensor, ...], like: Tensor) -> Tensor:
+        output = self.output_fake_quantize
+        output.require_initialized()
+        inputs = [Grid(source.scale, source.code_of_zero, source.scheme) for source in self.sources]
+        grid = Grid(output.scale, output.code_of_zero, output.scheme)
+        constants = self.operation.constants(inputs, grid)
+        result = self.operation.on_codes(codes, constants, grid, arithmetic.codes_of_clip(self._clip, *grid))
+        return in_dtype_of(like, output.to_values(result))
+
+    def extra_repr(self) -> str:
+        activation = "" if self._activation[0] is None else f" -> {type(self._activation[0]).__name__}"
+        return f"{self.operation}{activation}"
