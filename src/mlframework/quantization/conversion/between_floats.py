@@ -7,6 +7,7 @@ from torch import nn
 from ..int8.layers import Int8Embedding
 from ..int8.operations import Dequantize, Int8WithFloatEdges, OnGrid, Quantize
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.layer_types import layer_type_of
 from ..qat.qat_module_wrapper import QATModuleWrapper
 
 
@@ -20,9 +21,12 @@ def between_floats(module: QATModuleWrapper | FakeQuantizeLayer) -> nn.Module:
     if isinstance(layer, Int8Embedding):
         return layer if output is None else nn.Sequential(layer, OnGrid(output.parameters_on_grid))
     source = module.input_source
-    assert source is not None
+    layer_type = layer_type_of(module.layer)
+    assert source is not None and layer_type is not None
     return Int8WithFloatEdges(
         Quantize(source.parameters_on_grid),
         layer,
         None if output is None else Dequantize(output.parameters_on_grid),
+        layer_type.output_axis,
+        {name: value for name, value in vars(module.layer).items() if not name.startswith("_") and name != "training"},
     )

@@ -154,7 +154,9 @@ class _Lowering:
             if node.op == "get_attr" and (layer in self.replacements or self.modules.get(layer) in self.folded):
                 value = getattr(self.modules[layer], last)
                 node.target = unused_name(self.root, node.name)
-                if isinstance(value, nn.Parameter):
+                if all(user.target is getattr and user.args[1] in ("dtype", "device") for user in node.users):
+                    self.root.register_buffer(node.target, value.detach().new_empty(0), persistent=False)
+                elif isinstance(value, nn.Parameter):
                     self.root.register_parameter(node.target, value)
                 else:
                     self.root.register_buffer(node.target, value)

@@ -61,8 +61,13 @@ def reproduces(
         recorder, actual = recorded(model, graph, arguments)
     for node, value in recorder.tensors.items():
         node.meta["tensor"] = value
-    (expected, structure), (actual, other) = tree_flatten(expected), tree_flatten(_plain(actual))
-    return structure == other and all(map(_same, expected, actual))
+    return agree(expected, actual)
+
+
+def agree(expected: Any, actual: Any) -> bool:
+    """Whether a model's result and its interpreted graph's are the same, bit for bit."""
+    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(_plain(actual))
+    return structure == other_structure and all(map(_same, leaves, others))
 
 
 @contextmanager
@@ -90,7 +95,7 @@ def copies(values: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """Results as a generated forward returns them: an interpreter returns fx's own dictionaries and lists."""
-    if isinstance(value, dict):
+    if type(value) in (dict, fx.immutable_collections.immutable_dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]

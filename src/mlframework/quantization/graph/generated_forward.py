@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from .nodes import create_argument
+
 _numbers = itertools.count()
 
 
@@ -47,6 +49,7 @@ def has_generated_forward(module: nn.Module) -> bool:
 
 class _CallTracer(fx.Tracer):
     proxy_buffer_attributes = True
+    create_arg = create_argument
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 from torch import fx, nn
+
+
+def create_argument(tracer: fx.Tracer, a: Any) -> Any:
+    """``Tracer.create_arg``, which takes a dictionary that is a dataclass as well (a result of Hugging Face's
+    ``transformers``) for a plain one."""
+    if isinstance(a, dict) and is_dataclass(a):
+        values = {field.name: tracer.create_arg(getattr(a, field.name)) for field in fields(a)}
+        return tracer.create_node("call_function", type(a), (), values)
+    return fx.Tracer.create_arg(tracer, a)
 
 
 def is_constant(node: fx.Node) -> bool:

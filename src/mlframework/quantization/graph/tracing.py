@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
+from .decisions import AnsweringProxy, ExampleAnswers, drop_guards_against_batches, drop_unread_answers
+from .dropouts import arguments_besides_dropout, modules_for_dropouts
 from .example_run import reproduces
 from .in_place import change_through_view, route_through_in_place_operations
-from .nodes import is_constant, owner_of, unused_name
-
-# Dropout called as a function has the training flag of the moment it was traced; a module has its own.
-_DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d}
+from .nodes import create_argument, is_constant, owner_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -43,7 +42,7 @@ def trace(
     """
     if "forward" in vars(model):
         return Trace(None, {"": "its forward was replaced on the instance"})
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    arguments = _by_name(model, args, kwargs)
     kept_whole = {
         name: "it has hooks of its own"
         for name, module in model.named_modules()
@@ -55,13 +54,13 @@ def trace(
             tracers = {}
             for mode in (True, False):
                 model.train(mode)
-                tracers[mode] = _ModelTracer(bound.arguments, kept_whole, is_leaf)
+                tracers[mode] = _ModelTracer(arguments, kept_whole, is_leaf)
                 failure = tracers[mode].try_to_trace(model)
                 if failure is not None:
                     break
             else:
                 failure = _difference(model, tracers[True].graph, tracers[False].graph)
-                failure = failure or change_through_view(model, tracers[False].graph, bound.arguments)
+                failure = failure or change_through_view(model, tracers[False].graph, arguments)
             if failure is None:
                 break
             name, reason = failure
@@ -69,11 +68,13 @@ def trace(
                 return Trace(None, {"": reason})
             kept_whole[name] = reason
         graph = tracers[False].graph
-        _modules_for_dropouts(model, graph)
+        modules_for_dropouts(model, graph, tracers[True].graph)
         model.eval()
         _buffers_for_constants(model, graph)
-        if not reproduces(model, graph, args, kwargs, bound.arguments):
+        if not reproduces(model, graph, args, kwargs, arguments):
             return Trace(None, {"": "its trace does not reproduce its output"})
+        drop_unread_answers(graph)
+        drop_guards_against_batches(model, graph, args, kwargs, arguments)
         route_through_in_place_operations(model, graph)
         _reshapes_for_views(graph)
     finally:
@@ -82,8 +83,21 @@ def trace(
     return Trace(graph, kept_whole)
 
 
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The example's arguments by name, in the order of the signature; those that ``**kwargs`` takes come last."""
+    signature = inspect.signature(model.forward)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
+
+
 class _ModelTracer(fx.Tracer):
+    """Records calls; code that asks for shapes and types is answered from the example."""
+
     proxy_buffer_attributes = True
+    create_arg = create_argument
 
     def __init__(
         self, arguments: dict[str, Any], kept_whole: dict[str, str], is_leaf: Callable[[nn.Module], bool]
@@ -104,6 +118,12 @@ class _ModelTracer(fx.Tracer):
             return self.failed_in, f"its code does not trace ({reason[0] if reason else type(error).__name__})"
         return None
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return AnsweringProxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        return (operator.getitem(obj, index) for index in range(len(obj)))
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self.kept_whole
@@ -123,15 +143,16 @@ class _ModelTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for the arguments that the example gives; the others stay at their defaults."""
+        parameters = inspect.signature(root_fn).parameters
         names, values = [], []
-        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
-            if name not in self.arguments:
-                continue
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        for name in self.arguments:
+            parameter = parameters.get(name)
+            if parameter is not None and parameter.kind is parameter.VAR_POSITIONAL:
                 raise TypeError(f"it takes any number of arguments (*{name})")
-            default = () if parameter.default is parameter.empty else (parameter.default,)
+            default = () if parameter is None or parameter.default is parameter.empty else (parameter.default,)
             names.append(name)
             values.append(self.create_proxy("placeholder", name, default, {}))
+        self.answers = ExampleAnswers(self.root, self.graph, self.arguments)
 
         def call(root: nn.Module, *proxies: fx.Proxy) -> Any:
             return root_fn(root, **dict(zip(names, proxies, strict=True)))
@@ -145,15 +166,14 @@ def _difference(model: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> t
     positions = {node: index for index, node in enumerate(nodes)} | {node: index for index, node in enumerate(others)}
 
     def arguments(node: fx.Node) -> str:
-        return str(fx.map_arg((node.args, node.kwargs), lambda argument: positions[argument]))
+        return str(fx.map_arg(arguments_besides_dropout(node), lambda argument: positions[argument]))
 
     for node, other in zip(nodes, others, strict=False):
         if is_constant(node) and is_constant(other):
             # Constants made while tracing are alike in both traces; random ones are not.
             same = torch.equal(getattr(model, str(node.target)), getattr(model, str(other.target)))
         else:
-            same = node.op == other.op and node.target == other.target
-            same = same and (node.target in _DROPOUTS or arguments(node) == arguments(other))
+            same = node.op == other.op and node.target == other.target and arguments(node) == arguments(other)
         if not same:
             return _owner_of_difference(nodes, others) or owner_of(node), "its code depends on the training mode"
     return None
@@ -167,18 +187,6 @@ def _owner_of_difference(nodes: list[fx.Node], others: list[fx.Node]) -> str:
 
     owners = dict.fromkeys(map(owner_of, [*nodes, *others]))
     return next((owner for owner in owners if owner and calls(owner, nodes) != calls(owner, others)), "")
-
-
-def _modules_for_dropouts(model: nn.Module, graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _DROPOUTS:
-            name = unused_name(model, node.name)
-            probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-            model.add_module(name, _DROPOUTS[node.target](probability))
-            with graph.inserting_after(node):
-                module = graph.call_module(name, (node.args[0] if node.args else node.kwargs["input"],))
-            node.replace_all_uses_with(module)
-            graph.erase_node(node)
 
 
 def _buffers_for_constants(model: nn.Module, graph: fx.Graph) -> None:

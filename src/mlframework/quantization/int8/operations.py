@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,17 +142,38 @@ class Int8Operation(PackedModule[_OperationPlan]):
 class Int8WithFloatEdges(nn.Module):
     """An integer layer between floats: quantizes what comes in and dequantizes what goes out.
 
+    The code around it was written for a float layer: the attributes that it may ask for (``stride``) are that layer's.
+
     Args:
         quantize: puts the input on codes; None where the layer takes indices.
         layer: the integer layer.
         dequantize: takes the output off codes; None where the layer's output is float.
+        weight_axis: the axis of the weight that the output's channels lie along.
+        attributes: of the float layer.
     """
 
-    def __init__(self, quantize: Quantize | None, layer: nn.Module, dequantize: Dequantize | None) -> None:
+    def __init__(
+        self,
+        quantize: Quantize | None,
+        layer: nn.Module,
+        dequantize: Dequantize | None,
+        weight_axis: int = 0,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        for name, value in (attributes or {}).items():
+            setattr(self, name, value)
         self.quantize = quantize
         self.layer = layer
         self.dequantize = dequantize
+        self.weight_axis = weight_axis
+
+    @property
+    def weight(self) -> Tensor:
+        """The float values that the weight's codes stand for."""
+        layer: Any = self.layer
+        scale = arithmetic.along_axis(layer.weight_scale, layer.weight.dim(), self.weight_axis)
+        return (layer.weight * scale).to(layer.float_dtype)  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self.layer(input if self.quantize is None else self.quantize(input))

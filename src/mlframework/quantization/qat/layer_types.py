@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,16 @@ def _to_linear(
     return Int8Linear(weights, input, output, clip)
 
 
+def _to_linear_from_transposed(
+    layer: nn.Module,
+    weights: IntegerWeights,
+    input: QuantizationParameters,
+    output: QuantizationParameters | None,
+    clip: Clip,
+) -> Int8Layer:
+    return Int8Linear(weights._replace(codes=weights.codes.t()), input, output, clip)
+
+
 def _to_convolution(
     layer: nn.Module,
     weights: IntegerWeights,
@@ -83,6 +94,10 @@ def _linear_product(layer: nn.Linear, values: Tensor, weight: Tensor) -> Tensor:
     return F.linear(values, weight)
 
 
+def _product_with_transposed(layer: nn.Module, values: Tensor, weight: Tensor) -> Tensor:
+    return values @ weight
+
+
 def _convolution_product(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, values: Tensor, weight: Tensor) -> Tensor:
     sums: Tensor = layer._conv_forward(values, weight, None)
     return sums
@@ -102,6 +117,18 @@ LAYER_TYPES: dict[type[nn.Module], LayerType] = {
     nn.Embedding: LayerType(0, None, None, None),
 }
 
+
+def _known_types() -> dict[type[nn.Module], LayerType]:
+    """All of them, and GPT-2's linear layer, whose weight lies the other way round, where that is imported."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    if transformers is None:
+        return LAYER_TYPES
+    return {
+        **LAYER_TYPES,
+        transformers.Conv1D: LayerType(1, None, _to_linear_from_transposed, _product_with_transposed),
+    }
+
+
 # Activations that only clip: a quantized output saturates in their place.
 _CLIPS: dict[type[nn.Module], Callable[[nn.Module], Clip]] = {
     nn.ReLU: lambda module: (0.0, math.inf),
@@ -112,7 +139,7 @@ _CLIPS: dict[type[nn.Module], Callable[[nn.Module], Clip]] = {
 
 def layer_type_of(layer: nn.Module) -> LayerType | None:
     """The kind of a layer that can be quantized; None for anything else, subclasses that compute otherwise too."""
-    for kind, layer_type in LAYER_TYPES.items():
+    for kind, layer_type in _known_types().items():
         if isinstance(layer, kind) and all(
             getattr(type(layer), method, None) is getattr(kind, method, None) for method in ("forward", "_conv_forward")
         ):

@@ -230,7 +230,7 @@ class QATModuleWrapper(nn.Module):
         weights = self._folded()
         with torch.autocast(input.device.type, enabled=False):
             sums = layer_type.product(self.layer, codes.double() - source.code_of_zero, weights.codes.double())
-        axis = sums.dim() - 1 if isinstance(self.layer, nn.Linear) else sums.dim() - len(self.layer.stride) - 1  # type: ignore[arg-type]
+        axis = sums.dim() - 1 - len(getattr(self.layer, "stride", ()))
         accumulator = sums.round().to(torch.int32) + arithmetic.along_axis(weights.bias, sums.dim(), axis)
         scale = source.scale * weights.scale
         if output is None:

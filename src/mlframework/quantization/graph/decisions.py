@@ -1,0 +1,231 @@
+"""Answers what a model's code asks of shapes and types while it is traced, from the example, and guards the answers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .example_run import agree, copies, state_kept
+from .nodes import owner_of
+
+# What tells of a tensor's form and not of its values.
+_FORM_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"}
+_FORM_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex",
+                 "is_contiguous", "get_device", "element_size"}  # fmt: skip
+_FORM_FUNCTIONS: set[Any] = {torch.is_floating_point, torch.is_complex, torch.numel, len}
+
+_MODULE_CALL, _MODULE_GETATTR = nn.Module.__call__, nn.Module.__getattr__  # a trace replaces both
+
+
+_IS_GUARD = "guards a decision"
+
+
+class Undecided(Exception):
+    """The answer depends on a tensor's values."""
+
+
+class ExampleAnswers:
+    """The values that a graph's nodes have on the example, computed as far as someone asks.
+
+    Args:
+        model: the model that is being traced.
+        graph: its graph, which grows meanwhile.
+        arguments: the example, by the names of the placeholders.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, arguments: dict[str, Any]) -> None:
+        self.model = model
+        self.graph = graph
+        self.arguments = arguments
+        self.interpreter = fx.Interpreter(model, garbage_collect_values=False, graph=graph)
+        self.guards: dict[tuple[fx.Node, bool], fx.Node] = {}
+
+    def answer(self, node: fx.Node, question: Callable[[Any], Any]) -> Any:
+        """What ``question`` says of the node's value; the graph from now on asserts that it says so.
+
+        Raises:
+            Undecided: the node's value is a tensor, or was computed from one's values.
+        """
+        value = self._value(node)
+        if not self._tells_of_form(node):
+            raise Undecided(f"{node.name} depends on the values of its input")
+        truth = question is bool and isinstance(value, int)
+        key = (node, truth)
+        if key not in self.guards and not self._is_constant(node):
+            self.guards[key] = self._guard(node, value, truth)
+        return question(value)
+
+    def length(self, node: fx.Node) -> int:
+        """How many parts the node's value has: a tuple's, or a tensor's along its first axis."""
+        return len(self._value(node))
+
+    def _guard(self, node: fx.Node, value: Any, truth: bool) -> fx.Node:
+        expected = 0 if truth else value
+        test = operator.ne if truth and value else operator.eq
+        same = self.graph.call_function(test, (node, expected))
+        where = owner_of(node) or "the model"
+        text = (
+            f"{where} was traced with {node.name} = {value!r}; its code goes another way for this input: prepare the "
+            "model with an example like it"
+        )
+        guard = self.graph.call_function(torch._assert, (same, text))
+        guard.meta[_IS_GUARD] = True
+        return guard
+
+    def _value(self, node: fx.Node) -> Any:
+        interpreter = self.interpreter
+        if node in interpreter.env:
+            return interpreter.env[node]
+        if not interpreter.env:
+            placeholders = [self.arguments[str(n.target)] for n in self.graph.nodes if n.op == "placeholder"]
+            interpreter.args_iter = iter(copies(placeholders))
+        with _calls_as_usual(), _evaluating(self.model), state_kept(self.model):
+            for other in self.graph.nodes:
+                if other not in interpreter.env:
+                    interpreter.env[other] = interpreter.run_node(other)
+                if other is node:
+                    break
+        return interpreter.env[node]
+
+    def _tells_of_form(self, node: fx.Node) -> bool:
+        value = self._value(node)
+        if isinstance(value, Tensor):
+            return False
+        if node.op == "placeholder":
+            return True
+        operands = node.all_input_nodes
+        if any(isinstance(self._value(operand), Tensor) for operand in operands):
+            return _asks_for_form(node)
+        return node.op != "call_module" and all(map(self._tells_of_form, operands))
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether no input of the model has a part in the node's value."""
+        return node.op == "get_attr" or (node.op != "placeholder" and all(map(self._is_constant, node.all_input_nodes)))
+
+
+class AnsweringProxy(fx.Proxy):
+    """A proxy that lets code ask for what depends on shapes only."""
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        tracer: Any = self.tracer
+        try:
+            return tracer.answers.answer(self.node, question)
+        except Undecided as error:
+            raise fx.proxy.TraceError(f"control flow on values: {error}") from None
+
+    def __bool__(self) -> bool:
+        return bool(self._ask(bool))
+
+    def __int__(self) -> int:
+        return int(self._ask(int))
+
+    def __index__(self) -> int:
+        return int(self._ask(int))
+
+    def __float__(self) -> float:
+        return float(self._ask(float))
+
+    def __len__(self) -> int:
+        tracer: Any = self.tracer
+        return int(tracer.answers.length(self.node))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def drop_unread_answers(graph: fx.Graph) -> None:
+    """Takes out what asked for shapes and types and is read by nothing since the answer is known: a weight's dtype
+    must not keep the weight."""
+    for node in reversed(list(graph.nodes)):
+        asks = node.op == "get_attr" or _asks_for_form(node) or node.target in (operator.eq, operator.ne)
+        if not node.users and asks:
+            graph.erase_node(node)
+
+
+def _asks_for_form(node: fx.Node) -> bool:
+    """Whether the node asks a tensor for what tells of its form."""
+    if node.op == "call_method":
+        return node.target in _FORM_METHODS
+    return node.op == "call_function" and (
+        node.target in _FORM_FUNCTIONS or (node.target is getattr and node.args[1] in _FORM_ATTRIBUTES)
+    )
+
+
+class _PastGuards(fx.Interpreter):
+    """Runs a graph whatever its guards say, and notes which would have stopped it."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.stopping: list[fx.Node] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if _IS_GUARD in n.meta:
+            holds, _ = self.fetch_args_kwargs_from_env(n)[0]
+            if not holds:
+                self.stopping.append(n)
+            return None
+        return super().run_node(n)
+
+
+def drop_guards_against_batches(
+    model: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    """Takes out the guards that would refuse batches of another size without need.
+
+    Code that expands what would broadcast anyway (``if positions.shape[0] != batch``) asks for the batch size, and its
+    answer for one example differs from that for many. Where the graph computes what the model computes on the other
+    kind of batch as well, nothing hangs on the answer.
+    """
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
+        return
+    batch = tensors[0].shape[0]
+
+    def resized(values: Any) -> Any:
+        def resize(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 0 or tensor.shape[0] != batch:
+                return tensor
+            return tensor[:1] if batch > 1 else torch.cat([tensor, tensor])
+
+        return tree_map_only(Tensor, resize, values)
+
+    runner = _PastGuards(model, graph)
+    with state_kept(model):
+        seed = torch.random.get_rng_state()
+        try:
+            expected = type(model).forward(model, *copies(resized(args)), **copies(resized(kwargs)))
+            torch.random.set_rng_state(seed)
+            placeholders = [arguments[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
+            actual = runner.run(*copies(resized(placeholders)))
+        except Exception:  # the model, or what was decided for it, takes no batch of another size
+            return
+    if agree(expected, actual):
+        for guard in runner.stopping:
+            graph.erase_node(guard)
+
+
+@contextmanager
+def _calls_as_usual() -> Iterator[None]:
+    """Modules compute although a trace is under way."""
+    call, get = nn.Module.__call__, nn.Module.__getattr__
+    nn.Module.__call__, nn.Module.__getattr__ = _MODULE_CALL, _MODULE_GETATTR  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = call, get  # type: ignore[method-assign]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)

@@ -1,0 +1,26 @@
+"""A multi-layer perceptron with batch normalization."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Flattens its input, (N, ...), and classifies it.
+
+    Args:
+        inputs: values per example.
+        hidden: widths of the hidden layers.
+        classes: length of the result, (N, classes).
+    """
+
+    def __init__(self, inputs: int, hidden: tuple[int, ...] = (512, 512), classes: int = 10) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten())
+        for width in hidden:
+            self.layers.extend([nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU()])
+            inputs = width
+        self.layers.append(nn.Linear(inputs, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
