@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+KERNELS := src/mlframework/quantization/kernels
 
 .PHONY: demo test test-fast lint format clean
 
@@ -24,10 +26,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) build out $(KERNELS)/_native*.so
 
-$(INSTALLED): pyproject.toml constraints.txt
+# torch goes first: building the kernels takes its headers, which an isolated build environment would not have.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard $(KERNELS)/csrc/*)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e ".[test,lint]"
+	$(PIP) torch "setuptools>=77"
+	$(PIP) --no-build-isolation -e ".[test,lint]"
 	touch $@

@@ -26,6 +26,7 @@ STEPS = st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=20)
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 ENDS = st.floats(-(2.0**20), 2.0**20, width=32)
 ACCUMULATORS = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=20)
+RATIOS = st.floats(2.0**-7, 8.0, width=32)
 INT8 = st.lists(st.integers(-128, 127), min_size=4, max_size=4)
 
 
@@ -260,32 +261,62 @@ def test_rescaled_codes(numerator: int, denominator: int) -> None:
     assert rescaled.dtype is torch.int8
 
 
-# Sums of codes
+# Operations on codes
 
 
-@given(INT8, INT8, st.tuples(*[st.integers(-128, 127)] * 3), st.tuples(*[st.floats(2.0**-7, 8.0, width=32)] * 3))
+def to_float32(exact: Fraction) -> Fraction:
+    """The nearest float32, ties to even, of a number of ordinary size."""
+    if exact == 0:
+        return exact
+    exponent = abs(exact.numerator).bit_length() - exact.denominator.bit_length()
+    exponent -= abs(exact) < Fraction(2) ** exponent
+    unit = Fraction(2) ** (exponent - 23)
+    return round(exact / unit) * unit
+
+
+def exact(value: float) -> Fraction:
+    """The float32 nearest to a Python number."""
+    return to_float32(Fraction(value))
+
+
+@given(st.integers(-255, 255), RATIOS, st.floats(-(2.0**20), 2.0**20, width=32))
+def test_a_fused_multiply_add_rounds_once(code: int, factor: float, addend: float) -> None:
+    result = arithmetic.fused_multiply_add(torch.tensor([code]), float32(factor), float32(addend))
+    assert result.dtype is torch.float32
+    assert result.item() == to_float32(code * Fraction(factor) + Fraction(addend))
+
+
+def test_a_fused_multiply_add_is_not_two_roundings() -> None:
+    fused = arithmetic.fused_multiply_add(torch.tensor([255]), float32(1 + 2.0**-23), float32(-255.0))
+    assert fused.item() == 255 * 2.0**-23
+    assert (float32(255.0) * float32(1 + 2.0**-23) - 255).item() == 256 * 2.0**-23
+
+
+@given(INT8, INT8, st.tuples(*[st.integers(-128, 127)] * 3), st.tuples(*[RATIOS] * 3))
 def test_add_is_the_formula_of_onnx_runtime(
     left: list[int], right: list[int], offsets: tuple[int, int, int], scales: tuple[float, float, float]
 ) -> None:
     tensors = [torch.tensor([offset], dtype=torch.int32) for offset in offsets]
-    left_ratio, right_ratio, constant = arithmetic.add_constants(
+    constants = arithmetic.add_constants(
         float32(scales[0]), tensors[0], float32(scales[1]), tensors[1], float32(scales[2]), tensors[2]
     )
+    sa, sb, sy = map(Fraction, scales)
+    ra, rb = to_float32(sa / sy), to_float32(sb / sy)
+    c = to_float32(offsets[2] - to_float32(offsets[0] * ra + to_float32(rb * offsets[1])))
+    assert [constant.item() for constant in constants] == [ra, rb, c]
     codes = arithmetic.add_codes(
         torch.tensor(left, dtype=torch.int8),
-        left_ratio,
+        constants[0],
         torch.tensor(right, dtype=torch.int8),
-        right_ratio,
-        constant,
-        torch.tensor([-128]),
-        torch.tensor([127]),
+        constants[1],
+        constants[2],
+        torch.tensor([-100]),
+        torch.tensor([90]),
         torch.int8,
     )
-    za, zb, zy = (np.float32(offset) for offset in offsets)
-    sa, sb, sy = (np.float32(scale) for scale in scales)
-    c = zy - ((sa / sy) * za + (sb / sy) * zb)
-    total = (np.array(left, np.float32) * (sa / sy) + c) + np.array(right, np.float32) * (sb / sy)
-    assert codes.tolist() == np.clip(np.rint(total), -128, 127).tolist()
+    totals = [to_float32(a * ra + to_float32(b * rb + c)) for a, b in zip(left, right, strict=True)]
+    assert codes.tolist() == [min(max(round(total), -100), 90) for total in totals]
+    assert codes.dtype is torch.int8
 
 
 @given(INT8, INT8)
@@ -304,6 +335,102 @@ def test_add_of_equal_grids_adds_integers(left: list[int], right: list[int]) -> 
         torch.int8,
     )
     assert codes.tolist() == [min(max(a + b, -128), 127) for a, b in zip(left, right, strict=True)]
+
+
+@given(INT8, INT8, st.tuples(*[st.integers(-128, 127)] * 3), st.tuples(*[RATIOS] * 3))
+def test_multiply_is_the_formula_of_onnx_runtime(
+    left: list[int], right: list[int], offsets: tuple[int, int, int], scales: tuple[float, float, float]
+) -> None:
+    za, zb, zy = offsets
+    ratio = arithmetic.multiply_ratio(*(float32(scale) for scale in scales))
+    m = to_float32(to_float32(Fraction(scales[0]) * Fraction(scales[1])) / Fraction(scales[2]))
+    assert ratio.item() == m
+    codes = arithmetic.multiply_codes(
+        torch.tensor(left, dtype=torch.int8),
+        float32(za),
+        torch.tensor(right, dtype=torch.int8),
+        float32(zb),
+        ratio,
+        torch.tensor([zy], dtype=torch.int32),
+        -100,
+        90,
+        torch.int8,
+    )
+    # The zero point is added before rounding: a tie goes to the even code, not to the even multiple.
+    totals = [to_float32(to_float32((a - za) * (b - zb) * m) + zy) for a, b in zip(left, right, strict=True)]
+    assert codes.tolist() == [min(max(round(total), -100), 90) for total in totals]
+    assert codes.dtype is torch.int8
+
+
+@given(RATIOS, RATIOS, st.integers(1, 2**20))
+def test_the_multiplier_of_an_average_divides_once(input_scale: float, output_scale: float, count: int) -> None:
+    multiplier = arithmetic.average_multiplier(float32(input_scale), float32(output_scale), torch.tensor([count]))
+    assert multiplier.item() == to_float32(Fraction(input_scale) / to_float32(Fraction(output_scale) * count))
+
+
+# Tables
+
+
+@given(st.data(), GRIDS, GRIDS, SCALES, st.floats(2.0**-10, 2.0**10, width=32))
+def test_the_table_of_the_identity_brings_codes_to_another_grid(
+    data: st.DataObject, source: QuantizationScheme, target: QuantizationScheme, scale: float, ratio: float
+) -> None:
+    points = [torch.tensor([data.draw(zero_points(scheme))], dtype=torch.int32) for scheme in (source, target)]
+    scales = float32(scale), float32(scale * ratio).clamp(arithmetic.SMALLEST_SCALE, arithmetic.LARGEST_SCALE)
+    table = arithmetic.lookup_table(None, scales[0], points[0], source, scales[1], points[1], target)
+    codes = torch.arange(-128, 128) if source.signed else torch.arange(256)
+    values = arithmetic.dequantize_codes(codes, scales[0], points[0], None)
+    assert table.tolist() == arithmetic.quantize_values(values, scales[1], points[1], target).tolist()
+    assert table.dtype is target.dtype
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_function_of_a_table_sees_float64_values(autocast: bool) -> None:
+    seen: list[Tensor] = []
+
+    def function(values: Tensor) -> Tensor:
+        seen.append(values)
+        return values @ torch.eye(256, dtype=torch.float64)
+
+    scheme, scale = QuantizationScheme(signed=False), float32(0.1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        table = arithmetic.lookup_table(function, scale, float32(3.0), scheme, scale, float32(3.0), scheme)
+    assert seen[0].dtype is torch.float64
+    assert seen[0].tolist() == [to_float32(exact(0.1) * (code - 3)) for code in range(256)]
+    assert table.tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("shape", [(256,), (4, 8, 8), (0, 3), ()], ids=str)
+def test_entries_are_found_by_code(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    ends = torch.iinfo(dtype)
+    table = torch.randperm(256).to(torch.uint8)
+    codes = torch.randint(ends.min, ends.max + 1, shape, dtype=dtype)
+    if shape == (256,):
+        codes = torch.arange(ends.min, ends.max + 1).to(dtype)
+    entries = arithmetic.look_up(codes, table)
+    assert entries.shape == shape
+    assert entries.flatten().tolist() == [table[code - ends.min].item() for code in codes.flatten().tolist()]
+
+
+@given(st.data(), GRIDS, SCALES, FINITE, FINITE)
+def test_a_clip_saturates_at_the_codes_of_its_ends(
+    data: st.DataObject, scheme: QuantizationScheme, scale: float, first: float, second: float
+) -> None:
+    zero_point = torch.tensor([data.draw(zero_points(scheme))])
+    ends = min(first, second), max(first, second)
+    lowest, highest = arithmetic.codes_of_clip(ends, float32(scale), zero_point, scheme)
+    expected = arithmetic.quantize_values(float32(*ends), float32(scale), zero_point, scheme)
+    assert [lowest.item(), highest.item()] == expected.tolist()
+
+
+@pytest.mark.parametrize("scheme", ALL_GRIDS, ids=str)
+def test_a_clip_without_ends_is_the_grid(scheme: QuantizationScheme) -> None:
+    zero_point = torch.tensor([scheme.quant_max], dtype=torch.int32)
+    lowest, highest = arithmetic.codes_of_clip((-np.inf, np.inf), float32(0.1), zero_point, scheme)
+    assert (lowest.item(), highest.item()) == (scheme.quant_min, scheme.quant_max)
+    relu = arithmetic.codes_of_clip((0.0, np.inf), float32(0.1), zero_point, scheme)
+    assert [end.item() for end in relu] == [scheme.quant_max, scheme.quant_max]
 
 
 # Shapes

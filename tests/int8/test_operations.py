@@ -9,14 +9,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from mlframework.quantization import QuantizationParameters, QuantizationScheme, dequantize, quantize
-from mlframework.quantization.int8.integer_operation import Addition
+from mlframework.quantization.graph.subgraph import module_of_nodes
+from mlframework.quantization.int8.average_pooling import AveragePooling
+from mlframework.quantization.int8.integer_operation import Addition, Concatenation, Multiplication
+from mlframework.quantization.int8.lookup import Lookup
 from mlframework.quantization.int8.operations import (
     Dequantize,
     Int8Operation,
     Int8ReLU,
+    Int8Selection,
     Int8WithFloatEdges,
     OnGrid,
     Quantize,
@@ -125,12 +130,119 @@ def test_add_broadcasts(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None
     assert torch.equal(add(a, b).reshape(-1), add(*(codes.reshape(-1) for codes in wide)))
 
 
+# No zero point at an end of its grid: what an operation takes for zero is no code that it would make by itself.
+SELECTION_GRIDS = [grid(0.037, 131), grid(0.05, -7, signed=True), grid(0.4, 5, bits=4)]
+
+SELECTIONS: dict[str, nn.Module] = {
+    "max pool": nn.MaxPool2d(3, 2, 1),
+    "dilated max pool": nn.MaxPool2d(2, 1, dilation=3, ceil_mode=True),
+    "adaptive max pool": nn.AdaptiveMaxPool2d((5, None)),
+    "pixel shuffle": nn.PixelShuffle(2),
+    "pixel unshuffle": nn.PixelUnshuffle(4),
+    "channel shuffle": nn.ChannelShuffle(2),
+    "nearest": nn.Upsample(scale_factor=(2, 1.5), mode="nearest"),
+    "nearest-exact": nn.Upsample(size=(31, 17), mode="nearest-exact"),
+    "upsampling": nn.UpsamplingNearest2d(scale_factor=2),
+    "reflection": nn.ReflectionPad2d((1, 2, 3, 0)),
+    "replication": nn.ReplicationPad2d(2),
+    "circular": nn.CircularPad2d((1, 0, 2, 3)),
+    "zeros": nn.ZeroPad2d((1, 2, 0, 3)),
+    "constant": nn.ConstantPad2d((1, 2, 0, 3), 0.0),
+    "cropping": nn.ZeroPad2d((-1, 2, -2, 0)),
+}
+
+
+@pytest.mark.parametrize("parameters", SELECTION_GRIDS, ids=scheme_name)
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_selections_are_those_of_values(
+    parameters: QuantizationParameters, selection: nn.Module, memory_format: torch.memory_format
+) -> None:
+    """On images of more than 300 pixels: ATen's max pooling of uint8 ends at 255."""
+    shape = (2, 4, 20, 16)
+    codes = all_codes(parameters)[torch.randint(all_codes(parameters).numel(), shape)].to(memory_format=memory_format)
+    selected = Int8Selection(parameters, selection)(codes)
+    assert selected.dtype is codes.dtype
+    assert torch.equal(selected, quantize(selection(dequantize(codes, parameters)), parameters))
+
+
+@pytest.mark.parametrize("selection", [nn.MaxPool1d(301, 1), nn.AdaptiveMaxPool1d(2), nn.ReflectionPad1d(3)], ids=str)
+def test_selections_in_one_dimension(selection: nn.Module) -> None:
+    codes = torch.randint(0, 256, (2, 3, 700), dtype=torch.uint8)
+    selected = Int8Selection(GRIDS[1], selection)(codes)
+    assert torch.equal(selected, quantize(selection(dequantize(codes, GRIDS[1])), GRIDS[1]))
+
+
+@pytest.mark.parametrize("selection", [nn.MaxPool3d(3, 2, 1), nn.ReplicationPad3d(1), nn.ZeroPad3d(1)], ids=str)
+def test_selections_in_three_dimensions(selection: nn.Module) -> None:
+    codes = torch.randint(0, 256, (2, 3, 7, 8, 9), dtype=torch.uint8)
+    selected = Int8Selection(GRIDS[1], selection)(codes)
+    assert torch.equal(selected, quantize(selection(dequantize(codes, GRIDS[1])), GRIDS[1]))
+
+
+def test_a_selection_may_read_other_values() -> None:
+    """The size that another tensor has, say."""
+    graph = fx.symbolic_trace(lambda x, height: F.interpolate(x, size=(height, 11))).graph
+    *inputs, node, _ = graph.nodes
+    selection = Int8Selection(GRIDS[1], module_of_nodes([node], inputs, {}))
+    codes = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
+    expected = quantize(F.interpolate(dequantize(codes, GRIDS[1]), size=(9, 11)), GRIDS[1])
+    assert torch.equal(selection(codes, 9), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_codes_are_exact_in_half_precision_models(dtype: torch.dtype) -> None:
+    codes = all_codes(GRIDS[1]).view(1, 1, 16, 16)
+    selection = nn.Sequential(Int8Selection(GRIDS[1], nn.ZeroPad2d(0))).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(selection(codes), codes)
+
+
+@pytest.mark.parametrize("output", GRIDS, ids=scheme_name)
+@pytest.mark.parametrize("clip", [(-math.inf, math.inf), (0.0, math.inf), (-0.3, 1.1)], ids=str)
+def test_multiply(output: QuantizationParameters, clip: tuple[float, float]) -> None:
+    left, right = GRIDS[1], GRIDS[2]
+    a, b = all_codes(left).view(-1, 1), all_codes(right)
+    result = Int8Operation(Multiplication(), (left, right), output, clip)(a, b)
+    exact = dequantize(a, left).double() * dequantize(b, right).double()
+    steps = exact.clamp(*clip) / output.scale.item() + output.zero_point.item()
+    wanted = steps.clamp(output.scheme.quant_min, output.scheme.quant_max)
+    # A clip's end lies up to half a step from its code.
+    slack = 2.0**-14 if clip[0] == -math.inf else 0.5
+    assert result.dtype is output.scheme.dtype
+    assert (result.double() - wanted).abs().max() <= 0.5 + slack
+    assert (dequantize(result, output) >= clip[0] - output.scale.item() / 2).all()
+
+
+def test_a_plan_is_made_anew_for_other_tensors() -> None:
+    product, other = (Int8Operation(Multiplication(), GRIDS[1:3], grid(0.2, 50)) for _ in range(2))
+    other.input_0_scale.mul_(3)
+    codes = all_codes(GRIDS[1]), all_codes(GRIDS[2])
+    before = product(*codes)
+    product.load_state_dict(other.state_dict())
+    assert not torch.equal(product(*codes), before)
+    assert torch.equal(product(*codes), other(*codes))
+
+
+def test_the_grids_are_told() -> None:
+    operation = Int8Operation(Concatenation(1), GRIDS[:3], GRIDS[3])
+    for told, given in zip((*operation.input_parameters, operation.output_parameters), GRIDS, strict=True):
+        assert (told.scheme, told.scale, told.zero_point) == (given.scheme, given.scale, given.zero_point)
+    assert repr(operation) == "Int8Operation(concat -> uint4 [0, 15] affine, per tensor)"
+    assert "clip=(0.0, 6.0)" in repr(Int8Operation(Addition(), GRIDS[:2], GRIDS[3], (0.0, 6.0)))
+
+
 def modules() -> list[nn.Module]:
     return [
         Quantize(GRIDS[1]),
         Dequantize(GRIDS[1]),
         Int8ReLU(GRIDS[1]),
+        Int8Selection(GRIDS[1], nn.MaxPool2d(2)),
         Int8Operation(Addition(), GRIDS[:2], GRIDS[2]),
+        Int8Operation(Multiplication(), GRIDS[:2], GRIDS[2]),
+        Int8Operation(Concatenation(0), GRIDS[:3], GRIDS[2]),
+        Int8Operation(AveragePooling(nn.AvgPool2d(2)), GRIDS[:1], GRIDS[2]),
+        Int8Operation(Lookup(nn.GELU()), GRIDS[:1], GRIDS[2]),
     ]
 
 

@@ -42,16 +42,14 @@ def test_int_mm_that_is_wrong_or_missing_is_refused(monkeypatch: pytest.MonkeyPa
     assert not int_mm_is_exact("cpu")
 
 
-@pytest.mark.parametrize("name", ["onednn_pack", "onednn_convolution"])
-def test_onednn_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(capability, name, failing)
+def test_onednn_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capability, "OnednnConvolution", failing)
     assert not onednn_is_exact()
 
 
 def test_onednn_that_is_wrong_in_one_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = torch.full((1, 64, 2, 2), 255.0 * 127 * 64 * 9)
-    monkeypatch.setattr(capability, "onednn_pack", lambda *arguments: torch.empty(0))
-    monkeypatch.setattr(capability, "onednn_convolution", lambda *arguments: sums)
+    monkeypatch.setattr(capability, "OnednnConvolution", lambda *arguments: lambda codes: sums)
     assert onednn_is_exact()
     onednn_is_exact.cache_clear()
     sums[0, 3, 1, 0] -= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
@@ -11,6 +12,8 @@ from .generated_forward import set_forward
 
 def module_of_nodes(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> nn.Module:
     """A module that takes the values of ``inputs`` and computes the last of ``nodes``.
+
+    In a module of several nodes, what they do in place they do out of place: others may read what they would change.
 
     Args:
         nodes: in the order of their graph; they read ``inputs`` and one another.
@@ -25,8 +28,20 @@ def module_of_nodes(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], modules
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op == "call_module":
             name = f"module_{len(root._modules)}"
-            root.add_module(name, modules[str(node.target)])
+            root.add_module(name, _out_of_place(modules[str(node.target)]))
             copies[node].target = name
+        elif node.op == "call_function":
+            copies[node].args = tuple(False if argument is True else argument for argument in copies[node].args)
+            copies[node].kwargs = {name: value for name, value in copies[node].kwargs.items() if name != "inplace"}
     graph.output(copies[nodes[-1]])
     set_forward(root, graph)
     return root
+
+
+def _out_of_place(module: nn.Module) -> nn.Module:
+    """The module, or one that has its hooks and settings and changes nothing in place."""
+    if not getattr(module, "inplace", False):
+        return module
+    twin = copy.copy(module)
+    twin.inplace = False  # type: ignore[assignment]
+    return twin

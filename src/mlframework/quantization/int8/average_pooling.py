@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,16 @@ Adaptive = nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d
 Fixed = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
 ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 FIXED_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+# Sums over smaller windows are float32 numbers.
+_LARGEST_WINDOW = 2**24 // 255
+
+_ADAPTIVE_FUNCTIONS: tuple[Callable[..., Tensor], ...] = (
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+)
 
 
 class Mean(nn.Module):
@@ -72,9 +83,14 @@ class AveragePooling(IntegerOperation):
         values = codes.to(torch.float32) - zero_point
         if isinstance(pooling, ADAPTIVE_POOLS):
             counts = _adaptive_counts(codes, pooling)
+            pool = _ADAPTIVE_FUNCTIONS[ADAPTIVE_POOLS.index(type(pooling))]
             with torch.autocast(codes.device.type, enabled=False):
-                return (pooling(values.double()) * counts).round(), counts
-        return _window_sums(values, pooling), _fixed_counts(values, pooling)
+                return (pool(values.double(), pooling.output_size) * counts).round(), counts
+        if _window_size(pooling) >= _LARGEST_WINDOW:
+            values = values.double()
+        sums = _window_sums(values, pooling)
+        counts = _fixed_counts(values, pooling, sums)
+        return sums, counts
 
 
 def _adaptive_counts(codes: Tensor, pooling: Adaptive) -> Tensor:
@@ -92,8 +108,15 @@ def _adaptive_counts(codes: Tensor, pooling: Adaptive) -> Tensor:
     return functools.reduce(lambda counts, length: counts.unsqueeze(-1) * length, lengths)
 
 
+def _window_size(pooling: Fixed) -> int:
+    """How many values one window holds at the most."""
+    dimensions = FIXED_POOLS.index(type(pooling)) + 1
+    size = pooling.kernel_size
+    return size**dimensions if isinstance(size, int) else math.prod(size)
+
+
 def _window_sums(values: Tensor, pooling: Fixed, padded: bool = True) -> Tensor:
-    """Sums over the windows of a pooling: float32, exact below 2**24."""
+    """Sums over the windows of a pooling, in the dtype of the values."""
     settings: list[Any] = [pooling.kernel_size, pooling.stride, pooling.padding if padded else 0]
     if not isinstance(pooling, nn.AvgPool1d):
         pool: Callable[..., Tensor] = F.avg_pool2d if isinstance(pooling, nn.AvgPool2d) else F.avg_pool3d
@@ -104,14 +127,18 @@ def _window_sums(values: Tensor, pooling: Fixed, padded: bool = True) -> Tensor:
     return F.avg_pool2d(values.unsqueeze(-2), kernel_size, stride, padding, pooling.ceil_mode, True, 1).squeeze(-2)
 
 
-def _fixed_counts(values: Tensor, pooling: Fixed) -> Tensor:
+def _fixed_counts(values: Tensor, pooling: Fixed, sums: Tensor) -> Tensor:
     """What the windows' sums are divided by: the values inside, padding included or not, or a divisor of the user's."""
     divisor = getattr(pooling, "divisor_override", None)
+    if divisor is not None:
+        return values.new_full((), divisor)
     dimensions = FIXED_POOLS.index(type(pooling)) + 1
     ones = torch.ones((1, *values.shape[-dimensions:]), device=values.device)
-    if divisor is not None:
-        return torch.full_like(ones[:1].flatten()[:1], divisor)
     if not pooling.count_include_pad:
         return _window_sums(ones, pooling)
     padding = (pooling.padding,) * dimensions if isinstance(pooling.padding, int) else pooling.padding
-    return _window_sums(F.pad(ones, [side for p in reversed(padding) for side in (p, p)], value=1.0), pooling, False)
+    padded = F.pad(ones, [side for p in reversed(padding) for side in (p, p)], value=1.0)
+    counts = _window_sums(padded, pooling, False)
+    # No window begins in the padding on the right; where that is part of the image, some do.
+    within = (slice(None), *(slice(size) for size in sums.shape[-dimensions:]))
+    return counts[within]

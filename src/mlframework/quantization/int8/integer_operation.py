@@ -13,18 +13,24 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import arithmetic
+from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
 
 Ends = tuple[int | Tensor, int | Tensor]
 
 
 class Grid(NamedTuple):
-    """Where codes lie on the real line, per tensor: ``scale`` float32 and ``zero_point`` a code, both of shape (1,)."""
+    """Where codes lie on the real line, per tensor: ``scale`` float32 and ``zero_point`` a code, both of no dimension,
+    so that they leave the shape of whatever they meet as it is."""
 
     scale: Tensor
     zero_point: Tensor
     scheme: QuantizationScheme
+
+    @classmethod
+    def of(cls, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Grid:
+        """From parameters of shape (1,)."""
+        return cls(scale.reshape(()), zero_point.reshape(()), scheme)
 
 
 class IntegerOperation(ABC):
@@ -62,7 +68,7 @@ class Addition(IntegerOperation):
     """The sum of two tensors, as ONNX Runtime's ``QLinearAdd``; broadcasts.
 
     The operands of its formula stand in the order given, but for one that is constant along the last axis where the
-    other is not: that one always stands second.
+    other is not: that one always stands second. Of two single values, the right one stands first.
     """
 
     kind = "sum"
@@ -83,17 +89,17 @@ class Addition(IntegerOperation):
         if _is_constant_along_last_axis(left, right):
             left, right, constants = right, left, constants[3:]
         left_ratio, right_ratio, constant = constants[:3]
-        return arithmetic.add_codes(left, left_ratio, right, right_ratio, constant, *ends, output.scheme.dtype)
+        return kernels.add(left, left_ratio, right, right_ratio, constant, *ends, output.scheme.dtype)
 
 
 def _is_constant_along_last_axis(left: Tensor, right: Tensor) -> bool:
-    """Whether, along the last axis on which either is longer than 1, ``left`` is broadcast."""
+    """Whether, along the last axis on which either is longer than 1, ``left`` is broadcast; so it is on none."""
     for axis in range(1, max(left.dim(), right.dim()) + 1):
         left_size = left.shape[-axis] if axis <= left.dim() else 1
         right_size = right.shape[-axis] if axis <= right.dim() else 1
         if left_size != 1 or right_size != 1:
             return left_size == 1
-    return False
+    return True
 
 
 class Multiplication(IntegerOperation):
@@ -140,6 +146,4 @@ class Concatenation(IntegerOperation):
         return tuple(arithmetic.lookup_table(None, *grid, *output) for grid in inputs)
 
     def on_codes(self, codes: Sequence[Tensor], constants: tuple[Tensor, ...], output: Grid, ends: Ends) -> Tensor:
-        return torch.cat(
-            [arithmetic.look_up(part, table) for part, table in zip(codes, constants, strict=True)], self.dim
-        )
+        return torch.cat([kernels.lookup(part, table) for part, table in zip(codes, constants, strict=True)], self.dim)

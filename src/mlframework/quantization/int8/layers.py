@@ -8,15 +8,20 @@ its tensors are loaded or moved.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arithmetic
-from ..kernels import ConvolutionGeometry, PackedConvolution, PackedLinear, PackedTransposedConvolution
-from ..kernels.integer_products import EXACT_IN_FLOAT32
+from ..kernels import (
+    ConvolutionGeometry,
+    Epilogue,
+    PackedConvolution,
+    PackedLinear,
+    PackedTransposedConvolution,
+)
 from ..parameters import QuantizationParameters
 from .folding import IntegerWeights
 from .integer_module import IntegerModule, PackedModule
@@ -26,19 +31,7 @@ FLOAT_HINT = ": of a converted model, only the forward is converted, not other m
 Product = PackedLinear | PackedConvolution | PackedTransposedConvolution
 
 
-@dataclass
-class _Plan:
-    """What a layer derives from its tensors, ready to run."""
-
-    product: Product
-    bias: Tensor
-    multiplier: Tensor
-    zero_point: int = 0
-    lowest: int = 0
-    highest: int = 0
-
-
-class Int8Layer(PackedModule[_Plan]):
+class Int8Layer(PackedModule[Callable[[Tensor], Tensor]]):
     """A linear operation on codes with the epilogue of :mod:`mlframework.quantization.arithmetic`.
 
     Args:
@@ -77,29 +70,24 @@ class Int8Layer(PackedModule[_Plan]):
         """The operation's exact sums."""
         raise NotImplementedError
 
-    def _channels_view(self, values: Tensor) -> Tensor:
-        """Per-channel values of shape (O,), viewed to broadcast against the sums."""
-        return values
+    def _make_plan(self) -> Callable[[Tensor], Tensor]:
+        return self._product(int(self.input_zero_point)).followed_by(self._epilogue())
 
-    def _make_plan(self) -> _Plan:
-        product = self._product(int(self.input_zero_point))
-        bias = self.bias
-        bound = product.bound + int(bias.to(torch.int64).abs().max())
-        if bound >= 2**31:
-            raise OverflowError(f"sums of a weight of shape {tuple(self.weight.shape)} may exceed int32")
-        if bound < EXACT_IN_FLOAT32:
-            bias = bias.to(torch.float32)
+    def _epilogue(self) -> Epilogue:
         accumulator_scale = self.input_scale * self.weight_scale
         if self.output_scheme is None:
-            return _Plan(product, self._channels_view(bias), self._channels_view(accumulator_scale))
+            return Epilogue(self.bias, accumulator_scale, lowest=self.clip[0], highest=self.clip[1])
         assert self.output_scale is not None and self.output_zero_point is not None
-        ends = arithmetic.codes_of_clip(self.clip, self.output_scale, self.output_zero_point, self.output_scheme)
-        return _Plan(
-            product,
-            self._channels_view(bias),
-            self._channels_view(accumulator_scale / self.output_scale),
+        lowest, highest = arithmetic.codes_of_clip(
+            self.clip, self.output_scale, self.output_zero_point, self.output_scheme
+        )
+        return Epilogue(
+            self.bias,
+            accumulator_scale / self.output_scale,
             int(self.output_zero_point),
-            *(int(end) for end in ends),
+            int(lowest),
+            int(highest),
+            self.output_scheme.dtype,
         )
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -114,17 +102,8 @@ class Int8Layer(PackedModule[_Plan]):
                 f"codes must have dtype {self.input_scheme.dtype}, got {codes.dtype}"
                 f"{FLOAT_HINT if codes.is_floating_point() else ''}"
             )
-        plan = self.pack()
-        sums = plan.product(codes)
-        if plan.bias.dtype is torch.int32:
-            sums = sums.to(torch.int32)
-        accumulator = sums + plan.bias
-        if self.output_scheme is None:
-            result = arithmetic.rescale_accumulator(accumulator, plan.multiplier).clamp_(*self.clip)
-            return result.to(self.float_dtype)
-        return arithmetic.requantize_accumulator(
-            accumulator, plan.multiplier, plan.zero_point, plan.lowest, plan.highest, self.output_scheme.dtype
-        )
+        output = self.pack()(codes)
+        return output.to(self.float_dtype) if self.output_scheme is None else output
 
     def extra_repr(self) -> str:
         output = "float32" if self.output_scheme is None else str(self.output_scheme)
@@ -166,9 +145,6 @@ class Int8Convolution(Int8Layer):
     def _product(self, zero_point: int) -> Product:
         return PackedConvolution(self.weight, zero_point, self.input_scheme.dtype, self.geometry)
 
-    def _channels_view(self, values: Tensor) -> Tensor:
-        return values.reshape(-1, *[1] * len(self.geometry.stride))
-
     def forward(self, codes: Tensor) -> Tensor:
         """Codes to codes, or to float32."""
         if self.padding:
@@ -204,9 +180,6 @@ class Int8ConvTranspose2d(Int8Layer):
         return PackedTransposedConvolution(
             self.weight, zero_point, self.input_scheme.dtype, self.geometry, self.output_padding
         )
-
-    def _channels_view(self, values: Tensor) -> Tensor:
-        return values.reshape(-1, 1, 1)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes to codes, or to float32."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .. import arithmetic
+from .. import arithmetic, kernels
 from .integer_operation import Ends, Grid, IntegerOperation
 
 
@@ -29,10 +31,29 @@ class Lookup(IntegerOperation):
         return result
 
     def constants(self, inputs: Sequence[Grid], output: Grid) -> tuple[Tensor, ...]:
-        return (arithmetic.lookup_table(self.function, *inputs[0], *output),)
+        with _without_hooks(self.used):
+            return (arithmetic.lookup_table(self.function, *inputs[0], *output),)
 
     def on_codes(self, codes: Sequence[Tensor], constants: tuple[Tensor, ...], output: Grid, ends: Ends) -> Tensor:
-        return arithmetic.look_up(codes[0], constants[0])
+        return kernels.lookup(codes[0], constants[0])
 
     def modules(self) -> tuple[nn.Module, ...]:
         return self.used
+
+
+@contextmanager
+def _without_hooks(modules: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Keeps a table that is being made from the hooks that watch values."""
+    hooks = [
+        (module, name, getattr(module, name))
+        for module in modules
+        for name in ("_forward_hooks", "_forward_pre_hooks")
+        if getattr(module, name)
+    ]
+    for module, name, _ in hooks:
+        setattr(module, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for module, name, watching in hooks:
+            setattr(module, name, watching)

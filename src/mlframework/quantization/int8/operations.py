@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import arithmetic
+from .. import arithmetic, kernels
 from ..parameters import QuantizationParameters
 from .integer_module import IntegerModule, PackedModule
 from .integer_operation import Grid, IntegerOperation
@@ -34,14 +34,14 @@ class Quantize(_OnGrid):
     """Float values to codes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return arithmetic.quantize_values(input, self.scale, self.zero_point, self.scheme)
+        return kernels.quantize(input, self.scale, self.zero_point, self.scheme)
 
 
 class Dequantize(_OnGrid):
     """Codes to float values: computed in float32, in the dtype of the model around."""
 
     def forward(self, codes: Tensor) -> Tensor:
-        values = arithmetic.dequantize_codes(codes, self.scale, self.zero_point, self.scheme.channel_axis)
+        values = kernels.dequantize(codes, self.scale, self.zero_point, self.scheme.channel_axis)
         return values.to(self.float_dtype)
 
 
@@ -69,7 +69,11 @@ class Int8Selection(_OnGrid):
         self.selection = selection
 
     def forward(self, codes: Tensor, *others: Any) -> Tensor:
-        selected: Tensor = self.selection(codes.to(torch.float32) - self.zero_point, *others)
+        selection = self.selection
+        if type(selection) is nn.MaxPool2d:
+            shape = (selection.kernel_size, selection.stride, selection.padding, selection.dilation)
+            return kernels.max_pool2d(codes, *shape, selection.ceil_mode)
+        selected: Tensor = selection(codes.to(torch.float32) - self.zero_point, *others)
         return (selected + self.zero_point).to(codes.dtype)
 
 
@@ -124,8 +128,8 @@ class Int8Operation(PackedModule[_OperationPlan]):
         return QuantizationParameters(self.output_scale, self.output_zero_point, self.output_scheme)
 
     def _make_plan(self) -> _OperationPlan:
-        inputs = [Grid(grid.scale, grid.zero_point, grid.scheme) for grid in self.input_parameters]
-        output = Grid(self.output_scale, self.output_zero_point, self.output_scheme)
+        inputs = [Grid.of(grid.scale, grid.zero_point, grid.scheme) for grid in self.input_parameters]
+        output = Grid.of(self.output_scale, self.output_zero_point, self.output_scheme)
         lowest, highest = (int(end) for end in arithmetic.codes_of_clip(self.clip, *output))
         return _OperationPlan(self.operation.constants(inputs, output), output, (lowest, highest))
 

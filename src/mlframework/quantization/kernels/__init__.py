@@ -1,13 +1,33 @@
-"""Exact integer products: which kernel computes them on this machine, and a fallback that is exact everywhere."""
+"""Integer arithmetic on tensors: which kernel computes it on this machine, and a fallback that is exact everywhere."""
 
 from .capability import int_mm_is_exact, onednn_is_exact
-from .integer_products import ConvolutionGeometry, PackedConvolution, PackedLinear, PackedTransposedConvolution
+from .integer_layer import Epilogue, IntegerLayer
+from .integer_products import PackedConvolution, PackedLinear
+from .native import active_path, reference_kernels
+from .onednn import ConvolutionGeometry
+from .operations import add, dequantize, lookup, max_pool2d, quantize, requantize, sum_positions
+from .subpixel import SubpixelConvolution, subpixel_convolution
+from .transposed_convolution import PackedTransposedConvolution, TransposedLayer
 
 __all__ = [
     "ConvolutionGeometry",
+    "Epilogue",
+    "IntegerLayer",
     "PackedConvolution",
     "PackedLinear",
     "PackedTransposedConvolution",
+    "SubpixelConvolution",
+    "TransposedLayer",
+    "active_path",
+    "add",
+    "dequantize",
     "int_mm_is_exact",
+    "lookup",
+    "max_pool2d",
     "onednn_is_exact",
+    "quantize",
+    "reference_kernels",
+    "requantize",
+    "subpixel_convolution",
+    "sum_positions",
 ]

@@ -11,6 +11,8 @@ import functools
 
 import torch
 
+from .onednn import ConvolutionGeometry, OnednnConvolution
+
 _CHANNELS = 64
 
 
@@ -20,9 +22,7 @@ def onednn_is_exact() -> bool:
     codes = torch.full((1, _CHANNELS, 4, 4), 255, dtype=torch.uint8)
     weight = torch.full((_CHANNELS, _CHANNELS, 3, 3), 127, dtype=torch.int8)
     try:
-        sums = onednn_convolution(
-            codes, 0, onednn_pack(weight, 0, (1, 1), (0, 0), (1, 1), 1), (1, 1), (0, 0), (1, 1), 1
-        )
+        sums = OnednnConvolution(weight, 0, ConvolutionGeometry((1, 1), (0, 0), (1, 1)))(codes)
     except (RuntimeError, AttributeError, NotImplementedError):  # built without oneDNN, or another architecture
         return False
     return bool((sums == 255 * 127 * _CHANNELS * 9).all())
@@ -38,52 +38,3 @@ def int_mm_is_exact(device_type: str) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return bool((sums == -127 * 127 * _CHANNELS).all())
-
-
-def onednn_pack(
-    weight: torch.Tensor,
-    zero_point: int,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> torch.Tensor:
-    """int8 weights in the blocked layout of oneDNN's convolution."""
-    scales = torch.ones(weight.shape[0])
-    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(
-        weight, scales, 1.0, zero_point, stride, padding, dilation, groups, None
-    )
-    return packed
-
-
-def onednn_convolution(
-    codes: torch.Tensor,
-    zero_point: int,
-    packed: torch.Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> torch.Tensor:
-    """uint8 by int8 with unit scales and float32 output: the sums themselves, exact below 2**24."""
-    channels = packed.shape[0]
-    sums: torch.Tensor = torch.ops.onednn.qconv_pointwise(
-        codes,
-        1.0,
-        zero_point,
-        packed,
-        torch.ones(channels),
-        torch.zeros(channels, dtype=torch.int32),
-        None,
-        stride,
-        padding,
-        dilation,
-        groups,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
-    return sums

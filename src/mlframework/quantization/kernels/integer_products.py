@@ -1,32 +1,24 @@
 r"""Exact sums :math:`\sum (q_x - z_x)\, q_w` of linear layers and convolutions, with weights packed once.
 
-Each class takes the weights at construction, picks the fastest path that is exact on their device, and maps codes to
-sums: float32 where every sum is known to lie below :math:`2^{24}` (and so is exact), int32 otherwise. The fallback
-computes in floating point wide enough to be exact, on any device; ``torch.compile`` traces the fallback too.
+Each class takes the weights at construction and maps codes to sums, on the fastest path that is exact on their device:
+float32 where every sum is known to lie below :math:`2^{24}` (and so is exact), int32 otherwise. The fallback computes
+in floating point wide enough to be exact, on any device; ``torch.compile`` traces the fallback too.
+
+With ``followed_by(epilogue)`` they become whole layers, which compiled kernels may run in one step.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capability import int_mm_is_exact, onednn_convolution, onednn_is_exact, onednn_pack
-
-# Integers up to here are float32 numbers.
-EXACT_IN_FLOAT32 = 2**24
-
-
-class ConvolutionGeometry(NamedTuple):
-    """Per spatial dimension: stride, zero padding (code ``zero_point``) and dilation; and the number of groups."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
+from .capability import int_mm_is_exact, onednn_is_exact
+from .integer_layer import EXACT_IN_FLOAT32, Convolution2d, Epilogue, IntegerLayer
+from .onednn import ConvolutionGeometry, OnednnConvolution
 
 
 class PackedLinear:
@@ -38,9 +30,12 @@ class PackedLinear:
         dtype: of the input's codes, ``torch.int8`` or ``torch.uint8``.
     """
 
+    channel_axis = -1
+
     def __init__(self, weight: Tensor, zero_point: int, dtype: torch.dtype) -> None:
         self.weight = weight
         self.zero_point = zero_point
+        self.dtype = dtype
         self.bound = largest_sum(weight, zero_point, dtype)
         # The kernel multiplies int8 by int8: uint8 codes are lowered by 128, and the rows of the weight make up
         # for that together with the zero point.
@@ -58,7 +53,7 @@ class PackedLinear:
             if self.correction is not None:
                 sums += self.correction
         else:
-            sums = _in_floating_point(F.linear, rows, self.zero_point, self.weight, self.bound)
+            sums = in_floating_point(F.linear, rows, self.zero_point, self.weight, self.bound)
         return sums.reshape(*codes.shape[:-1], sums.shape[-1])
 
     def _kernel_takes(self, rows: Tensor) -> bool:
@@ -66,6 +61,14 @@ class PackedLinear:
             return False
         # CUDA's wants more than 16 rows, and both sides of the weight in multiples of 8.
         return not rows.is_cuda or (rows.shape[0] > 16 and all(size % 8 == 0 for size in self.weight.shape))
+
+    def as_convolution(self) -> Convolution2d:
+        """The 1 x 1 convolution that sums the same."""
+        return Convolution2d(self.weight[:, :, None, None], ConvolutionGeometry((1, 1), (0, 0), (1, 1)))
+
+    def followed_by(self, epilogue: Epilogue) -> IntegerLayer:
+        """The layer that does this to the sums."""
+        return IntegerLayer(self, epilogue)
 
 
 class PackedConvolution:
@@ -77,47 +80,46 @@ class PackedConvolution:
         geometry: stride, padding, dilation, groups.
     """
 
+    channel_axis = 1
+
     def __init__(self, weight: Tensor, zero_point: int, dtype: torch.dtype, geometry: ConvolutionGeometry) -> None:
         self.weight = weight
         self.zero_point = zero_point
+        self.dtype = dtype
         self.geometry = geometry
         self.bound = largest_sum(weight, zero_point, dtype)
         # oneDNN takes uint8 activations only; an int8 code becomes the uint8 code 128 above it.
         self.signed = dtype is torch.int8
-        self.packed: list[tuple[slice, Tensor]] = []
-        if weight.device.type == "cpu" and weight.dim() == 4 and onednn_is_exact():
-            self._pack(dtype)
 
-    def _pack(self, dtype: torch.dtype) -> None:
-        """Packs blocks of input channels whose sums are exact in oneDNN's float32; nothing where there are none."""
+    @functools.cached_property
+    def packed(self) -> list[tuple[slice, OnednnConvolution]]:
+        """Blocks of input channels whose sums are exact in oneDNN's float32; nothing where there are none."""
+        if self.weight.device.type != "cpu" or self.weight.dim() != 4 or not onednn_is_exact():
+            return []
         channels = self.weight.shape[1]
         blocks = 1 + self.bound // EXACT_IN_FLOAT32
         size = -(-channels // blocks)
         slices = [slice(start, start + size) for start in range(0, channels, size)]
-        exact = all(largest_sum(self.weight[:, part], self.zero_point, dtype) < EXACT_IN_FLOAT32 for part in slices)
+        parts = [self.weight[:, part] for part in slices]
+        exact = all(largest_sum(part, self.zero_point, self.dtype) < EXACT_IN_FLOAT32 for part in parts)
         if not exact or (len(slices) > 1 and self.geometry.groups > 1):
-            return
-        for part in slices:
-            weight = self.weight[:, part].contiguous()
-            self.packed.append((part, onednn_pack(weight, self._unsigned_zero_point, *self.geometry)))
-
-    @property
-    def _unsigned_zero_point(self) -> int:
-        return self.zero_point + 128 if self.signed else self.zero_point
+            return []
+        zero_point = self.zero_point + 128 if self.signed else self.zero_point
+        return [
+            (part, OnednnConvolution(weight, zero_point, self.geometry))
+            for part, weight in zip(slices, parts, strict=True)
+        ]
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Codes (N, I, *size) to sums (N, O, *size)."""
-        if self.packed and codes.numel() > 0 and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and codes.numel() > 0 and self.packed:
             unsigned = codes.view(torch.uint8) ^ 128 if self.signed else codes
             if len(self.packed) == 1:
-                return onednn_convolution(unsigned, self._unsigned_zero_point, self.packed[0][1], *self.geometry)
-            sums = [
-                onednn_convolution(unsigned[:, part], self._unsigned_zero_point, packed, *self.geometry)
-                for part, packed in self.packed
-            ]
-            return torch.stack([partial.to(torch.int32) for partial in sums]).sum(dim=0, dtype=torch.int32)
+                return self.packed[0][1](unsigned)
+            sums = [convolution(unsigned[:, part]).to(torch.int32) for part, convolution in self.packed]
+            return torch.stack(sums).sum(dim=0, dtype=torch.int32)
         convolution = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
-        return _in_floating_point(
+        return in_floating_point(
             lambda values, weight: convolution(values, weight, None, *self.geometry),
             codes,
             self.zero_point,
@@ -125,40 +127,18 @@ class PackedConvolution:
             self.bound,
         )
 
-
-class PackedTransposedConvolution:
-    """Sums of a 2-d transposed convolution; weight codes of shape (I, O / groups, *kernel), int8.
-
-    There is no integer kernel for it in PyTorch: it always takes the exact floating-point path.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        zero_point: int,
-        dtype: torch.dtype,
-        geometry: ConvolutionGeometry,
-        output_padding: tuple[int, ...],
-    ) -> None:
-        self.weight = weight
-        self.zero_point = zero_point
-        self.geometry = geometry
-        self.output_padding = output_padding
-        # Every tap of every input channel may meet in one output.
-        self.bound = largest_sum(weight.transpose(0, 1), zero_point, dtype)
-
-    def __call__(self, codes: Tensor) -> Tensor:
-        """Codes (N, I, H, W) to sums (N, O, H', W')."""
+    def as_convolution(self) -> Convolution2d | None:
+        """This one, if it is 2-d, or 1-d as one that is a row high; None with groups or in 3-d."""
         stride, padding, dilation, groups = self.geometry
-        return _in_floating_point(
-            lambda values, weight: F.conv_transpose2d(
-                values, weight, None, stride, padding, self.output_padding, groups, dilation
-            ),
-            codes,
-            self.zero_point,
-            self.weight,
-            self.bound,
-        )
+        if groups != 1 or self.weight.dim() > 4:
+            return None
+        if self.weight.dim() == 4:
+            return Convolution2d(self.weight, self.geometry)
+        return Convolution2d(self.weight.unsqueeze(2), ConvolutionGeometry((1, *stride), (0, *padding), (1, *dilation)))
+
+    def followed_by(self, epilogue: Epilogue) -> IntegerLayer:
+        """The layer that does this to the sums."""
+        return IntegerLayer(self, epilogue)
 
 
 def largest_sum(weight: Tensor, zero_point: int, dtype: torch.dtype) -> int:
@@ -169,7 +149,7 @@ def largest_sum(weight: Tensor, zero_point: int, dtype: torch.dtype) -> int:
     return int(weight.flatten(1).to(torch.int32).abs().sum(dim=1).max()) * offset
 
 
-def _in_floating_point(
+def in_floating_point(
     operation: Callable[[Tensor, Tensor], Tensor], codes: Tensor, zero_point: int, weight: Tensor, bound: int
 ) -> Tensor:
     """Sums of an operation on ``codes - zero_point`` and ``weight``, wide enough to be exact, also under autocast."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..graph.modes import in_evaluation
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from .batches import arguments_of
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -43,7 +44,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             layer.observer.reset()
         seen = 0
         for batch in batches:
-            _call(model, batch)
+            args, kwargs = arguments_of(model, batch)
+            model(*args, **kwargs)
             seen += 1
         if seen == 0:
             raise ValueError("batches must hold at least one batch, got none")
@@ -52,33 +54,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
                 layer.update_parameters()
 
 
-def _call(model: nn.Module, batch: Any) -> None:
-    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-    args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    signature = inspect.signature(model.forward)
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise TypeError(
-            "batches must hold a tensor, a tuple of positional arguments, or a mapping of keyword arguments each; "
-            f"drop the labels. One does not fit the model's forward{signature}: {error}"
-        ) from error
-    model(*args, **kwargs)
-
-
 @contextmanager
 def _calibrating(model: nn.Module, layers: list[FakeQuantizeLayer]) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     for layer in layers:
         layer.calibrating = True
     try:
-        yield
+        with in_evaluation(model):
+            yield
     finally:
         for layer in layers:
             layer.calibrating = False
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

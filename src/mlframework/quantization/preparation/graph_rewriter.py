@@ -121,7 +121,8 @@ class GraphRewriter:
     def _put_operation(self, entry: Joined, operation: QATOperation) -> ReportEntry:
         name = unused_name(self.root, entry.node.name)
         self.root.add_module(name, operation)
-        with self.graph.inserting_before(entry.end):
+        # Before the first of its nodes: what these read may be changed in place before the last.
+        with self.graph.inserting_before(entry.nodes[0]):
             call = self.graph.call_module(name, tuple(self.replaced.get(node, node) for node in entry.operands))
         self._replace(entry.end, call)
         for node in reversed(entry.nodes):

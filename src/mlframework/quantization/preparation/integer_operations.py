@@ -70,7 +70,7 @@ def _concatenation(tensors: Any, dim: int = 0, **others: Any) -> Call | None:
 def _pooling(node: fx.Node) -> Call | None:
     first, *rest = node.args or (node.kwargs.get("input"),)
     settings = {name: value for name, value in node.kwargs.items() if name != "input"}
-    if any(isinstance(value, fx.Node) for value in (*rest, *settings.values())):
+    if node.all_input_nodes != [first]:  # its settings are computed
         return None
     return AveragePooling(_POOLS[node.target](*rest, **settings)), (first,)  # type: ignore[arg-type, return-value]
 

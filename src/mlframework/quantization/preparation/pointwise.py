@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -164,4 +165,4 @@ def _are_operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _is_number(argument: Any) -> bool:
-    return isinstance(argument, (int, float)) and not isinstance(argument, bool)
+    return isinstance(argument, (int, float)) and not isinstance(argument, bool) and math.isfinite(argument)

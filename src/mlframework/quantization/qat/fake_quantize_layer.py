@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import arithmetic
+from .. import arithmetic, kernels
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
 from ..scheme import QuantizationScheme
@@ -150,11 +150,11 @@ class FakeQuantizeLayer(nn.Module):
             RuntimeError: no data has set them.
         """
         self.require_initialized()
-        return arithmetic.quantize_values(values, self.scale, self.code_of_zero, self.scheme)
+        return kernels.quantize(values, self.scale, self.code_of_zero, self.scheme)
 
     def to_values(self, codes: Tensor) -> Tensor:
         """Dequantizes, to float32."""
-        return arithmetic.dequantize_codes(codes, self.scale, self.code_of_zero, self.scheme.channel_axis)
+        return kernels.dequantize(codes, self.scale, self.code_of_zero, self.scheme.channel_axis)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Values on the grid: shape, dtype and memory format of ``input`` (of the wrapped layer's output)."""

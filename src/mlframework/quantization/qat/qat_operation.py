@@ -95,8 +95,8 @@ class QATOperation(nn.Module):
     def _values_of(self, codes: tuple[Tensor, ...], like: Tensor) -> Tensor:
         output = self.output_fake_quantize
         output.require_initialized()
-        inputs = [Grid(source.scale, source.code_of_zero, source.scheme) for source in self.sources]
-        grid = Grid(output.scale, output.code_of_zero, output.scheme)
+        inputs = [Grid.of(source.scale, source.code_of_zero, source.scheme) for source in self.sources]
+        grid = Grid.of(output.scale, output.code_of_zero, output.scheme)
         constants = self.operation.constants(inputs, grid)
         result = self.operation.on_codes(codes, constants, grid, arithmetic.codes_of_clip(self._clip, *grid))
         return in_dtype_of(like, output.to_values(result))

@@ -1,0 +1,75 @@
+"""Builds the compiled kernels; everything else about the project is in pyproject.toml.
+
+They need a C++ compiler, and torch at build time, for its headers: an ordinary isolated build has no torch, so install
+torch first and build with `pip install --no-build-isolation .` (or `-e .`). Without them the project installs all the
+same, and computes what the kernels compute with PyTorch's own operations.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = "src/mlframework/quantization/kernels"
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    # The arithmetic is float32 in the order written; rounding needs neither errno nor floating-point traps.
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-g0",
+    # GCC 12 takes its own AVX-512 intrinsics to task.
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    # The oldest PyTorch whose stable ABI is enough: a library built against a newer one runs there, too.
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+
+
+class BuildKernels(build_ext):
+    """Builds what it can, and says what is missing where it cannot."""
+
+    def build_extensions(self) -> None:
+        torch = importlib.util.find_spec("torch")
+        if torch is None or torch.origin is None:
+            self.skip("torch is not installed in the build environment")
+            return
+        root = Path(torch.origin).parent
+        for extension in self.extensions:
+            extension.include_dirs.append(str(root / "include"))
+            extension.library_dirs.append(str(root / "lib"))
+        try:
+            super().build_extensions()
+        except Exception as error:  # no compiler, an old one, headers of another PyTorch
+            self.skip(f"they failed to build ({error})")
+
+    def skip(self, reason: str) -> None:
+        print(
+            f"\nThe compiled kernels are left out: {reason}. Integer layers will run several times slower. To have "
+            "them, install torch and a C++ compiler, then: pip install --no-build-isolation -e .\n",
+            file=sys.stderr,
+        )
+        self.extensions = []
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "mlframework.quantization.kernels._native",
+            sources=sorted(str(path) for path in Path(KERNELS, "csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path(KERNELS, "csrc").glob("*.h")),
+            extra_compile_args=FLAGS,
+            libraries=["torch_cpu", "torch", "c10"],
+            language="c++",
+            # The library speaks to PyTorch and not to Python: one build serves every Python.
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,63 @@
+// A whole integer layer in one block of memory: what it is, its weights in the order in which they are used, and what
+// follows each sum. Python keeps the block as a tensor of bytes; this is its meaning.
+#pragma once
+
+#include <cstdint>
+
+#include "tensors.h"
+
+namespace kernels {
+
+// Output channels to a vector of sums, and how many products of four bytes each one instruction adds to one.
+constexpr int64_t kLanes = 16;
+constexpr int64_t kQuad = 4;
+// Channels that a depthwise layer computes at once.
+constexpr int64_t kChunk = 64;
+
+enum class Output : int64_t { unsigned_codes, signed_codes, floats };
+
+struct alignas(64) Layer {
+  static constexpr int64_t kMark = 0x6c617965722d3031;  // tells a layer from any other bytes
+
+  int64_t mark, bytes;
+  int64_t depthwise;  // each output channel reads the input channel of its own number; otherwise, all of them
+  int64_t input_channels, output_channels;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t input_zero_point;  // as a byte: a signed code lies 128 above itself
+  int64_t input_signed;
+  Output output;
+  int64_t zero_point;
+  float lowest, highest;  // of codes: relative to the zero point
+
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  // Vectors of output channels.
+  int64_t blocks() const {
+    return depthwise ? (output_channels + kChunk - 1) / kChunk * (kChunk / kLanes)
+                     : (output_channels + kLanes - 1) / kLanes;
+  }
+  // Instructions to a vector of sums: groups of four input channels at each tap, or groups of four taps.
+  int64_t quads() const { return (input_channels + kQuad - 1) / kQuad; }
+  int64_t steps() const { return depthwise ? (taps() + kQuad - 1) / kQuad : taps() * quads(); }
+  int64_t block_bytes() const { return steps() * kLanes * kQuad; }
+  int64_t weight_bytes() const { return blocks() * block_bytes(); }
+  int64_t element_size() const { return output == Output::floats ? 4 : 1; }
+
+  // Then follow, for each output channel (rounded up to whole vectors), the bias, which also makes up for the input's
+  // zero point; the multiplier; and the weights (pack_layer.cpp says in which order).
+  int32_t* bias() { return reinterpret_cast<int32_t*>(this + 1); }
+  float* multiplier() { return reinterpret_cast<float*>(bias() + blocks() * kLanes); }
+  int8_t* weights() { return reinterpret_cast<int8_t*>(multiplier() + blocks() * kLanes); }
+  const int32_t* bias() const { return const_cast<Layer*>(this)->bias(); }
+  const float* multiplier() const { return const_cast<Layer*>(this)->multiplier(); }
+  const int8_t* weights() const { return const_cast<Layer*>(this)->weights(); }
+  int64_t size() const { return static_cast<int64_t>(sizeof(Layer)) + blocks() * kLanes * 8 + weight_bytes(); }
+};
+
+// Where a depthwise layer keeps a channel: the order in which bytes come to lie when those of four taps are interleaved
+// within quarters of a vector. Reading it backwards, packing sums to bytes restores the order of the channels.
+inline int64_t depthwise_place(int64_t channel) {
+  const int64_t in_chunk = channel % kChunk, quarter = in_chunk / 16, vector = in_chunk % 16 / 4;
+  return channel - in_chunk + vector * kLanes + quarter * 4 + in_chunk % 4;
+}
+
+}  // namespace kernels

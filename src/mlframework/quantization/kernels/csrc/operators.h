@@ -1,0 +1,37 @@
+// The operators that operators.cpp registers with PyTorch; kernels/native.py says what each computes.
+#pragma once
+
+#include <optional>
+
+#include "tensors.h"
+
+namespace kernels {
+
+Tensor quantize(const Tensor& values, const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest,
+                ScalarType dtype);
+
+Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point);
+
+Tensor lookup(const Tensor& codes, const Tensor& table);
+
+Tensor add(const Tensor& left, const Tensor& left_ratio, const Tensor& right, const Tensor& right_ratio,
+           const Tensor& constant, int64_t lowest, int64_t highest, ScalarType dtype);
+
+Tensor requantize(const Tensor& sums, const std::optional<Tensor>& bias, const Tensor& multiplier, int64_t zero_point,
+                  int64_t lowest, int64_t highest, ScalarType dtype, int64_t channel_axis);
+
+Tensor max_pool2d(const Tensor& codes, Shape kernel, Shape stride, Shape padding, Shape dilation, bool ceil_mode);
+
+Tensor sum_positions(const Tensor& codes);
+
+Tensor pack_layer(const Tensor& weight, const Tensor& bias, const Tensor& multiplier, Shape stride, Shape padding,
+                  Shape dilation, int64_t groups, int64_t input_zero_point, ScalarType input_dtype,
+                  int64_t zero_point, double lowest, double highest, ScalarType dtype);
+
+Tensor convolution(const Tensor& codes, const Tensor& layer);
+
+Tensor linear(const Tensor& codes, const Tensor& layer);
+
+bool has_integer_layers();
+
+}  // namespace kernels

@@ -1,0 +1,148 @@
+"""Operations on codes: compiled where that is possible, and by the formulas of ``arithmetic`` everywhere.
+
+Both give the same codes, bit for bit. Arguments are those of the formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import arithmetic
+from ..scheme import QuantizationScheme
+from .native import operators, use_native
+
+
+def quantize(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """Float values to codes; see :func:`.arithmetic.quantize_values`."""
+    if (
+        scheme.channel_axis is None
+        and values.dtype is torch.float32
+        and _is_number(scale)
+        and _is_number(zero_point)
+        and use_native(values)
+    ):
+        codes: Tensor = operators["quantize"](
+            values, scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.dtype
+        )
+        return codes
+    return arithmetic.quantize_values(values, scale, zero_point, scheme)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, channel_axis: int | None) -> Tensor:
+    """Codes to float32 values; see :func:`.arithmetic.dequantize_codes`."""
+    if channel_axis is None and _is_number(scale) and _is_number(zero_point) and use_native(codes):
+        values: Tensor = operators["dequantize"](codes, scale, zero_point)
+        return values
+    return arithmetic.dequantize_codes(codes, scale, zero_point, channel_axis)
+
+
+def _is_number(parameter: Tensor) -> bool:
+    """Whether a scale or a zero point is what the compiled kernels read: one number, which no gradient asks for."""
+    return parameter.numel() == 1 and parameter.dtype in (torch.float32, torch.int32) and not parameter.requires_grad
+
+
+def lookup(codes: Tensor, table: Tensor) -> Tensor:
+    """The entries of a table at codes; see :func:`.arithmetic.look_up`."""
+    if use_native(codes):
+        entries: Tensor = operators["lookup"](codes, table)
+        return entries
+    return arithmetic.look_up(codes, table)
+
+
+def add(
+    left: Tensor,
+    left_ratio: Tensor,
+    right: Tensor,
+    right_ratio: Tensor,
+    constant: Tensor,
+    lowest: int | Tensor,
+    highest: int | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sum of two tensors of codes, which broadcast; see :func:`.arithmetic.add_codes`."""
+    if isinstance(lowest, int) and isinstance(highest, int) and use_native(left):
+        codes: Tensor = operators["add"](left, left_ratio, right, right_ratio, constant, lowest, highest, dtype)
+        return codes
+    return arithmetic.add_codes(left, left_ratio, right, right_ratio, constant, lowest, highest, dtype)
+
+
+def requantize(
+    sums: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor,
+    zero_point: int,
+    lowest: int,
+    highest: int,
+    dtype: torch.dtype,
+    channel_axis: int,
+) -> Tensor:
+    """Sums of an integer layer to codes; see :func:`.arithmetic.requantize_accumulator`.
+
+    Args:
+        sums: exact integers, int32 or float32.
+        bias: (C,); int32 makes the accumulator an int32, float32 is for sums that stay below 2**24 with it.
+        multiplier: float32, (C,) or (1,).
+        zero_point, lowest, highest, dtype: of the output; where it saturates.
+        channel_axis: the axis of ``sums`` that ``bias`` and ``multiplier`` lie along.
+    """
+    if use_native(sums):
+        codes: Tensor = operators["requantize"](
+            sums, bias, multiplier, zero_point, lowest, highest, dtype, channel_axis
+        )
+        return codes
+    return arithmetic.requantize_accumulator(
+        with_bias(sums, bias, channel_axis),
+        along_channels(multiplier, sums, channel_axis),
+        zero_point,
+        lowest,
+        highest,
+        dtype,
+    )
+
+
+def with_bias(sums: Tensor, bias: Tensor | None, channel_axis: int) -> Tensor:
+    """The accumulator of a layer, exactly: an int32 bias makes it int32."""
+    if bias is None:
+        return sums
+    if bias.dtype is torch.int32:
+        sums = sums.to(torch.int32)
+    return sums + along_channels(bias, sums, channel_axis)
+
+
+def along_channels(values: Tensor, sums: Tensor, channel_axis: int) -> Tensor:
+    """Values of shape (C,) or (1,), viewed to broadcast along the channels of ``sums``."""
+    return arithmetic.along_axis(values, sums.dim(), channel_axis % sums.dim())
+
+
+def max_pool2d(
+    codes: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.max_pool2d` of codes, (N, C, H, W) or (C, H, W): padding never wins."""
+    if codes.dim() == 4 and use_native(codes):
+        kernel = _pair(kernel_size)
+        pooled: Tensor = operators["max_pool2d"](
+            codes, kernel, _pair(stride) if stride else kernel, _pair(padding), _pair(dilation), ceil_mode
+        )
+        return pooled
+    # PyTorch pools floats, and codes are exact in float32.
+    values = F.max_pool2d(codes.to(torch.float32), kernel_size, stride, padding, dilation, ceil_mode)
+    return values.to(codes.dtype)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def sum_positions(codes: Tensor) -> Tensor:
+    """Sums of codes (N, C, *size) over their positions, int32 of shape (N, C)."""
+    if use_native(codes):
+        sums: Tensor = operators["sum_positions"](codes)
+        return sums
+    return codes.flatten(2).sum(dim=2, dtype=torch.int32)

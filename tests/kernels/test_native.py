@@ -1,0 +1,129 @@
+"""The compiled kernels as a library: there or not, asked or not, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from mlframework.quantization import kernels
+from mlframework.quantization.kernels import Epilogue, PackedLinear, native
+
+
+@pytest.fixture
+def _forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process that has not asked for the kernels yet."""
+    monkeypatch.setattr(native, "operators", {})
+    native.native_is_available.cache_clear()
+    native.has_integer_layers.cache_clear()
+    yield
+    monkeypatch.undo()
+    native.native_is_available.cache_clear()
+    native.has_integer_layers.cache_clear()
+    native.native_is_available()
+
+
+def linear_layer() -> Any:
+    product = PackedLinear(torch.arange(-12, 12, dtype=torch.int8).reshape(4, 6), 3, torch.uint8)
+    return product.followed_by(
+        Epilogue(torch.arange(4, dtype=torch.int32), torch.tensor([0.3]), 9, 0, 255, torch.uint8)
+    )
+
+
+CODES = torch.arange(18, dtype=torch.uint8).reshape(3, 6)
+
+
+def test_the_kernels_are_built() -> None:
+    """Whoever works on the project has them: `make` builds them."""
+    assert native.native_is_available()
+    assert kernels.active_path() == "native"
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("broken", [False, True])
+def test_without_them_there_is_one_warning_and_the_same_result(
+    broken: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = linear_layer()(CODES)
+    native.native_is_available.cache_clear()
+    native.has_integer_layers.cache_clear()
+    library = tmp_path / "_native.abi3.so"
+    if broken:
+        library.write_bytes(b"no library")
+    monkeypatch.setattr(native, "LIBRARY", library)
+    with pytest.warns(RuntimeWarning, match=r"several times slower[\s\S]*pip install --no-build-isolation"):
+        layer = linear_layer()
+    # From here on, warnings are errors again.
+    assert torch.equal(layer(CODES), expected)
+    assert torch.equal(kernels.lookup(CODES, torch.arange(256).to(torch.uint8)), CODES)
+    assert kernels.active_path() == "reference"
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_a_library_of_other_operators_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_OPERATORS", (*native._OPERATORS, "of_a_later_version"))
+    with pytest.warns(RuntimeWarning, match="of_a_later_version"):
+        assert not native.native_is_available()
+
+
+def test_the_reference_can_be_forced() -> None:
+    layer = linear_layer()
+    expected = layer(CODES)
+    with kernels.reference_kernels():
+        assert kernels.active_path() == "reference"
+        with kernels.reference_kernels():
+            assert not native.use_native(CODES)
+        assert kernels.active_path() == "reference"
+        assert torch.equal(layer(CODES), expected)
+    assert kernels.active_path() == "native"
+    with pytest.raises(KeyError), kernels.reference_kernels():
+        raise KeyError
+    assert kernels.active_path() == "native"
+
+
+def test_tensors_that_only_stand_for_others_go_the_reference_way() -> None:
+    layer = linear_layer()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(CODES)
+        assert not native.use_native(fake)
+    assert not native.use_native(CODES.to("meta"))
+    assert native.use_native(CODES)
+    assert layer(CODES).shape == (3, 4)
+
+
+def test_they_use_the_best_instructions_that_pytorch_uses() -> None:
+    best = native.operators["instruction_set"]()
+    assert best in ("baseline", "avx2", "avx512", "avx512_vnni")
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert best == "avx2"
+    assert native.has_integer_layers() == (best == "avx512_vnni")
+
+
+INSTRUCTION_SETS = {"default": "baseline", "avx2": "avx2"}
+TESTS = [str(Path(__file__).with_name(name)) for name in ("test_operations.py", "test_integer_layer.py")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", INSTRUCTION_SETS)
+def test_every_instruction_set_computes_the_same(capability: str) -> None:
+    """PyTorch's own variable holds its kernels, and ours, to fewer instructions."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    program = (
+        "from mlframework.quantization.kernels import native; native.native_is_available();"
+        "print(native.operators['instruction_set'](), native.has_integer_layers())"
+    )
+    result = run([sys.executable, "-c", program], environment)
+    assert result.stdout.split() == [INSTRUCTION_SETS[capability], "False"], result.stderr
+    result = run([sys.executable, "-m", "pytest", *TESTS, "-m", "not slow", "-p", "no:cacheprovider"], environment)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
