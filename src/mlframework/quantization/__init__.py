@@ -1,6 +1,8 @@
 """Quantization-aware training for PyTorch that ends in true int8."""
 
 from .conversion.convert import convert
+from .export.export_onnx import export_onnx
+from .export.torch_export import NotExportableError
 from .parameters import QuantizationParameters, dequantize, quantize, requantize
 from .preparation.calibrate import calibrate
 from .preparation.parameter_groups import parameter_groups, quantization_parameters
@@ -16,14 +18,18 @@ from .qat.qat_module_wrapper import QATModuleWrapper
 from .qat.schedule import QATSchedule
 from .qat.straight_through_estimator import StraightThroughEstimator
 from .scheme import QuantizationScheme
+from .verification.compare import VerificationError, compare_outputs, verify
+from .verification.report import ComparisonReport
 
 __all__ = [
     "ActivationObserver",
+    "ComparisonReport",
     "FakeQuantizeLayer",
     "HistogramObserver",
     "MinMaxObserver",
     "MovingAverageObserver",
     "MovingAverageStatistics",
+    "NotExportableError",
     "PercentileObserver",
     "PreparationReport",
     "QATConfig",
@@ -32,9 +38,12 @@ __all__ = [
     "QuantizationParameters",
     "QuantizationScheme",
     "StraightThroughEstimator",
+    "VerificationError",
     "calibrate",
+    "compare_outputs",
     "convert",
     "dequantize",
+    "export_onnx",
     "fake_quantize",
     "parameter_groups",
     "preparation_report",
@@ -42,4 +51,5 @@ __all__ = [
     "quantization_parameters",
     "quantize",
     "requantize",
+    "verify",
 ]

@@ -1,0 +1,156 @@
+"""``export_onnx``: a prepared or converted model as a file for a deployment engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..conversion.convert import _unwrapped, convert
+from ..graph.clone import copy_of
+from ..int8.integer_module import IntegerModule
+from ..int8.layers import Int8Embedding, Int8Layer
+from ..int8.operations import Int8WithFloatEdges, OnGrid
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from . import engine_passes, onnx_graph
+from .example_call import run_example
+from .export_model import make_export_model
+from .file import check_writable, write_atomically
+from .targets import CONVENTIONS, activation_schemes, check_target, resolved_target
+from .torch_export import onnx_model
+
+_METADATA = "mlframework.quantization"
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    target: str | None = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = True,
+) -> None:
+    """Writes a model as standard ONNX: quantize and dequantize around every operation, int8 weights, int32 biases.
+
+    For ``"onnxruntime"``, the file computes in ONNX Runtime the integers that the converted model computes here, code
+    for code; for the other engines it states the same grids and weights in the form that they fuse. Batch
+    normalization is folded in. The value that a quantized layer returns is called by the layer's qualified name.
+
+    Args:
+        model: from :func:`prepare`, with data seen, or from :func:`convert`; it is not changed.
+        example_inputs: positional arguments of a typical call, for the shapes.
+        path: the file. It is written beside and then moved into place: a failure leaves a file that was there whole.
+        target: ``"onnxruntime"``, ``"openvino"`` or ``"tensorrt"``; by default the one whose grids the model has.
+        example_kwargs: keyword arguments of that call.
+        dynamic_batch: the file takes batches of any size: the first axis of every tensor that is as long in the
+            example as the first tensor's. Otherwise all sizes are those of the example.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+        TypeError: the model is neither prepared nor converted, or an argument is not of its type or does not fit the
+            model's forward.
+        ValueError: an unknown target, one whose grids are not the model's, an example that does not run through the
+            model, or a model of 2 GiB and more.
+        RuntimeError: the model has seen no data.
+        NotExportableError: an operation has no ONNX counterpart (a RuntimeError).
+        OSError: the path cannot be written.
+
+    Example:
+        >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), QATConfig(),
+        ...                    (torch.randn(1, 4),))
+        >>> calibrate(prepared, [torch.randn(32, 4)])
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(prepared, (torch.randn(1, 4),), os.path.join(folder, "model.onnx"))
+        ...     os.listdir(folder)
+        ['model.onnx']
+    """
+    onnx = _import_onnx()
+    _check_types(model, example_inputs, example_kwargs, dynamic_batch)
+    check_target(target)
+    check_writable(path)
+    converted = _converted(model)
+    target = resolved_target(converted, target)
+    example = run_example(converted, example_inputs, example_kwargs or {})
+    metadata = _metadata(converted, target)
+    names = [
+        name
+        for name, module in converted.named_modules()
+        if isinstance(module, (IntegerModule, Int8WithFloatEdges, OnGrid))
+    ]
+    conventions = CONVENTIONS[target]
+    exportable = make_export_model(converted, conventions, example.shapes).eval()
+    proto = onnx_model(exportable, example.arguments, example.input_names, example.output_names, dynamic_batch)
+    engine_passes.remove_idle_pairs(proto.graph)
+    onnx_graph.name_values_after_modules(proto.graph, names)
+    engine_passes.give_consumers_their_own_dequantize(proto.graph)
+    engine_passes.fold_padding_into_convolutions(proto.graph)
+    if conventions.exact:
+        engine_passes.keep_floats_float(proto.graph, names)
+    if conventions.own_nodes_for_sums:
+        engine_passes.give_sums_their_own_quantize(proto.graph)
+    if conventions.unsigned_concatenations:
+        engine_passes.make_concatenations_unsigned(proto.graph)
+    onnx_graph.remove_notes(proto)
+    proto.producer_name = "mlframework-quantization"
+    proto.producer_version = metadata[f"{_METADATA}.version"]
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.checker.check_model(proto, full_check=True)
+    write_atomically(proto, path)
+
+
+def _import_onnx() -> Any:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch.onnx stands on it)
+    except ImportError as error:
+        raise ImportError(
+            f"export_onnx needs onnx and onnxscript ({error}): pip install 'mlframework-quantization[onnx]'"
+        ) from error
+    return onnx
+
+
+def _check_types(model: Any, args: Any, kwargs: Any, dynamic_batch: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(args, tuple):
+        raise TypeError(f"example_inputs must be a tuple of arguments, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"example_kwargs must be a mapping from names to arguments, got {type(kwargs).__name__}")
+    if not isinstance(dynamic_batch, bool):
+        raise TypeError(f"dynamic_batch must be a bool, got {dynamic_batch!r}")
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    """The converted model, on the CPU and in evaluation mode, as a copy."""
+    if any(isinstance(module, FakeQuantizeLayer) for module in model.modules()):
+        converted = convert(model)
+    elif any(isinstance(module, IntegerModule) for module in model.modules()):
+        converted = copy_of(_unwrapped(model))
+    else:
+        raise TypeError(f"model must be prepared or converted, got a {type(model).__name__} without quantized layers")
+    return converted.to("cpu").eval()
+
+
+def _metadata(converted: nn.Module, target: str) -> dict[str, str]:
+    """What the file says of itself: the library's version, the target, and the grids in use."""
+    activations = {str(scheme) for schemes in activation_schemes(converted).values() for scheme in schemes}
+    weights = {
+        "per channel" if module.weight_scale.numel() > 1 else "per tensor"
+        for module in converted.modules()
+        if isinstance(module, (Int8Layer, Int8Embedding))
+    }
+    schemes = {
+        "activations": sorted(activations),
+        "weights": [f"int8 symmetric, {extent}" for extent in sorted(weights)],
+    }
+    return {
+        f"{_METADATA}.version": importlib.metadata.version("mlframework-quantization"),
+        f"{_METADATA}.target": target,
+        f"{_METADATA}.schemes": json.dumps(schemes),
+    }

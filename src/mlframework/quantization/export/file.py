@@ -1,0 +1,55 @@
+"""The file on disk: written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from typing import Any
+
+_LARGEST = 2**31 - 1  # what a protocol buffer holds
+
+
+def check_writable(path: Any) -> None:
+    """Refuses a path that no file can be written to, before there is anything to write.
+
+    Raises:
+        TypeError: it is no path.
+        OSError: its folder does not exist or may not be written to, or it is a folder itself.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if os.path.isdir(target):
+        raise IsADirectoryError(f"path must be that of a file, got the folder {os.fspath(path)!r}")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"path must be in a folder that exists, got {os.fspath(path)!r}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"path must be in a folder that may be written to, got {os.fspath(path)!r}")
+
+
+def write_atomically(model: Any, path: str | os.PathLike[str]) -> None:
+    """Writes an ``onnx.ModelProto`` beside ``path`` and moves it there; a link's target is written.
+
+    Raises:
+        ValueError: the model is larger than one file can be.
+        OSError: writing fails; what was at ``path`` is as before.
+    """
+    if model.ByteSize() > _LARGEST:
+        raise ValueError(f"model must fit one ONNX file of 2 GiB, got {model.ByteSize()} bytes")
+    target = os.path.realpath(path)
+    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(model.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(target):
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

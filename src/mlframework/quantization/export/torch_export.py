@@ -1,0 +1,150 @@
+"""From a model of nodes to an ONNX graph, through ``torch.export`` and ``torch.onnx``."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import traceback
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .example_call import values_by_name
+from .qdq_operators import translations
+from .running_modules import running_modules
+
+# The operators' version that is written: torch.onnx's own, and the first with Gelu.
+OPSET = 20
+
+
+class NotExportableError(RuntimeError):
+    """A model, or an operation in it, has no ONNX form; the message says which."""
+
+
+def onnx_model(
+    model: nn.Module,
+    arguments: inspect.BoundArguments,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic: bool,
+) -> Any:
+    """The ``onnx.ModelProto`` of a model in evaluation mode.
+
+    Args:
+        model: what to export.
+        arguments: of its forward.
+        input_names, output_names: what to call the tensors that go in and come out.
+        dynamic: whether the first axis, as long in every tensor as in the first one, is a batch of any size.
+
+    Raises:
+        NotExportableError: ``torch.export`` cannot take the model down, or an operation has no ONNX counterpart.
+    """
+    values: dict[str, Any] = dict(arguments.arguments)
+    size = _batch_size(values) if dynamic else None
+    if size == 1:  # an axis of length 1 is taken for a constant
+        values = tree_map(lambda leaf: torch.cat([leaf, leaf]) if _has_batch(leaf, 1) else leaf, values)
+        size = 2
+    given = inspect.BoundArguments(arguments.signature, OrderedDict(values))
+    batch = torch.export.Dim("batch")
+    shapes = tree_map(
+        lambda leaf: {0: batch} if size is not None and _has_batch(leaf, size) else None, values_by_name(given)
+    )
+    with torch.no_grad(), _quiet():
+        program = _program(model, given, shapes, dynamic)
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=translations(),
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+        except Exception as error:  # whatever it is, it came from an operation
+            raise NotExportableError(_untranslated(error)) from error
+    assert exported is not None
+    proto = exported.model_proto
+    _name_batch_axis(proto.graph)
+    return proto
+
+
+def _batch_size(arguments: dict[str, Any]) -> int | None:
+    """The length of the first tensor's first axis; None where there is no such tensor."""
+    return next((leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()), None)
+
+
+def _has_batch(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+
+def _program(
+    model: nn.Module, arguments: inspect.BoundArguments, shapes: dict[str, Any], dynamic: bool
+) -> torch.export.ExportedProgram:
+    with running_modules(model) as running:
+        try:
+            # What fails is said below; the graph so far, which torch prints, helps no one.
+            with contextlib.redirect_stderr(io.StringIO()):
+                return torch.export.export(model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # a model's own code may raise anything at a value that is not there
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            fixed = dynamic and "onstraints violated" in str(error)
+            hint = " (dynamic_batch=False exports it for the batch size of the example)" if fixed else ""
+            raise NotExportableError(
+                f"model cannot be taken down by torch.export, which fails in {running.innermost}: {reason}{hint}"
+            ) from error
+
+
+def _untranslated(error: BaseException) -> str:
+    """Which operation has no counterpart, and whose it is."""
+    for cause in _causes(error):
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            node = frame.f_locals.get("node")
+            if isinstance(node, torch.fx.Node):  # the one that torch.onnx was at
+                owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+                return f"{owners[-1] if owners else 'the model'} calls {node.target}, which has no ONNX counterpart"
+    return f"an operation has no ONNX counterpart: {error}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _name_batch_axis(graph: Any) -> None:
+    """Calls the one axis of no fixed size "batch", where torch.onnx has a number."""
+    values = [*graph.input, *graph.output]
+    axes = [axis for value in values for axis in value.type.tensor_type.shape.dim if axis.dim_param]
+    symbols = {axis.dim_param for axis in axes if axis.dim_param.isidentifier()}
+    for axis in axes:
+        for symbol in symbols:
+            axis.dim_param = re.sub(rf"\b{symbol}\b", "batch", axis.dim_param)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says about itself."""
+    # That torchvision is not installed (it need not be), and where in torch a value was needed that is not there.
+    names = ("torch.onnx._internal.exporter._registration", "torch.fx.experimental.symbolic_shapes")
+    loggers = [(logger, logger.level) for logger in map(logging.getLogger, names)]
+    for logger, _ in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # PyTorch's copy of its own tree specifications calls what it has deprecated.
+            warnings.filterwarnings(
+                "ignore", message=re.escape("`isinstance(treespec, LeafSpec)`"), category=FutureWarning
+            )
+            yield
+    finally:
+        for logger, level in loggers:
+            logger.setLevel(level)

@@ -1,0 +1,172 @@
+"""``compare_outputs`` and ``verify``: is what was validated what will be deployed?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..conversion.convert import convert
+from ..graph.modes import in_evaluation
+from ..int8.operations import Int8Operation
+from ..preparation.batches import arguments_of
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from .onnx_session import ExportedOutputs, OnnxSession
+from .recording import quantized_layers, recorded_outputs
+from .report import ComparisonReport, Difference, LayerComparison
+
+
+def compare_outputs(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    converted: nn.Module | None = None,
+    onnx_path: str | os.PathLike[str] | None = None,
+) -> ComparisonReport:
+    """Runs the prepared model in evaluation, the converted model and an exported file on the same batches, and counts
+    where they differ: the integer codes of every quantized layer, and what the models return.
+
+    Args:
+        model: from :func:`prepare`, with data seen; it is not changed.
+        batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        converted: what :func:`convert` made of it; made here where it is not given.
+        onnx_path: what :func:`export_onnx` wrote, to be run in ONNX Runtime; None compares without one.
+
+    Raises:
+        TypeError: the model is not prepared, or a batch does not fit its forward.
+        ValueError: there are no batches, or the models are not of one and the same network.
+        ImportError: ``onnx_path`` is given and onnxruntime is not installed.
+
+    Example:
+        >>> prepared = prepare(nn.Linear(4, 2), QATConfig(quantize_last_linear=True), (torch.randn(1, 4),))
+        >>> calibrate(prepared, [torch.randn(16, 4)])
+        >>> compare_outputs(prepared, [torch.randn(8, 4)]).agrees
+        True
+    """
+    converted = convert(model) if converted is None else converted
+    nodes = _shared_layers(model, converted)
+    session = None if onnx_path is None else OnnxSession(onnx_path, nodes)
+    layers: dict[str, LayerComparison] = {}
+    results: dict[str, LayerComparison] = {}
+    seen = 0
+    with in_evaluation(model, converted), torch.no_grad():
+        for batch in batches:
+            args, kwargs = arguments_of(model, batch)
+            with recorded_outputs(model, nodes) as prepared_outputs:
+                expected = model(*args, **kwargs)
+            with recorded_outputs(converted, nodes) as outputs:
+                actual = converted(*args, **kwargs)
+            exported = ExportedOutputs({}, None) if session is None else session.run(model, args, kwargs)
+            for name in outputs:
+                kind = _kind(converted.get_submodule(name))
+                comparison = _layer(
+                    name, kind, nodes[name], prepared_outputs[name], outputs[name], exported.layers.get(name)
+                )
+                _accumulate(layers, comparison)
+            for comparison in _results(expected, actual, exported.results):
+                _accumulate(results, comparison)
+            seen += 1
+    if seen == 0:
+        raise ValueError("batches must hold at least one batch, got none")
+    return ComparisonReport((*layers.values(), *results.values()))
+
+
+class VerificationError(AssertionError):
+    """The models differ.
+
+    Attributes:
+        report: where, and by how much.
+    """
+
+    def __init__(self, report: ComparisonReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
+def verify(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    converted: nn.Module | None = None,
+    onnx_path: str | os.PathLike[str] | None = None,
+) -> ComparisonReport:
+    """:func:`compare_outputs` that raises where anything differs: a test to put before a deployment.
+
+    Raises:
+        VerificationError: something differs; its message is the report's table.
+    """
+    report = compare_outputs(model, batches, converted=converted, onnx_path=onnx_path)
+    if not report.agrees:
+        raise VerificationError(report)
+    return report
+
+
+def _shared_layers(model: nn.Module, converted: nn.Module) -> dict[str, FakeQuantizeLayer | None]:
+    """The quantized layers of the prepared model that stand in the converted one under the same names."""
+    names = {name for name, _ in converted.named_modules()}
+    nodes = {name: node for name, node in quantized_layers(model).items() if name in names}
+    if not nodes:
+        raise ValueError(
+            "converted must be the converted form of model, got one that shares no quantized layer with it"
+        )
+    return nodes
+
+
+def _kind(module: nn.Module) -> str:
+    return str(module.operation) if isinstance(module, Int8Operation) else type(module).__name__
+
+
+def _layer(
+    name: str,
+    kind: str,
+    node: FakeQuantizeLayer | None,
+    prepared: list[Tensor],
+    converted: list[Tensor],
+    exported: Tensor | None,
+) -> LayerComparison:
+    """One layer on one batch. What the prepared model gives are floats; on a grid, each stands for a code."""
+
+    def codes(value: Tensor) -> Tensor:
+        return value if node is None or not value.is_floating_point() else node.to_codes(value)
+
+    expected, actual = list(map(codes, prepared)), list(map(codes, converted))
+    return LayerComparison(
+        name,
+        kind,
+        "floats" if node is None else "codes",
+        _difference(name, expected, actual),
+        None if exported is None else _difference(name, actual[-1:], [codes(exported)]),
+    )
+
+
+def _results(expected: Any, actual: Any, exported: list[Tensor] | None) -> list[LayerComparison]:
+    """What the models return, tensor by tensor."""
+    tensors = [[leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (expected, actual)]
+    comparisons = []
+    for index, (one, other) in enumerate(zip(*tensors, strict=True)):
+        name = "output" if len(tensors[0]) == 1 else f"output {index}"
+        onnx = None if exported is None else _difference(name, [other], [exported[index]])
+        comparisons.append(LayerComparison(name, "result", "floats", _difference(name, [one], [other]), onnx))
+    return comparisons
+
+
+def _difference(name: str, ones: list[Tensor], others: list[Tensor]) -> Difference:
+    if [tuple(one.shape) for one in ones] != [tuple(other.shape) for other in others]:
+        raise ValueError(
+            f"converted and onnx_path must be of the same network as model, got other shapes at {name}: "
+            f"{[tuple(one.shape) for one in ones]} and {[tuple(other.shape) for other in others]}"
+        )
+    return sum(map(Difference.between, ones, others), Difference())
+
+
+def _accumulate(comparisons: dict[str, LayerComparison], new: LayerComparison) -> None:
+    """Adds one batch's comparison to those of the batches before."""
+    before = comparisons.setdefault(new.name, new)
+    if before is not new:
+        onnx = None if new.onnx is None or before.onnx is None else before.onnx + new.onnx
+        comparisons[new.name] = replace(before, converted=before.converted + new.converted, onnx=onnx)

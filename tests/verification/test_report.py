@@ -1,0 +1,83 @@
+"""Differences counted, added and told."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from mlframework.quantization.verification.report import ComparisonReport, Difference, LayerComparison
+
+SAME = Difference(10)
+OTHER = Difference(10, 2, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([1, 2, 3], [1, 2, 3], Difference(3, 0, 0.0)),
+        ([1, 250, 3], [1, 2, 5], Difference(3, 2, 248.0)),
+        ([], [], Difference(0, 0, 0.0)),
+    ],
+)
+def test_codes(one: list[int], other: list[int], expected: Difference) -> None:
+    assert Difference.between(torch.tensor(one, dtype=torch.uint8), torch.tensor(other, dtype=torch.uint8)) == expected
+
+
+def test_floats_differ_where_they_are_not_the_same_number() -> None:
+    one, other = torch.tensor([1.0, math.nan, math.nan, 2.0]), torch.tensor([1.0, math.nan, 1.0, 2.5])
+    difference = Difference.between(one, other)
+    assert (difference.elements, difference.differing) == (4, 2)
+    assert math.isnan(difference.largest)
+
+
+def test_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shapes must agree, got \(2,\) and \(1,\)"):
+        Difference.between(torch.zeros(2), torch.zeros(1))
+
+
+def test_differences_add_up() -> None:
+    assert Difference(20, 2, 3.0) == SAME + OTHER
+    assert OTHER + Difference(1, 1, 5.0) == Difference(11, 3, 5.0)
+    for total in (Difference(1, 1, math.nan) + OTHER, OTHER + Difference(1, 1, math.nan)):
+        assert math.isnan(total.largest)
+
+
+def test_the_first_difference_is_where_the_models_part() -> None:
+    layers = (
+        LayerComparison("stem", "Int8Convolution", "codes", SAME, SAME),
+        LayerComparison("body", "Int8Convolution", "codes", SAME, OTHER),
+        LayerComparison("head", "Int8Linear", "floats", OTHER),
+    )
+    report = ComparisonReport(layers)
+    assert not report.agrees
+    assert report.first_difference is layers[1]
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["first_difference"] == "body"
+    assert plain["layers"][1]["onnx"] == {"elements": 10, "differing": 2, "largest": 3.0}
+    lines = str(report).splitlines()
+    assert lines[0].split() == [
+        "layer",
+        "kind",
+        "compared",
+        "prepared",
+        "/",
+        "converted",
+        "converted",
+        "/",
+        "ONNX",
+        "Runtime",
+    ]
+    assert lines[2].endswith("0 of 10               2 of 10 (by 3)")
+    assert lines[3].endswith("-")
+    assert lines[-1] == "the models part at body"
+
+
+def test_agreement_is_told_without_a_column_for_a_file_that_is_not_there() -> None:
+    report = ComparisonReport((LayerComparison("stem", "Int8Convolution", "codes", SAME),))
+    assert report.agrees
+    assert report.first_difference is None
+    assert "ONNX" not in str(report)
+    assert str(report).endswith("nothing differs")
