@@ -65,7 +65,6 @@ ACTIVATIONS = {
     "gelu tanh": Activation(
         nn.GELU(approximate="tanh"), lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     ),
-    "hardshrink": Activation(nn.Hardshrink(0.4), lambda x: np.where(np.abs(x) > 0.4, x, 0.0)),
     "hardsigmoid": Activation(nn.Hardsigmoid(), lambda x: np.clip(x + 3, 0, 6) / 6),
     "hardswish": Activation(nn.Hardswish(), lambda x: x * np.clip(x + 3, 0, 6) / 6),
     "hardtanh": Activation(nn.Hardtanh(-0.6, 1.7), lambda x: np.clip(x, -0.6, 1.7)),
@@ -82,7 +81,6 @@ ACTIVATIONS = {
     "softsign": Activation(nn.Softsign(), lambda x: x / (1 + np.abs(x))),
     "tanh": Activation(nn.Tanh(), np.tanh),
     "tanhshrink": Activation(nn.Tanhshrink(), lambda x: x - np.tanh(x)),
-    "threshold": Activation(nn.Threshold(0.2, -0.8), lambda x: np.where(x > 0.2, x, -0.8)),
 }
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 

@@ -70,7 +70,6 @@ def check_region(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None
 
 # What single functions take beside their operand.
 EXTRA: dict[Any, tuple[Any, ...]] = {
-    F.threshold: (0.2, -1.0),
     torch.clamp: (-1, 2.0),
     torch.clip: (-1, 2.0),
     "clamp": (None, 0.5),
@@ -87,7 +86,7 @@ def single(target: Any) -> Callable[[Tensor], Tensor]:
 EVERY_FUNCTION = pytest.mark.parametrize(
     "target", sorted(pointwise._FUNCTIONS, key=str), ids=lambda target: getattr(target, "__name__", target)
 )
-MODULES = [kind(0.2, -1.0) if kind is nn.Threshold else kind() for kind in pointwise._MODULES]
+MODULES = [kind() for kind in pointwise._MODULES]
 EVERY_MODULE = pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
 
 
@@ -235,6 +234,8 @@ NO_REGIONS: dict[str, Callable[..., Tensor]] = {
     "power of itself": lambda x: x**x,
     "factor by name": lambda x: torch.add(x, x, alpha=2),
     "logarithm": torch.log,
+    "steps": lambda x: F.hardshrink(x, 0.2),
+    "threshold": lambda x: F.threshold(x, 0.2, -1.0),
     "square root": lambda x: x.abs().sqrt(),
     "one over a root": torch.rsqrt,
     "comparison": lambda x: (x > 0) * x,

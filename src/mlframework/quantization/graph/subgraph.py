@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
@@ -25,23 +25,28 @@ def module_of_nodes(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], modules
     root, graph = nn.Module(), fx.Graph()
     copies = {node: graph.placeholder(f"input_{index}") for index, node in enumerate(inputs)}
     for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op == "call_module":
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        own = {}
+        if getattr(module, "inplace", False):  # the user's module itself is called, for its hooks: on a copy
+            own = {read: graph.call_method("clone", (copies[read],)) for read in node.all_input_nodes}
+        copies[node] = graph.node_copy(node, {**copies, **own}.__getitem__)
+        if module is not None:
             name = f"module_{len(root._modules)}"
-            root.add_module(name, _out_of_place(modules[str(node.target)]))
+            root.add_module(name, module)
             copies[node].target = name
         elif node.op == "call_function":
-            copies[node].args = tuple(False if argument is True else argument for argument in copies[node].args)
-            copies[node].kwargs = {name: value for name, value in copies[node].kwargs.items() if name != "inplace"}
+            _change_nothing(copies[node])
     graph.output(copies[nodes[-1]])
     set_forward(root, graph)
     return root
 
 
-def _out_of_place(module: nn.Module) -> nn.Module:
-    """The module, or one that has its hooks and settings and changes nothing in place."""
-    if not getattr(module, "inplace", False):
-        return module
-    twin = copy.copy(module)
-    twin.inplace = False  # type: ignore[assignment]
-    return twin
+def _change_nothing(node: fx.Node) -> None:
+    """Has a function that can work in place work out of place."""
+    try:
+        call = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return  # a built-in function, which has no such argument
+    if "inplace" in call.arguments:
+        call.arguments["inplace"] = False
+        node.args, node.kwargs = call.args, call.kwargs

@@ -123,6 +123,11 @@ _NON_NEGATIVE_FUNCTIONS = {
     F.sigmoid,
     F.hardsigmoid,
     F.softmax,
+    F.softplus,
+    abs,
+    torch.abs,
+    torch.exp,
+    torch.square,
     torch.relu,
     torch.sigmoid,
     torch.softmax,
@@ -172,7 +177,7 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 
 def is_never_negative(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the node's values are never negative."""
-    targets = {*_NON_NEGATIVE_FUNCTIONS, *_RELUS, "sigmoid", "softmax"}
+    targets = {*_NON_NEGATIVE_FUNCTIONS, *_RELUS, "abs", "exp", "sigmoid", "softmax", "square"}
     return is_call_of(node, modules, _NON_NEGATIVE_MODULES, targets)
 
 

@@ -13,12 +13,12 @@ from torch import fx, nn
 
 from . import operations
 
-# Defined and finite for every finite argument, or infinite with a sign (which saturates).
+# Continuous (a rounding before must not decide what comes out), and finite for every finite argument, or infinite with
+# a sign, which saturates.
 _MODULES = (
     nn.CELU,
     nn.ELU,
     nn.GELU,
-    nn.Hardshrink,
     nn.Hardsigmoid,
     nn.Hardswish,
     nn.Hardtanh,
@@ -35,13 +35,11 @@ _MODULES = (
     nn.Softsign,
     nn.Tanh,
     nn.Tanhshrink,
-    nn.Threshold,
 )
 _FUNCTIONS: set[Any] = {
     F.celu,
     F.elu,
     F.gelu,
-    F.hardshrink,
     F.hardsigmoid,
     F.hardswish,
     F.hardtanh,
@@ -58,7 +56,6 @@ _FUNCTIONS: set[Any] = {
     F.softsign,
     F.tanh,
     F.tanhshrink,
-    F.threshold,
     abs,
     operator.abs,
     operator.neg,
