@@ -119,6 +119,17 @@ def test_new_values_are_computed_on_codes(
         assert torch.equal(converted(x), model(x))
 
 
+def test_the_parts_of_a_split_may_be_read_as_a_whole() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.last(torch.cat(self.first(x).split([1, 3], 1)[::-1], 1))
+
+    model = placed(forward, first=conv(3, 4), last=conv(4, 2))
+    calibrate(model, [torch.randn(4, 3, 8, 8)])
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(convert(model.eval())(x), model(x))
+
+
 def test_a_region_is_one_table_and_its_parts_may_have_other_readers() -> None:
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self.first(x)

@@ -54,7 +54,7 @@ def convert(model: nn.Module) -> nn.Module:
         ...     torch.equal(int8_model(x), prepared.eval()(x))
         True
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _check(model)
     _warn_of_unreached_layers(model)
     converted = _integer_form(copy_of(model))
@@ -91,7 +91,7 @@ def _replace_nodes(model: nn.Module, connected: set[nn.Module]) -> None:
             model.set_submodule(name, replacements[module])
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what ``torch.compile`` and data parallelism put around it."""
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):

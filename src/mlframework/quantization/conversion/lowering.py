@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+
 from torch import fx, nn
 
 from ..graph.nodes import unused_name
@@ -50,6 +53,7 @@ class _Lowering:
         elif isinstance(module, QATModuleWrapper):
             self._visit_wrapper(node, module)
         elif isinstance(module, QATOperation):
+            self._read_codes(node, module.sources)
             self.replacements[str(node.target)] = module.to_integer()
             self.grid_of[node] = module.output_fake_quantize
         elif isinstance(module, _DROPOUTS):
@@ -67,6 +71,8 @@ class _Lowering:
             self._to_floats(node)
             self.replacements[name] = between_floats(wrapper)
             return
+        if wrapper.input_source is not None:
+            self._read_codes(node, (wrapper.input_source,))
         layer = wrapper.to_integer()
         self.replacements[name] = layer
         output = wrapper.output_fake_quantize
@@ -85,6 +91,8 @@ class _Lowering:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source not in self.grid_of:
             return False
+        if operations.is_division(node) and not all(map(_takes_one_part, node.users)):
+            return False  # a tuple of codes is no operand: its reader has no way to dequantize it
         return operations.preserves_values(node, self.modules) or operations.is_relu(node, self.modules)
 
     def _keep_on_codes(self, node: fx.Node) -> None:
@@ -100,6 +108,17 @@ class _Lowering:
         elif operations.is_selection(node, self.modules):
             node = self._select_codes(node, grid)
         self.grid_of[node] = grid
+
+    def _read_codes(self, node: fx.Node, sources: Sequence[FakeQuantizeLayer]) -> None:
+        """Quantizes again, once each, what an integer module reads but came to it by way of floats."""
+        for operand, source in zip(node.all_input_nodes, sources, strict=False):
+            if operand not in self.grid_of:
+                name = unused_name(self.root, f"{operand.name}_quantize")
+                self.root.add_module(name, Quantize(source.parameters_on_grid))
+                with self.graph.inserting_before(node):
+                    codes = self.graph.call_module(name, (operand,))
+                self.grid_of[codes] = source
+                node.replace_input_with(operand, codes)
 
     def _select_codes(self, node: fx.Node, grid: FakeQuantizeLayer) -> fx.Node:
         inputs = tuple(node.all_input_nodes)
@@ -160,6 +179,11 @@ class _Lowering:
                     self.root.register_parameter(node.target, value)
                 else:
                     self.root.register_buffer(node.target, value)
+
+
+def _takes_one_part(node: fx.Node) -> bool:
+    """Whether the node takes one tensor out of several."""
+    return node.target is operator.getitem and isinstance(node.args[1], int)
 
 
 def _asks_for_shape(node: fx.Node) -> bool:

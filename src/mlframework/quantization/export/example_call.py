@@ -57,20 +57,11 @@ def run_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
                 f"example_inputs must run through the model, got {given}, which fails in {running.innermost}: {error}"
             ) from error
     names = _argument_names(model)
-    inputs = _names_of_tensors({names.get(name, name): value for name, value in values_by_name(bound).items()})
+    inputs = _names_of_tensors({names.get(name, name): value for name, value in bound.arguments.items()})
     outputs = _names_of_tensors(result, "output", inputs)
     if not outputs:
         raise ValueError("model must return tensors, got none from example_inputs")
     return ExampleCall(bound, inputs, outputs, shapes)
-
-
-def values_by_name(arguments: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments by name, those of any name among them."""
-    values: dict[str, Any] = {}
-    for name, value in arguments.arguments.items():
-        any_name = arguments.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-        values.update(value if any_name else {name: value})
-    return values
 
 
 @contextmanager

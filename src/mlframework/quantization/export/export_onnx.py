@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..conversion.convert import _unwrapped, convert
+from ..conversion.convert import convert, unwrapped
 from ..graph.clone import copy_of
 from ..int8.integer_module import IntegerModule
 from ..int8.layers import Int8Embedding, Int8Layer
@@ -131,7 +131,7 @@ def _converted(model: nn.Module) -> nn.Module:
     if any(isinstance(module, FakeQuantizeLayer) for module in model.modules()):
         converted = convert(model)
     elif any(isinstance(module, IntegerModule) for module in model.modules()):
-        converted = copy_of(_unwrapped(model))
+        converted = copy_of(unwrapped(model))
     else:
         raise TypeError(f"model must be prepared or converted, got a {type(model).__name__} without quantized layers")
     return converted.to("cpu").eval()

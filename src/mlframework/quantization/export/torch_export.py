@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .example_call import values_by_name
 from .qdq_operators import translations
 from .running_modules import running_modules
 
@@ -54,9 +53,7 @@ def onnx_model(
         size = 2
     given = inspect.BoundArguments(arguments.signature, OrderedDict(values))
     batch = torch.export.Dim("batch")
-    shapes = tree_map(
-        lambda leaf: {0: batch} if size is not None and _has_batch(leaf, size) else None, values_by_name(given)
-    )
+    shapes = None if size is None else tree_map(lambda leaf: {0: batch} if _has_batch(leaf, size) else None, values)
     with torch.no_grad(), _quiet():
         program = _program(model, given, shapes, dynamic)
         try:
@@ -87,7 +84,7 @@ def _has_batch(leaf: Any, size: int) -> bool:
 
 
 def _program(
-    model: nn.Module, arguments: inspect.BoundArguments, shapes: dict[str, Any], dynamic: bool
+    model: nn.Module, arguments: inspect.BoundArguments, shapes: dict[str, Any] | None, dynamic: bool
 ) -> torch.export.ExportedProgram:
     with running_modules(model) as running:
         try:

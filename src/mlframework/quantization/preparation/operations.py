@@ -91,6 +91,7 @@ _PRESERVING_FUNCTIONS: set[Any] = {
     torch.swapaxes,
     torch.tile,
 }
+_DIVIDING: set[Any] = {torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"}
 _PRESERVING_METHODS: set[Any] = {
     "flatten",
     "reshape",
@@ -153,6 +154,11 @@ def preserves_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return is_selection(node, modules) or is_call_of(
         node, modules, _PRESERVING_MODULES, _PRESERVING_FUNCTIONS | _PRESERVING_METHODS
     )
+
+
+def is_division(node: fx.Node) -> bool:
+    """Whether the node preserves values as a tuple of several tensors."""
+    return node.op in ("call_function", "call_method") and node.target in _DIVIDING
 
 
 def is_selection(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
