@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mlframework.quantization import QuantizationParameters, QuantizationScheme
-from mlframework.quantization.int8.average_pooling import ADAPTIVE_POOLS, FIXED_POOLS, AveragePooling, Mean
+from mlframework.quantization.int8.average_pooling import AveragePooling, Mean
 from mlframework.quantization.int8.operations import Int8Operation
+from mlframework.quantization.int8.pooling_windows import ADAPTIVE_POOLS, FIXED_POOLS
 
 POOLS = (*FIXED_POOLS, *ADAPTIVE_POOLS)
 BATCHES = ((2, 3), (1, 1), (0, 2), (3,))  # what comes before the dimensions that are pooled; (3,) has no batch

@@ -164,18 +164,48 @@ def test_convolution_of_any_geometry(
     channels_last: bool,
 ) -> None:
     geometry = ConvolutionGeometry(*lengths)
-    batch, height, width = size
-    # Large enough for the kernel.
-    height, width = (
-        max(length, dilation * (taps - 1) + 1 - 2 * padding)
-        for length, taps, padding, dilation in zip((height, width), kernel, *lengths[1:], strict=True)
-    )
-    codes, weight = random_codes((batch, inputs, height, width), dtype), random_weight(outputs, inputs, *kernel)
+    sizes = large_enough(size[1:], kernel, geometry)
+    codes, weight = random_codes((size[0], inputs, *sizes), dtype), random_weight(outputs, inputs, *kernel)
     if channels_last:
         codes = codes.contiguous(memory_format=torch.channels_last)
     zero_point = random_zero_point(dtype)
     sums = convolution_sums(codes, weight, zero_point, geometry)
     assert_layer(PackedConvolution(weight, zero_point, dtype, geometry), codes, sums, grid)
+
+
+@given(
+    st.integers(1, 140),
+    st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    st.tuples(PAIRS, st.tuples(st.integers(0, 3), st.integers(0, 3)), PAIRS),
+    st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 12)),
+    st.sampled_from(DTYPES),
+    st.sampled_from(GRIDS),
+    st.sampled_from(["contiguous", "channels last", "spread", "half of the channels"]),
+)
+def test_depthwise_convolution_of_any_geometry(
+    channels: int,
+    kernel: tuple[int, int],
+    lengths: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    grid: Grid,
+    layout: str,
+) -> None:
+    geometry = ConvolutionGeometry(*lengths, groups=channels)
+    sizes = large_enough(size[1:], kernel, geometry)
+    codes = layouts(random_codes((size[0], channels, *sizes), dtype))[layout]
+    weight, zero_point = random_weight(channels, 1, *kernel), random_zero_point(dtype)
+    sums = convolution_sums(codes, weight, zero_point, geometry)
+    assert_layer(PackedConvolution(weight, zero_point, dtype, geometry), codes, sums, grid)
+
+
+def large_enough(size: tuple[int, int], kernel: tuple[int, int], geometry: ConvolutionGeometry) -> tuple[int, int]:
+    """The size, or the smallest that the kernel fits into."""
+    height, width = (
+        max(length, dilation * (taps - 1) + 1 - 2 * padding)
+        for length, taps, padding, dilation in zip(size, kernel, geometry.padding, geometry.dilation, strict=True)
+    )
+    return height, width
 
 
 @pytest.mark.parametrize("width", range(1, 36))
@@ -206,6 +236,16 @@ def test_any_number_of_threads(shape: tuple[int, ...], outputs: int) -> None:
     codes = random_codes(shape, UNSIGNED).contiguous(memory_format=torch.channels_last)
     sums = convolution_sums(codes, weight, 30, geometry)
     assert_layer(PackedConvolution(weight, 30, UNSIGNED, geometry), codes, sums, GRIDS[2])
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("shape", [(1, 300, 50, 50), (5, 70, 30, 30), (1, 4000, 9, 9)])
+def test_depthwise_convolution_on_any_number_of_threads(shape: tuple[int, ...]) -> None:
+    geometry = ConvolutionGeometry((2, 2), (1, 1), (1, 1), shape[1])
+    weight = random_weight(shape[1], 1, 3, 3)
+    codes = random_codes(shape, SIGNED).contiguous(memory_format=torch.channels_last)
+    sums = convolution_sums(codes, weight, 30, geometry)
+    assert_layer(PackedConvolution(weight, 30, SIGNED, geometry), codes, sums, GRIDS[2])
 
 
 @pytest.mark.usefixtures("_threads")
@@ -293,6 +333,7 @@ def test_layers_run_compiled_where_they_can() -> None:
     layers: list[tuple[IntegerLayer, bool]] = [
         (PackedLinear(weight[:, :, 0, 0], 0, UNSIGNED).followed_by(epilogue), True),
         (PackedConvolution(weight, 0, UNSIGNED, geometry).followed_by(epilogue), True),
+        (PackedConvolution(weight[:, :1], 0, UNSIGNED, geometry._replace(groups=8)).followed_by(epilogue), True),
         (PackedConvolution(weight, 0, UNSIGNED, geometry._replace(groups=2)).followed_by(epilogue), False),
     ]
     assert [layer.native is not None for layer, _ in layers] == [compiled for _, compiled in layers]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mlframework.quantization.kernels import (
@@ -261,6 +263,7 @@ def test_convolution_of_an_empty_batch(dimensions: int) -> None:
 # Transposed convolution
 
 
+@on_both_paths
 @pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
 @pytest.mark.parametrize(
     ("stride", "padding", "dilation", "output_padding"), [(1, 0, 1, 0), (2, 1, 1, 1), (3, 2, 2, 1), (2, 0, 2, 1)]
@@ -294,6 +297,34 @@ def exact_transposed(
     return sums[:, :, padding : sizes[0] - padding, padding : sizes[1] - padding]
 
 
+@given(
+    st.integers(1, 4),
+    st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.sampled_from([UNSIGNED, SIGNED]),
+)
+def test_transposed_convolution_by_phases_of_any_geometry(
+    stride: int,
+    kernel: tuple[int, int],
+    padding: tuple[int, int],
+    output_padding: tuple[int, int],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    assume(max(output_padding) < stride)
+    sizes = [(n - 1) * stride - 2 * p + k + o for n, p, k, o in zip(size, padding, kernel, output_padding, strict=True)]
+    assume(min(sizes) > 0)
+    codes, weight, zero_point = random_codes((2, 3, *size), dtype), random_weight(3, 2, *kernel), 5
+    geometry = ConvolutionGeometry((stride, stride), padding, (1, 1))
+    packed = PackedTransposedConvolution(weight, zero_point, dtype, geometry, output_padding)
+    assert packed.phases is not None
+    expected = F.conv_transpose2d(codes.double() - zero_point, weight.double(), None, stride, padding, output_padding)
+    assert_exact(packed(codes), expected.long())
+
+
+@on_both_paths
 def test_transposed_convolution_beyond_float32() -> None:
     codes = torch.full((1, 601, 3, 3), 255, dtype=UNSIGNED)
     weight = torch.full((601, 1, 3, 3), 127, dtype=torch.int8)
@@ -305,6 +336,7 @@ def test_transposed_convolution_beyond_float32() -> None:
     assert_exact(sums, expected)
 
 
+@on_both_paths
 def test_transposed_convolution_of_an_empty_batch() -> None:
     packed = PackedTransposedConvolution(random_weight(3, 5, 2, 2), 0, SIGNED, geometry_of(2), (0, 0))
     assert packed(torch.empty(0, 3, 4, 4, dtype=SIGNED)).shape == (0, 5, 5, 5)

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from example_architectures import conv
 from mlframework.quantization import QATConfig, calibrate, convert, prepare
 from mlframework.quantization.int8.average_pooling import AveragePooling
-from mlframework.quantization.int8.integer_operation import Concatenation, IntegerOperation, Multiplication
+from mlframework.quantization.int8.integer_operation import (
+    Addition,
+    Concatenation,
+    IntegerOperation,
+    Multiplication,
+)
 from mlframework.quantization.int8.lookup import Lookup
 from mlframework.quantization.int8.operations import Dequantize
 from mlframework.quantization.qat.qat_operation import QATOperation
@@ -95,6 +100,10 @@ NEW_VALUES: dict[str, tuple[type[IntegerOperation], Callable[[Tensor, Tensor], T
     "hardswish written out": (Lookup, lambda a, b: a * F.relu6(a + 3) / 6),
     "number": (Lookup, lambda a, b: 1 - a * 0.5),
     "gelu": (Lookup, lambda a, b: F.gelu(a, approximate="tanh")),
+    "pooled table": (AveragePooling, lambda a, b: F.avg_pool2d(F.silu(a), 2)),
+    "joined tables": (Concatenation, lambda a, b: torch.cat([F.silu(a), F.hardswish(b)], 1)),
+    "added tables": (Addition, lambda a, b: F.silu(a) + F.leaky_relu(b)),
+    "excited table": (Multiplication, lambda a, b: F.silu(a) * torch.sigmoid(F.adaptive_avg_pool2d(F.silu(a), 1))),
     "in place": (Lookup, lambda a, b: F.silu(a, inplace=True)),
 }
 

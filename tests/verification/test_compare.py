@@ -129,3 +129,28 @@ def test_another_network_is_refused() -> None:
         calibrate(model, [torch.rand(8, 4)])
     with pytest.raises(ValueError, match="got other shapes at 0"):
         compare_outputs(wide, [torch.rand(8, 4)], converted=convert(narrow))
+
+
+def test_one_batch_is_no_iterable_of_batches() -> None:
+    prepared = trained(EXAMPLES["mlp"])
+    (inputs,) = EXAMPLES["mlp"].inputs()
+    for run in (compare_outputs, calibrate):
+        with pytest.raises(TypeError, match="batches must be an iterable of batches"):
+            run(prepared, inputs)
+
+
+def test_what_changes_a_layers_output_in_place_does_not_change_what_was_recorded() -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x.cumsum_(1)
+            return self.last(x)
+
+    inputs = torch.randn(2, 3, 6, 6)
+    prepared = prepare(Changes(), None, (inputs,))
+    calibrate(prepared, [inputs])
+    verify(prepared, [inputs])

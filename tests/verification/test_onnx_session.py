@@ -97,6 +97,34 @@ def test_files_for_other_engines_run_too(target: str, tmp_path: Path) -> None:
             assert layer.onnx.differing <= 0.01 * layer.onnx.elements
 
 
+def test_codes_that_a_file_holds_as_unsigned_ones(tmp_path: Path) -> None:
+    class Joins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+            self.head = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.left(x), self.right(x)], 1))
+
+    inputs = torch.randn(4, 3, 6, 6)
+    model = prepare(Joins(), QATConfig.for_target("openvino"), (inputs,))
+    calibrate(model, [inputs])
+    export_onnx(model, (inputs,), tmp_path / "model.onnx")
+    report = compare_outputs(model, [inputs], onnx_path=tmp_path / "model.onnx")
+    assert (
+        max(layer.onnx.largest for layer in report.layers if layer.onnx is not None and layer.compared == "codes") <= 1
+    )
+
+
+def test_floats_after_the_last_layer_may_differ_by_a_tolerance(tmp_path: Path) -> None:
+    inputs = torch.randn(64, 3, 6, 6)
+    model = prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Softmax(1)), None, (inputs,))
+    calibrate(model, [inputs])
+    export_onnx(model, (inputs,), tmp_path / "model.onnx")
+    verify(model, [inputs], onnx_path=tmp_path / "model.onnx", float_tolerance=1e-6)
+
+
 def test_a_file_of_another_network_is_refused(path: Path, tmp_path: Path) -> None:
     example = EXAMPLES["mlp"]
     model = prepare(example.make(), None, example.inputs())

@@ -24,9 +24,10 @@ def convert(model: nn.Module) -> nn.Module:
     """The model as true int8: int8 weights, int8 or uint8 activations, int32 sums.
 
     Linear layers and convolutions multiply integers; codes flow between them through whatever only moves or selects
-    values, and through sums. Batch normalization is folded in. What has no integer form computes on float32 between
-    dequantize and quantize. The result gives, bit for bit, what the prepared model gives in evaluation mode without
-    gradients, and holds no float copy of a quantized weight. It is for inference, and in evaluation mode.
+    values, through sums, products, concatenations and averages, and through tables of element-wise functions. Batch
+    normalization is folded in. What has no integer form computes on float32 between dequantize and quantize. The
+    result gives, bit for bit, what the prepared model gives in evaluation mode without gradients, and holds no float
+    copy of a quantized weight. It is for inference, and in evaluation mode.
 
     Args:
         model: from :func:`prepare`, calibrated or trained, or any module that holds such a model; it is not changed.

@@ -21,7 +21,7 @@ from .example_call import run_example
 from .export_model import make_export_model
 from .file import check_writable, write_atomically
 from .targets import CONVENTIONS, activation_schemes, check_target, resolved_target
-from .torch_export import onnx_model
+from .torch_export import NotExportableError, onnx_model
 
 _METADATA = "mlframework.quantization"
 
@@ -45,7 +45,8 @@ def export_onnx(
         model: from :func:`prepare`, with data seen, or from :func:`convert`; it is not changed.
         example_inputs: positional arguments of a typical call, for the shapes.
         path: the file. It is written beside and then moved into place: a failure leaves a file that was there whole.
-        target: ``"onnxruntime"``, ``"openvino"`` or ``"tensorrt"``; by default the one whose grids the model has.
+        target: ``"onnxruntime"``, ``"openvino"`` or ``"tensorrt"``; by default the one that the model was
+            prepared for.
         example_kwargs: keyword arguments of that call.
         dynamic_batch: the file takes batches of any size: the first axis of every tensor that is as long in the
             example as the first tensor's. Otherwise all sizes are those of the example.
@@ -100,7 +101,10 @@ def export_onnx(
     proto.producer_name = "mlframework-quantization"
     proto.producer_version = metadata[f"{_METADATA}.version"]
     onnx.helper.set_model_props(proto, metadata)
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise NotExportableError(f"an operation has no valid ONNX form for its dtypes: {error}") from error
     write_atomically(proto, path)
 
 

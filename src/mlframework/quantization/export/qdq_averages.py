@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import arithmetic
-from ..int8.average_pooling import ADAPTIVE_POOLS, FIXED_POOLS, AveragePooling, Mean
+from ..int8.average_pooling import AveragePooling, Mean
 from ..int8.operations import Int8Operation
+from ..int8.pooling_windows import ADAPTIVE_POOLS, FIXED_POOLS, Windows, cover_everything, divisors, windows_of
 from . import qdq_operators as operators
 from .grid_nodes import OutputNodes, UnitNodes
-from .pooling_windows import Windows, cover_everything, divisors, windows_of
 from .qdq_operations import QDQOperation, nodes_of
 
 

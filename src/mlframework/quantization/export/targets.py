@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..int8.integer_module import IntegerModule
+from ..preparation.report import PreparationReport
 from ..qat.targets import TARGETS
 from ..scheme import QuantizationScheme
 
@@ -61,12 +62,15 @@ def disagreement(converted: nn.Module, target: str) -> str | None:
 
 
 def resolved_target(converted: nn.Module, target: str | None) -> str:
-    """``target``, checked; where it is None, the first whose grids the model has.
+    """``target``, checked; where it is None, the one that the model was prepared for, or else the first whose grids it
+    has.
 
     Raises:
         TypeError: ``target`` is not a string.
         ValueError: there is no such target, no file for it, or the model has other grids.
     """
+    reports = (getattr(module, "preparation_report", None) for module in converted.modules())
+    target = target or next((report.target for report in reports if isinstance(report, PreparationReport)), None)
     if target is None:
         for candidate in CONVENTIONS:
             if disagreement(converted, candidate) is None:

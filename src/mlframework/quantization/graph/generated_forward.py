@@ -27,12 +27,21 @@ def set_forward(module: nn.Module, graph: fx.Graph) -> None:
     """Makes ``graph`` the forward of ``module``, in place. The graph's targets are the module's own attributes."""
     graph.lint()
     code = graph.python_code("self")
+    source = _with_direct_access(code.src, graph)
     names = {
         name: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
         for name, value in code.globals.items()
     }
     base = getattr(type(module), "_base_of_generated", type(module))
-    module.__class__ = _generated_class(base, code.src, names)
+    module.__class__ = _generated_class(base, source, names)
+
+
+def _with_direct_access(source: str, graph: fx.Graph) -> str:
+    """Reads submodules from where they are kept: looking each up by attribute costs a small model much of its time."""
+    for target in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
+        direct = "self" + "".join(f"._modules[{name!r}]" for name in target.split("."))
+        source = source.replace(f" {fx.graph._format_target('self', target)}(", f" {direct}(")
+    return source
 
 
 def graph_of(module: nn.Module) -> fx.Graph:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import arithmetic
+from .. import arithmetic, kernels
 from .integer_operation import Ends, Grid, IntegerOperation
-
-Adaptive = nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d
-Fixed = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
-ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-FIXED_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-
+from .pooling_windows import ADAPTIVE_POOLS, Adaptive, Fixed, dimensions_of, divisors, windows_of
 
 # Sums over smaller windows are float32 numbers.
 _LARGEST_WINDOW = 2**24 // 255
@@ -80,44 +74,39 @@ class AveragePooling(IntegerOperation):
                 count *= codes.shape[dim]
             sums = codes.sum(pooling.dim, pooling.keepdim, dtype=torch.int32) - zero_point * count
             return sums, torch.full_like(zero_point, count, dtype=torch.float32)
+        if isinstance(pooling, ADAPTIVE_POOLS) and _takes_all(pooling):
+            dimensions = dimensions_of(pooling)
+            count = math.prod(codes.shape[-dimensions:])
+            images = codes if codes.dim() == dimensions + 2 else codes.unsqueeze(0)
+            sums = kernels.sum_positions(images).reshape(*codes.shape[:-dimensions], *[1] * dimensions)
+            return sums - zero_point * count, torch.full_like(zero_point, count, dtype=torch.float32)
         values = codes.to(torch.float32) - zero_point
+        dimensions = dimensions_of(pooling)
+        counts = divisors(pooling, windows_of(pooling, list(codes.shape[-dimensions:]))).to(codes.device)
         if isinstance(pooling, ADAPTIVE_POOLS):
-            counts = _adaptive_counts(codes, pooling)
-            pool = _ADAPTIVE_FUNCTIONS[ADAPTIVE_POOLS.index(type(pooling))]
             with torch.autocast(codes.device.type, enabled=False):
-                return (pool(values.double(), pooling.output_size) * counts).round(), counts
+                averages = _ADAPTIVE_FUNCTIONS[dimensions - 1](values.double(), pooling.output_size)
+            return (averages * counts).round(), counts
         if _window_size(pooling) >= _LARGEST_WINDOW:
             values = values.double()
-        sums = _window_sums(values, pooling)
-        counts = _fixed_counts(values, pooling, sums)
-        return sums, counts
+        return _window_sums(values, pooling), counts
 
 
-def _adaptive_counts(codes: Tensor, pooling: Adaptive) -> Tensor:
-    """Window sizes, over the spatial dimensions: output i of n covers inputs floor(i S / n) to ceil((i + 1) S / n)."""
-    dimensions = ADAPTIVE_POOLS.index(type(pooling)) + 1
-    sizes = codes.shape[-dimensions:]
-    wanted = (
-        pooling.output_size if isinstance(pooling.output_size, (tuple, list)) else (pooling.output_size,) * dimensions
-    )
-    lengths = []
-    for size, target in zip(sizes, wanted, strict=True):
-        target = size if target is None else target
-        index = torch.arange(target, device=codes.device)
-        lengths.append(torch.ceil((index + 1) * size / target) - torch.floor(index * size / target))
-    return functools.reduce(lambda counts, length: counts.unsqueeze(-1) * length, lengths)
+def _takes_all(pooling: Adaptive) -> bool:
+    """Whether the whole image is one window."""
+    wanted = pooling.output_size
+    return wanted == 1 or (isinstance(wanted, (tuple, list)) and set(wanted) == {1})
 
 
 def _window_size(pooling: Fixed) -> int:
     """How many values one window holds at the most."""
-    dimensions = FIXED_POOLS.index(type(pooling)) + 1
     size = pooling.kernel_size
-    return size**dimensions if isinstance(size, int) else math.prod(size)
+    return size ** dimensions_of(pooling) if isinstance(size, int) else math.prod(size)
 
 
-def _window_sums(values: Tensor, pooling: Fixed, padded: bool = True) -> Tensor:
+def _window_sums(values: Tensor, pooling: Fixed) -> Tensor:
     """Sums over the windows of a pooling, in the dtype of the values."""
-    settings: list[Any] = [pooling.kernel_size, pooling.stride, pooling.padding if padded else 0]
+    settings: list[Any] = [pooling.kernel_size, pooling.stride, pooling.padding]
     if not isinstance(pooling, nn.AvgPool1d):
         pool: Callable[..., Tensor] = F.avg_pool2d if isinstance(pooling, nn.AvgPool2d) else F.avg_pool3d
         return pool(values, *settings, pooling.ceil_mode, True, 1)
@@ -125,20 +114,3 @@ def _window_sums(values: Tensor, pooling: Fixed, padded: bool = True) -> Tensor:
     lengths = [setting if isinstance(setting, int) else setting[0] for setting in settings]
     kernel_size, stride, padding = zip((1, 1, 0), lengths, strict=True)
     return F.avg_pool2d(values.unsqueeze(-2), kernel_size, stride, padding, pooling.ceil_mode, True, 1).squeeze(-2)
-
-
-def _fixed_counts(values: Tensor, pooling: Fixed, sums: Tensor) -> Tensor:
-    """What the windows' sums are divided by: the values inside, padding included or not, or a divisor of the user's."""
-    divisor = getattr(pooling, "divisor_override", None)
-    if divisor is not None:
-        return values.new_full((), divisor)
-    dimensions = FIXED_POOLS.index(type(pooling)) + 1
-    ones = torch.ones((1, *values.shape[-dimensions:]), device=values.device)
-    if not pooling.count_include_pad:
-        return _window_sums(ones, pooling)
-    padding = (pooling.padding,) * dimensions if isinstance(pooling.padding, int) else pooling.padding
-    padded = F.pad(ones, [side for p in reversed(padding) for side in (p, p)], value=1.0)
-    counts = _window_sums(padded, pooling, False)
-    # No window begins in the padding on the right; where that is part of the image, some do.
-    within = (slice(None), *(slice(size) for size in sums.shape[-dimensions:]))
-    return counts[within]

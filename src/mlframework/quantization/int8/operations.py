@@ -31,9 +31,15 @@ class _OnGrid(IntegerModule):
 
 
 class Quantize(_OnGrid):
-    """Float values to codes."""
+    """Float values to codes.
+
+    Raises:
+        TypeError: the values are not floating point.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point():
+            raise TypeError(f"input must be a floating-point tensor, got {input.dtype}")
         return kernels.quantize(input, self.scale, self.zero_point, self.scheme)
 
 

@@ -64,7 +64,7 @@ class Epilogue:
 
 
 class Convolution2d(NamedTuple):
-    """A product as a 2-d convolution without groups: ``weight`` (O, I, height, width) and where it is applied."""
+    """A product as a 2-d convolution: ``weight`` (O, I / groups, height, width) and where it is applied."""
 
     weight: Tensor
     geometry: ConvolutionGeometry
@@ -123,6 +123,9 @@ def _pack_native(product: Product, epilogue: Epilogue) -> Tensor | None:
     if convolution is None or convolution.weight.device.type != "cpu" or not has_integer_layers():
         return None
     weight, geometry = convolution
+    depthwise = geometry.groups == weight.shape[0] and weight.shape[1] == 1
+    if geometry.groups != 1 and not depthwise:
+        return None
     packed: Tensor = operators["pack_layer"](
         weight,
         epilogue.bias,

@@ -128,13 +128,12 @@ class PackedConvolution:
         )
 
     def as_convolution(self) -> Convolution2d | None:
-        """This one, if it is 2-d, or 1-d as one that is a row high; None with groups or in 3-d."""
+        """This one, if it is 2-d, or 1-d as one that is a row high; None in 3-d."""
         stride, padding, dilation, groups = self.geometry
-        if groups != 1 or self.weight.dim() > 4:
-            return None
-        if self.weight.dim() == 4:
-            return Convolution2d(self.weight, self.geometry)
-        return Convolution2d(self.weight.unsqueeze(2), ConvolutionGeometry((1, *stride), (0, *padding), (1, *dilation)))
+        if self.weight.dim() == 3:
+            geometry = ConvolutionGeometry((1, *stride), (0, *padding), (1, *dilation), groups)
+            return Convolution2d(self.weight.unsqueeze(2), geometry)
+        return Convolution2d(self.weight, self.geometry) if self.weight.dim() == 4 else None
 
     def followed_by(self, epilogue: Epilogue) -> IntegerLayer:
         """The layer that does this to the sums."""

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def iterated(batches: Iterable[Any]) -> Iterable[Any]:
+    """``batches``, unless it is a single one, whose rows would pass for batches.
+
+    Raises:
+        TypeError: it is a tensor or a mapping.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches must be an iterable of batches (a list, a loader), got one {type(batches).__name__}")
+    return batches
 
 
 def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

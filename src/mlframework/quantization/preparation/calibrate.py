@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..graph.modes import in_evaluation
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
-from .batches import arguments_of
+from .batches import arguments_of, iterated
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -26,7 +26,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
 
     Raises:
-        TypeError: a batch does not fit the model's forward.
+        TypeError: a batch does not fit the model's forward, or ``batches`` is itself a batch.
         ValueError: there are no nodes in the model, or no batches.
 
     Example:
@@ -43,7 +43,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         for layer in layers:
             layer.observer.reset()
         seen = 0
-        for batch in batches:
+        for batch in iterated(batches):
             args, kwargs = arguments_of(model, batch)
             model(*args, **kwargs)
             seen += 1

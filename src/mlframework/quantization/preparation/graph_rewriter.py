@@ -156,7 +156,9 @@ class GraphRewriter:
                 or node.op not in ("call_module", "call_function", "call_method")
             ):
                 continue
-            if not operations.is_float_tensor(node) or operations.preserves_values(node, self.modules):
+            if not operations.is_float_tensor(node) or node in placement.sharing:
+                continue
+            if operations.preserves_values(node, self.modules):
                 continue
             if str(node.target) in placement.float_layers:
                 continue

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..int8.average_pooling import ADAPTIVE_POOLS, FIXED_POOLS, AveragePooling, Mean
+from ..int8.average_pooling import AveragePooling, Mean
 from ..int8.integer_operation import Addition, Concatenation, IntegerOperation, Multiplication
+from ..int8.pooling_windows import ADAPTIVE_POOLS, FIXED_POOLS
 from . import operations
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}

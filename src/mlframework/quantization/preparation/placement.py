@@ -2,7 +2,8 @@
 
 A tensor that enters a quantized operation is quantized once, at its producer's end of the chain
 Conv/Linear -> BatchNorm -> activation; every consumer shares that node. Operations that only move or select values
-share the grid of their input. Sums, concatenations and averages of quantized tensors get a node of their own.
+share the grid of their input. Sums, products, concatenations, averages and element-wise functions of quantized tensors
+get a node of their own.
 """
 
 from __future__ import annotations
@@ -70,12 +71,13 @@ class Joined:
 
 @dataclass
 class Placement:
-    """Chains and joined operations to wrap, other values to quantize with their configuration, and the layers that
-    stay float with the reason."""
+    """Chains and joined operations to wrap, other values to quantize with their configuration, what shares the grid of
+    its input, and the layers that stay float with the reason."""
 
     chains: list[Chain] = field(default_factory=list)
     joined: list[Joined] = field(default_factory=list)
     quantized: dict[fx.Node, QATConfig] = field(default_factory=dict)
+    sharing: set[fx.Node] = field(default_factory=set)
     float_layers: dict[str, str] = field(default_factory=dict)
 
 
@@ -121,6 +123,7 @@ class _Placer:
         for entry in self.placement.joined:
             entry.config = self._config_of_readers(entry.end)
         ends = {chain.end for chain in self.placement.chains} | {entry.end for entry in self.placement.joined}
+        self.placement.sharing = set(filter(self._shares_grid, self.graph.nodes))
         self.placement.quantized = {
             node: self._config_of_readers(node)
             for node in self.graph.nodes
@@ -246,26 +249,29 @@ class _Placer:
             entry.activation, entry.nodes = follower, (node, follower)
         return entry
 
+    def _is_held(self, base: fx.Node) -> bool:
+        """Whether a value is on a grid, or a function, element by element, of one that is."""
+        return base in self.on_grid or pointwise_region(base, self.modules, self._is_on_codes) is not None
+
     def _joins(self, node: fx.Node, operation: IntegerOperation, bases: list[fx.Node]) -> bool:
-        """Whether an operation on these values is to be quantized: one is on a grid, and the others can be.
+        """Whether an operation on these values is to be quantized: one is held by a grid, and the others can be.
 
         An operand may be a mask, whose large or infinite values no grid can hold beside ordinary ones. So what comes
         from outside the graph's own computation does not join, and neither does what was zero in the example (a mask
         that hid nothing), or so large that one step of its grid exceeds everything that the others hold.
         """
-        if not any(base in self.on_grid for base in bases):
+        held = {base for base in bases if self._is_held(base)}
+        if not held:
             return False
         if isinstance(operation, Multiplication):
             # A factor computed in float (one over a deviation, say) may need all its digits.
-            return all(
-                base in self.on_grid or pointwise_region(base, self.modules, self._is_on_codes) for base in bases
-            )
+            return held == set(bases)
         if isinstance(operation, AveragePooling) and isinstance(operation.pooling, Mean) and node not in self.on_grid:
             return False  # part of a normalization written out
         extents = {base: base.meta["tensor"].extent for base in bases}
-        largest = max(extents[base] for base in bases if base in self.on_grid)
+        largest = max(extents[base] for base in held)
         return all(
-            base in self.on_grid
+            base in held
             or (
                 base.op not in ("placeholder", "get_attr")
                 and 0 < extents[base] <= largest * 2**self.config.activation_bits

@@ -79,7 +79,7 @@ def _prepare(model: nn.Module, config: QATConfig, example_inputs: tuple[Any, ...
             entries = _wrap_layers(prepared, "", config, f"the model is not traced: {traced.kept_whole['']}")
         else:
             entries = _rewrite(prepared, traced.graph, traced.kept_whole, config)
-    prepared.preparation_report = PreparationReport(tuple(entries))  # type: ignore[assignment]
+    prepared.preparation_report = PreparationReport(tuple(entries), config.target)  # type: ignore[assignment]
     _connect(prepared)
     return prepared
 

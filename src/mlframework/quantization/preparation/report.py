@@ -24,9 +24,15 @@ class ReportEntry:
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """The account that :func:`prepare` gives of a model; ``str()`` is a table."""
+    """The account that :func:`prepare` gives of a model; ``str()`` is a table.
+
+    Attributes:
+        entries: layers and operations, in the order of the graph.
+        target: the engine that the model was prepared for.
+    """
 
     entries: tuple[ReportEntry, ...]
+    target: str
 
     @property
     def quantized(self) -> tuple[ReportEntry, ...]:

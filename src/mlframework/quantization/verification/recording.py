@@ -40,8 +40,8 @@ def recorded_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[Outputs
     outputs: Outputs = {}
 
     def recorder(name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.setdefault(name, []).append(output.detach())
+        def record(module: nn.Module, args: Any, output: Any) -> None:  # what follows may change it in place
+            outputs.setdefault(name, []).append(output.detach().clone())
 
         return record
 

@@ -48,7 +48,7 @@ class LayerComparison:
     """One layer, or one output of the model.
 
     Attributes:
-        name: qualified name; ``output`` (``output.1``, ...) for what the model returns.
+        name: qualified name; ``output`` (``output 0``, ... where there are several) for what the model returns.
         kind: what computes it in the converted model.
         compared: ``"codes"`` or ``"floats"``.
         converted: the prepared model in evaluation against the converted one.

@@ -107,12 +107,6 @@ void fill_columns(uint8_t* target, int64_t begin, int64_t end, int64_t quads, in
       std::memcpy(target + quad * quad_step + column * kQuad, &four, kQuad);
 }
 
-struct Flip {
-  ALWAYS_INLINE static void run(uint8_t* bytes, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) bytes[i] ^= 128;
-  }
-};
-
 }  // namespace
 
 RowLayout row_layout(const Layer& layer, int64_t output_width) {
@@ -147,7 +141,7 @@ void gather_row(const Layer& layer, const Input& input, int64_t image, int64_t r
       gather_planes(columns, layer.input_channels, input.channel_stride);
     }
   }
-  if (layer.input_signed) run_vectorized<Flip>(gathered, layout.bytes(layer));
+  if (layer.input_signed) run_vectorized<FlipHighestBit>(gathered, layout.bytes(layer));
 }
 
 }  // namespace kernels

@@ -1,6 +1,7 @@
 // Rows of the input as a tile reads them: padded, as bytes, four channels of neighbouring positions side by side.
 #pragma once
 
+#include "instruction_set.h"
 #include "layer.h"
 
 namespace kernels {
@@ -21,6 +22,13 @@ struct RowLayout {
   int64_t bytes(const Layer& layer) const { return layer.quads() * quad_step(); }
   // From an output position to one of its taps in the row.
   int64_t offset(int64_t column) const { return (column % phases * columns + column / phases) * kQuad; }
+};
+
+// Turns int8 codes into the bytes 128 above them.
+struct FlipHighestBit {
+  ALWAYS_INLINE static void run(uint8_t* bytes, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) bytes[i] ^= 128;
+  }
 };
 
 RowLayout row_layout(const Layer& layer, int64_t output_width);

@@ -1,4 +1,5 @@
-// The operators that operators.cpp registers with PyTorch; kernels/native.py says what each computes.
+// The operators that operators.cpp registers with PyTorch. Each computes what the function of its name in
+// kernels/operations.py and the classes in kernels/integer_layer.py compute without it.
 #pragma once
 
 #include <optional>

@@ -2,9 +2,9 @@
 #include <cmath>
 #include <optional>
 
+#include "codes.h"
 #include "instruction_set.h"
 #include "operators.h"
-#include "tensors.h"
 
 namespace kernels {
 namespace {
@@ -15,10 +15,8 @@ struct Grid {
 };
 
 ALWAYS_INLINE uint8_t requantized(float accumulator, float multiplier, const Grid& grid) {
-  float scaled = accumulator * multiplier;
-  scaled = scaled > grid.lowest ? scaled : grid.lowest;
-  scaled = scaled < grid.highest ? scaled : grid.highest;
-  return static_cast<uint8_t>(static_cast<int32_t>(std::nearbyintf(scaled)) + grid.zero_point);
+  const float rounded = std::nearbyintf(clamp(accumulator * multiplier, grid.lowest, grid.highest));
+  return static_cast<uint8_t>(static_cast<int32_t>(rounded) + grid.zero_point);
 }
 
 // Int32 sums and biases are added as integers; float ones hold exact integers, and so do their float sums.

@@ -9,12 +9,6 @@
 namespace kernels {
 namespace {
 
-struct Flip {
-  ALWAYS_INLINE static void run(uint8_t* bytes, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) bytes[i] ^= 128;
-  }
-};
-
 // Outputs of one chunk of channels at one position.
 class Chunk {
  public:
@@ -142,7 +136,7 @@ class Run {
           gathered[column * channels + channel] =
               source[(column - begin) * input_.column_stride + channel * input_.channel_stride];
     }
-    if (flip) run_vectorized<Flip>(gathered, row_bytes_);
+    if (flip) run_vectorized<FlipHighestBit>(gathered, row_bytes_);
   }
 
   const Layer& layer_;

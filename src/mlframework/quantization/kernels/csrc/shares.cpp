@@ -10,6 +10,9 @@ constexpr int64_t kLargeLayerBytes = 4 << 20;
 // Fewer multiplications than this are done before another thread has woken up.
 constexpr int64_t kProductsPerThread = 2 << 20;
 
+// Where several threads are at work.
+constexpr int64_t kSharesPerThread = 4;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -27,11 +30,12 @@ Shares::Shares(const Layer& layer, const Positions& positions, int64_t row_bytes
   // So few rows that the cache holds them, and that every thread has some.
   row_shares_ = std::min(rows_, divide_up(threads_, images_));
   while (row_shares_ < rows_ && gathered_rows() * row_bytes > cache) ++row_shares_;
-  // Or several images, in equal parts for all threads.
+  // Or several images, in equal parts for all threads, and in so many that no thread waits long for another.
   image_shares_ = images_;
   if (row_shares_ == 1) {
     const int64_t fitting = std::max<int64_t>(cache / (gathered_rows() * row_bytes), 1);
-    image_shares_ = std::min(images_, divide_up(divide_up(images_, fitting), threads_) * threads_);
+    const int64_t shares = std::max(divide_up(images_, fitting), threads_ > 1 ? kSharesPerThread * threads_ : 1);
+    image_shares_ = std::min(images_, divide_up(shares, threads_) * threads_);
   }
   group_shares_ = std::min(groups_, divide_up(threads_, image_shares_ * row_shares_));
 }

@@ -1,6 +1,8 @@
 // How the work of one call is cut into shares, which threads take in turn.
 #pragma once
 
+#include <atomic>
+
 #include "layer.h"
 
 namespace kernels {
@@ -29,14 +31,16 @@ class Shares {
   int64_t gathered_images() const { return (images_ + image_shares_ - 1) / image_shares_; }
   int64_t gathered_rows() const { return rows_read((rows_ + row_shares_ - 1) / row_shares_); }
 
-  // Calls `compute(share)` for every share, on as many threads as are worth their while.
+  // Calls `compute(share)` for every share, on as many threads as are worth their while. A thread takes the next share
+  // when it is done with one, so that those that the system holds up leave more to the others.
   template <class Compute>
   void run(const Compute& compute) const {
-    const auto some = [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) compute(share(index));
+    std::atomic<int64_t> next{0};
+    const auto take_shares = [&](int64_t, int64_t) {
+      for (int64_t index = next++; index < count(); index = next++) compute(share(index));
     };
-    if (threads_ == 1) return some(0, count());
-    torch::stable::parallel_for(0, count(), 1, some);
+    if (threads_ == 1) return take_shares(0, 1);
+    torch::stable::parallel_for(0, threads_, 1, take_shares);
   }
 
  private:

@@ -6,9 +6,18 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..int8.average_pooling import ADAPTIVE_POOLS, Adaptive, Fixed
+Adaptive = nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d
+Fixed = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
+ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+FIXED_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+def dimensions_of(pooling: Fixed | Adaptive) -> int:
+    """How many spatial dimensions the pooling has."""
+    kinds = ADAPTIVE_POOLS if isinstance(pooling, ADAPTIVE_POOLS) else FIXED_POOLS
+    return kinds.index(type(pooling)) + 1
 
 
 class Windows(NamedTuple):

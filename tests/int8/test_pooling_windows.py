@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlframework.quantization.export.pooling_windows import cover_everything, divisors, windows_of
+from mlframework.quantization.int8.pooling_windows import cover_everything, divisors, windows_of
 
 
 def averages(pooling: nn.AvgPool1d | nn.AdaptiveAvgPool1d, x: Tensor) -> Tensor:
