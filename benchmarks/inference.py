@@ -81,13 +81,13 @@ def ours(model: nn.Module, target: str, batches: list[torch.Tensor], folder: Pat
 def main() -> None:
     torch.set_num_threads(THREADS)
     console = Console()
+    versions = f"ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__}, NNCF {nncf.__version__}."
     lines = [
         "## Inference",
         "",
-        "`python benchmarks/inference.py`: milliseconds a call, medians of blocks of calls taken in turn. ResNet-20 and -18",
-        "on 32x32 images, MobileNetV2 on 224x224; every contender calibrated on the same four batches and given the same",
-        f"input. {environment()}",
-        f"ONNX Runtime {onnxruntime.__version__}, OpenVINO {openvino.__version__}, NNCF {nncf.__version__}.",
+        "`python benchmarks/inference.py`: milliseconds a call, medians of blocks of calls taken in turn. ResNet-20",
+        "and ResNet-18 on 32x32 images, MobileNetV2 on 224x224; every contender was calibrated on the same four batches.",
+        f"{environment()} {versions}",
         "",
     ]
     names: list[str] = []

@@ -112,7 +112,7 @@ def test_a_traceback_shows_the_generated_line() -> None:
         model(torch.randn(4, 5))
     text = "".join(traceback.format_exception(caught.value))
     assert "of Doubles>" in text
-    assert "self.layer(x)" in text
+    assert "self._modules['layer'](x)" in text
 
 
 def test_hooks_of_the_module_fire() -> None:

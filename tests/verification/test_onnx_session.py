@@ -101,7 +101,7 @@ def test_codes_that_a_file_holds_as_unsigned_ones(tmp_path: Path) -> None:
     class Joins(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.left, self.right, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+            self.left, self.right = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
             self.head = nn.Conv2d(6, 2, 1)
 
         def forward(self, x: Tensor) -> Tensor:
