@@ -86,7 +86,7 @@ def main() -> None:
         "## Inference",
         "",
         "`python benchmarks/inference.py`: milliseconds a call, medians of blocks of calls taken in turn. ResNet-20",
-        "and ResNet-18 on 32x32 images, MobileNetV2 on 224x224; every contender was calibrated on the same four batches.",
+        "and ResNet-18 on 32x32 images, MobileNetV2 on 224x224; every contender was calibrated on the same batches.",
         f"{environment()} {versions}",
         "",
     ]

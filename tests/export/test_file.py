@@ -20,6 +20,8 @@ from mlframework.quantization import QATConfig, calibrate, convert, prepare
 from mlframework.quantization.export import file as file_module
 from mlframework.quantization.export.export_onnx import export_onnx
 
+pytestmark = pytest.mark.slow  # exports many files
+
 
 def small_model() -> nn.Module:
     torch.manual_seed(0)

@@ -24,6 +24,8 @@ from mlframework.quantization import (
     verify,
 )
 
+pytestmark = pytest.mark.slow  # exports many files
+
 
 class Scaled(nn.Module):
     """Takes two tensors, one of them by name, and returns two."""
