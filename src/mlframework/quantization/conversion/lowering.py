@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from ..graph.nodes import unused_name
+from ..graph.nodes import SHAPE_QUERIES, unused_name
 from ..graph.subgraph import module_of_nodes
 from ..int8.layers import Int8Embedding
 from ..int8.operations import Dequantize, Int8ReLU, Int8Selection, Quantize
@@ -16,8 +16,6 @@ from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from .between_floats import between_floats
-
-_SHAPE_QUERIES = {"size", "dim", "numel", "shape", "ndim"}
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -189,5 +187,5 @@ def _takes_one_part(node: fx.Node) -> bool:
 def _asks_for_shape(node: fx.Node) -> bool:
     """Whether the node needs no values."""
     if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in _SHAPE_QUERIES
-    return node.op == "call_method" and node.target in _SHAPE_QUERIES
+        return node.args[1] in SHAPE_QUERIES
+    return node.op == "call_method" and node.target in SHAPE_QUERIES

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ..graph.generated_forward import graph_of, has_generated_forward, set_forward
-from ..graph.nodes import unused_name
+from ..graph.nodes import SHAPE_QUERIES, unused_name
 from ..graph.subgraph import module_of_nodes
 from ..int8.average_pooling import AveragePooling
 from ..int8.integer_module import IntegerModule
@@ -30,8 +30,6 @@ from .targets import Conventions
 
 Shapes = Mapping[IntegerModule, list[torch.Size]]
 
-# What a graph asks of a tensor that is not its values.
-_QUERIES = {"size", "dim", "numel", "shape", "ndim"}
 _DIVIDING = {"chunk", "split", "unbind"}
 _KEEPING = {"contiguous", "clone", "detach"}
 
@@ -97,7 +95,7 @@ def _put_nodes_around_moves(part: nn.Module) -> None:
                 grids[node] = grid
             continue
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or source not in grids or _name_of(node) in _QUERIES:
+        if not isinstance(source, fx.Node) or source not in grids or _name_of(node) in SHAPE_QUERIES:
             continue
         grid = grids[source]
         if _name_of(node) not in _KEEPING and not _takes_a_part(node, source):

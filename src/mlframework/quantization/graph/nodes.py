@@ -17,6 +17,10 @@ def create_argument(tracer: fx.Tracer, a: Any) -> Any:
     return fx.Tracer.create_arg(tracer, a)
 
 
+# What asks a tensor for its form alone, as a method or as an attribute.
+SHAPE_QUERIES = frozenset({"size", "dim", "numel", "shape", "ndim"})
+
+
 def is_constant(node: fx.Node) -> bool:
     return node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
 
