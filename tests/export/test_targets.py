@@ -13,7 +13,15 @@ from torch import nn
 
 from export.exported_file import ExportedFile, inputs_of, prepared_model
 from export.small_networks import INTEGER_NETWORKS, SHAPE, make
-from mlframework.quantization import FakeQuantizeLayer, QuantizationScheme, calibrate, convert
+from mlframework.quantization import (
+    FakeQuantizeLayer,
+    QATConfig,
+    QuantizationScheme,
+    calibrate,
+    convert,
+    export_onnx,
+    prepare,
+)
 from mlframework.quantization.export.targets import CONVENTIONS, disagreement, resolved_target
 
 pytestmark = pytest.mark.slow
@@ -150,3 +158,14 @@ def test_grids_of_no_target() -> None:
 def _attribute(node: Any, name: str) -> Any:
     (found,) = [attribute for attribute in node.attribute if attribute.name == name]
     return onnx.helper.get_attribute_value(found)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_the_file_is_for_the_engine_that_the_model_was_prepared_for(target: str, tmp_path: Path) -> None:
+    """The grids alone would not tell: those of TensorRT are among OpenVINO's."""
+    inputs = torch.randn(2, 3, 6, 6)
+    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)), QATConfig.for_target(target), (inputs,))
+    calibrate(model, [inputs])
+    export_onnx(model, (inputs,), tmp_path / "model.onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(str(tmp_path / "model.onnx")).metadata_props}
+    assert metadata["mlframework.quantization.target"] == target

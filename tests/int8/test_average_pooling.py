@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -210,3 +212,11 @@ def test_it_is_a_mean_in_any_way_written() -> None:
     results = [Int8Operation(AveragePooling(way), GRIDS[0][:1], GRIDS[0][1])(codes) for way in ways]
     assert all(torch.equal(result, results[0]) for result in results)
     assert math.prod(results[0].shape) == 24
+
+
+def test_window_sizes_are_exact_where_float32_would_round() -> None:
+    size, target = 48000, 4097
+    codes = torch.zeros(1, 1, size, dtype=torch.uint8)
+    _, counts = AveragePooling(nn.AdaptiveAvgPool1d(target))._sums_and_counts(codes, torch.zeros((), dtype=torch.int32))
+    edges = [Fraction(index * size, target) for index in range(target + 1)]
+    assert counts.tolist() == [math.ceil(end) - math.floor(start) for start, end in pairwise(edges)]

@@ -289,3 +289,8 @@ def test_integer_layer_between_floats() -> None:
     assert torch.equal(on_grid, dequantize(quantize(values, GRIDS[1]), GRIDS[1]))
     assert torch.equal(relu(values), on_grid.relu())
     assert torch.equal(Int8WithFloatEdges(None, nn.Identity(), None)(values), values)
+
+
+def test_integers_are_no_values_to_quantize() -> None:
+    with pytest.raises(TypeError, match=r"input must be a floating-point tensor, got torch\.int64"):
+        Quantize(GRIDS[0])(torch.arange(3))
