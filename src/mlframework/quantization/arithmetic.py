@@ -85,6 +85,17 @@ def quantize_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
     return torch.round(bias / accumulator_scale).to(torch.int32)
 
 
+def bias_fits(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
+    """Where the code of a bias leaves the int32 accumulator the room it needs; elsewhere conversion raises the scale."""
+    return bias.abs() <= accumulator_scale * LARGEST_BIAS_CODE
+
+
+def bias_on_grid(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
+    """The values of a quantized bias; where it does not fit, as it is."""
+    values = torch.round(bias / accumulator_scale) * accumulator_scale
+    return torch.where(bias_fits(bias, accumulator_scale), values, bias)
+
+
 def rescale_codes(codes: Tensor, ratio: Tensor) -> Tensor:
     """int8 codes with zero point 0 on a coarser grid: ``ratio`` is old scale / new scale, at most 1."""
     return torch.round(codes * ratio).to(torch.int8)

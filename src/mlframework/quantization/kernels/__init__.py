@@ -3,10 +3,12 @@
 from .capability import int_mm_is_exact, onednn_is_exact
 from .integer_layer import Epilogue, IntegerLayer
 from .integer_products import PackedConvolution, PackedLinear
-from .native import active_path, reference_kernels
+from .native import active_path, reference_kernels, use_native
+from .normalization import batch_statistics, can_normalize, normalize, normalize_backward
 from .onednn import ConvolutionGeometry
 from .operations import add, dequantize, lookup, max_pool2d, quantize, requantize, sum_positions
 from .subpixel import SubpixelConvolution, subpixel_convolution
+from .training_product import TrainingProduct, pack_training_product, takes_training_product
 from .transposed_convolution import PackedTransposedConvolution, TransposedLayer
 
 __all__ = [
@@ -17,17 +19,25 @@ __all__ = [
     "PackedLinear",
     "PackedTransposedConvolution",
     "SubpixelConvolution",
+    "TrainingProduct",
     "TransposedLayer",
     "active_path",
     "add",
+    "batch_statistics",
+    "can_normalize",
     "dequantize",
     "int_mm_is_exact",
     "lookup",
     "max_pool2d",
+    "normalize",
+    "normalize_backward",
     "onednn_is_exact",
+    "pack_training_product",
     "quantize",
     "reference_kernels",
     "requantize",
     "subpixel_convolution",
     "sum_positions",
+    "takes_training_product",
+    "use_native",
 ]

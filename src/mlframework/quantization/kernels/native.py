@@ -30,6 +30,9 @@ _OPERATORS = (
     "pack_layer",
     "convolution",
     "linear",
+    "batch_statistics",
+    "normalize",
+    "normalize_backward",
     "has_integer_layers",
     "instruction_set",
 )

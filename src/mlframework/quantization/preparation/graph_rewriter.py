@@ -46,7 +46,8 @@ class GraphRewriter:
         accounts = self._float_operations(placement)
         for chain, wrapper in zip(placement.chains, wrappers, strict=True):
             if chain.source is not None:
-                wrapper.take_input_from(self.grid_of[chain.source])
+                dropouts = tuple(self.modules[str(node.target)] for node in chain.dropouts)
+                wrapper.take_input_from(self.grid_of[chain.source], dropouts)
             self._put_wrapper(chain, wrapper)
             accounts[chain.node] = layer_entry(str(chain.node.target), wrapper)
         for entry, operation in zip(joined, operation_modules, strict=True):

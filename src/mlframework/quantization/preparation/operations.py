@@ -23,15 +23,8 @@ OPAQUE_MODULES = (
     nn.AdaptiveLogSoftmaxWithLoss,
 )
 
-_PRESERVING_MODULES = (
-    nn.Identity,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_PRESERVING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, *DROPOUTS)
 # Selections and movements that PyTorch has for floats, or for few integers: max pooling of uint8 fails on images of
 # more than 255 pixels.
 _SELECTING_MODULES = (

@@ -28,7 +28,8 @@ from .pointwise import pointwise_region
 @dataclass
 class Chain:
     """A layer with what runs in its wrapper. ``end`` is the last node of the chain, whose value is quantized;
-    ``source`` is the node whose grid the input is on, where the layer takes values."""
+    ``source`` is the node whose grid the input is on, where the layer takes values, and ``dropouts`` are what lies
+    between and takes values off it in training."""
 
     node: fx.Node
     config: QATConfig
@@ -36,6 +37,7 @@ class Chain:
     activation: fx.Node | None = None
     quantizes_output: bool = True
     source: fx.Node | None = None
+    dropouts: tuple[fx.Node, ...] = ()
 
     @property
     def end(self) -> fx.Node:
@@ -117,7 +119,9 @@ class _Placer:
             pass
         # Only now is it known which values are on a grid, and so what a ReLU shares its grid with.
         for chain in self.placement.chains:
-            chain.source = None if chain.input is None else self.base(chain.input)
+            if chain.input is not None:
+                chain.source = self.base(chain.input)
+                chain.dropouts = tuple(filter(self._is_dropout, self._path(chain.input)))
         for entry in self.placement.joined:
             entry.sources = tuple(map(self.base, entry.operands))
         for entry in self.placement.joined:
@@ -182,9 +186,17 @@ class _Placer:
 
     def base(self, node: fx.Node) -> fx.Node:
         """The node whose grid ``node`` is on: back through whatever preserves values."""
-        while self._shares_grid(node):
-            node = node.args[0]  # type: ignore[assignment]
-        return node
+        return self._path(node)[-1]
+
+    def _path(self, node: fx.Node) -> list[fx.Node]:
+        """From ``node`` back to the one whose grid it is on."""
+        path = [node]
+        while self._shares_grid(path[-1]):
+            path.append(path[-1].args[0])  # type: ignore[arg-type]
+        return path
+
+    def _is_dropout(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], operations.DROPOUTS)
 
     def _shares_grid(self, node: fx.Node) -> bool:
         source = node.args[0] if node.args else None

@@ -33,6 +33,8 @@ def prepare(
     config: QATConfig | None = None,
     example_inputs: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    recompute: bool = False,
 ) -> nn.Module:
     """A copy of the model with fake quantization in place, ready to calibrate and train.
 
@@ -49,6 +51,8 @@ def prepare(
         config: what to quantize, and how.
         example_inputs: positional arguments of a typical call. They serve tracing and shapes, not statistics.
         example_kwargs: keyword arguments of that call.
+        recompute: where a layer before a batch normalization trains on integers, do not keep its output for backward
+            but compute it again from the codes. The values are the same; less memory for a little more time.
 
     Raises:
         TypeError: an argument is not of its type, or the examples do not fit the model's signature.
@@ -64,11 +68,16 @@ def prepare(
         ['input_1', '0', '4']
     """
     with random_state_kept():
-        return _prepare(model, QATConfig() if config is None else config, example_inputs, dict(example_kwargs or {}))
+        config = QATConfig() if config is None else config
+        return _prepare(model, config, example_inputs, dict(example_kwargs or {}), recompute)
 
 
-def _prepare(model: nn.Module, config: QATConfig, example_inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+def _prepare(
+    model: nn.Module, config: QATConfig, example_inputs: tuple[Any, ...], kwargs: dict[str, Any], recompute: bool
+) -> nn.Module:
     _check(model, config, example_inputs, kwargs)
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be a bool, got {recompute!r}")
     prepared = clone_sharing_parameters(model)
     if layer_type_of(prepared) is not None and skip_reason("", prepared, config) is None:
         prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
@@ -81,6 +90,9 @@ def _prepare(model: nn.Module, config: QATConfig, example_inputs: tuple[Any, ...
             entries = _rewrite(prepared, traced.graph, traced.kept_whole, config)
     prepared.preparation_report = PreparationReport(tuple(entries), config.target)  # type: ignore[assignment]
     _connect(prepared)
+    for module in prepared.modules():
+        if isinstance(module, QATModuleWrapper):
+            module.recompute = recompute
     return prepared
 
 

@@ -59,6 +59,11 @@ class ActivationObserver(nn.Module):
         self._updates = 0  # batches, where no value may be read back
         self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
 
+    @property
+    def measures_extremes(self) -> bool:
+        """Whether the extremes of a batch are all that :meth:`measure` finds."""
+        return type(self)._measure is ActivationObserver._measure
+
     def forward(self, input: Tensor) -> Tensor:
         """Folds ``input`` into the statistics and returns it."""
         if self.enabled:

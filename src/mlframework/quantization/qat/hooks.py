@@ -1,8 +1,9 @@
-"""Hooks that somebody put on modules which evaluation on integers does not call."""
+"""Hooks that somebody put on modules which this library does not call, or calls as part of something larger."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 _LIBRARY = __name__.rpartition(".qat")[0]
 
@@ -15,4 +16,13 @@ def has_user_hooks(*modules: nn.Module | None) -> bool:
         if module is not None
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for hook in hooks.values()
+    )
+
+
+def is_watched(*modules: nn.Module | None) -> bool:
+    """Whether a call of any of the modules would run a hook: forward or backward, its own or one for all modules."""
+    return _has_any_global_hook() or any(  # type: ignore[no-untyped-call]
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+        if module is not None
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import arithmetic
+from .. import arithmetic, kernels
 from ..int8.folding import IntegerWeights, fold
 from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import in_format_of
@@ -15,8 +15,10 @@ from ..scheme import QuantizationScheme
 from .activation_observer import MovingAverageObserver
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
-from .hooks import has_user_hooks
+from .hooks import has_user_hooks, is_watched
+from .integer_product import IntegerProduct, integer_product
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
+from .quantized_output import clipped_and_quantized, normalized_and_quantized
 
 
 class QATModuleWrapper(nn.Module):
@@ -90,6 +92,8 @@ class QATModuleWrapper(nn.Module):
         self.following: tuple[nn.Module, ...] = tuple(m for m in (batch_norm, activation) if m is not None)
         self._batch_norm = (batch_norm,)
         self._input_source: tuple[FakeQuantizeLayer | None] = (None,)
+        self._dropouts: tuple[nn.Module, ...] = ()
+        self.recompute = False
         self._clip: Clip = clip
         self._cached: tuple[Any, Int8Layer] | None = None
 
@@ -104,9 +108,11 @@ class QATModuleWrapper(nn.Module):
         """The node that puts the layer's input on its grid: its own, or one before it in the model."""
         return self.input_fake_quantize if self.input_fake_quantize is not None else self._input_source[0]
 
-    def take_input_from(self, source: FakeQuantizeLayer) -> None:
-        """Names the node before this one that puts the input on its grid, for when there is no node of its own."""
+    def take_input_from(self, source: FakeQuantizeLayer, dropouts: tuple[nn.Module, ...] = ()) -> None:
+        """Names the node before this one that puts the input on its grid, for when there is no node of its own, and
+        the dropouts between them, which take values off the grid in training."""
         self._input_source = (source,)
+        self._dropouts = dropouts
 
     @property
     def computes_integers(self) -> bool:
@@ -132,24 +138,85 @@ class QATModuleWrapper(nn.Module):
     def _simulate(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self._cached is not None:
             self._cached = None  # fused optimizers change a weight without a trace in its version
-        output = self.input_fake_quantize(input) if self.input_fake_quantize is not None else input
-        output = self._run_layer(output)
-        for module in self.following:
-            output = module(output)
-        return self.output_fake_quantize(output) if self.output_fake_quantize is not None else output
-
-    def _run_layer(self, input: Tensor) -> Tensor:
-        """Calls the user's module with the fake-quantized weight in its registry."""
+        values = self.input_fake_quantize(input) if self.input_fake_quantize is not None else input
         weight = self.layer._parameters["weight"]
         assert weight is not None
         quantized = weight if self.weight_fake_quantize is None else self.weight_fake_quantize(weight)
-        if quantized is weight:
-            return self.layer(input)  # type: ignore[no-any-return]
-        self.layer._parameters["weight"] = quantized
+        product = self._product(values, quantized)
+        output = self._run_layer(values, quantized) if product is None else product.output
+        output = self._run_following(output, product)
+        if product is not None and self.output_fake_quantize is None and torch.is_autocast_enabled("cpu"):
+            return output.to(torch.get_autocast_dtype("cpu"))
+        return output if product is None or self.input_fake_quantize is None else in_format_of(input, output)
+
+    def _product(self, input: Tensor, weight: Tensor) -> IntegerProduct | None:
+        """The layer on the codes of its fake-quantized input and weight, where compiled kernels do that."""
+        source, weight_node = self.input_source, self.weight_fake_quantize
+        if source is None or weight_node is None or weight is self.layer._parameters["weight"]:
+            return None
+        if not self._input_is_on_grid() or is_watched(self.layer) or not kernels.use_native(input):
+            return None
+        bias: Tensor | None = self.layer._parameters["bias"]
+        product = integer_product(
+            self.layer, input, source, weight, weight_node, None if self._batch_norm[0] is not None else bias
+        )
+        if product is None or bias is None or self._batch_norm[0] is None:
+            return product
+        output = product.output + arithmetic.along_axis(bias, product.output.dim(), 1)
+        return product._replace(output=output)
+
+    def _input_is_on_grid(self) -> bool:
+        """Whether what reaches the layer now is what a node quantized, moved about at the most."""
+        source = self.input_source
+        return (
+            source is not None
+            and source.is_initialized
+            and source.fake_quantize_enabled
+            and not source.calibrating
+            and all(not module.training or module.p == 0 for module in self._dropouts)
+        )
+
+    def _run_following(self, output: Tensor, product: IntegerProduct | None) -> Tensor:
+        """Batch normalization, activation and output node: in one step where that can be."""
+        batch_norm, node = self._batch_norm[0], self.output_fake_quantize
+        activation = self.following[-1] if self.following and self.following[-1] is not batch_norm else None
+        if node is not None:
+            fused = (
+                clipped_and_quantized(output, None, activation, self._clip, node)
+                if batch_norm is None
+                else normalized_and_quantized(
+                    product if self.recompute else None, output, batch_norm, activation, self._clip, node
+                )
+            )
+            if fused is not None:
+                return fused
+        for module in self.following:
+            output = module(output)
+        return output if node is None else node(output)
+
+    def _run_layer(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Calls the user's module with the fake-quantized weight, and the bias it has on integers, in its registry."""
+        parameters = self.layer._parameters
+        exchanged = {"weight": weight}
+        if parameters.get("bias") is not None and self._batch_norm[0] is None:
+            exchanged["bias"] = self._simulated_bias(parameters["bias"])  # type: ignore[arg-type]
+        exchanged = {name: tensor for name, tensor in exchanged.items() if tensor is not parameters[name]}
+        own = {name: parameters[name] for name in exchanged}
+        parameters.update(exchanged)
         try:
             return self.layer(input)  # type: ignore[no-any-return]
         finally:
-            self.layer._parameters["weight"] = weight
+            parameters.update(own)
+
+    def _simulated_bias(self, bias: Tensor) -> Tensor:
+        """The bias rounded to units of the accumulator, straight through, once input and weight have grids."""
+        source, weight_node = self.input_source, self.weight_fake_quantize
+        if source is None or weight_node is None or weight_node.calibrating or not weight_node.fake_quantize_enabled:
+            return bias
+        if not self._input_is_on_grid():
+            return bias
+        rounded = arithmetic.bias_on_grid(bias.detach(), (source.scale * weight_node.scale).detach())
+        return rounded + (bias - bias.detach())
 
     # --- integers -------------------------------------------------------------------------------------------------
 

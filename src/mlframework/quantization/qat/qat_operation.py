@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import arithmetic
-from ..int8.integer_operation import Grid, IntegerOperation
+from ..int8.integer_operation import Addition, Grid, IntegerOperation
 from ..int8.operations import Int8Operation
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import has_user_hooks
 from .layer_types import Clip, clip_of
 from .qat_module_wrapper import activation_node, in_dtype_of
+from .quantized_output import clipped_and_quantized
 
 
 class QATOperation(nn.Module):
@@ -72,6 +73,11 @@ class QATOperation(nn.Module):
         if integers and not has_user_hooks(*self.operation.modules(), *self._activation):
             return self._on_codes(*operands)
         codes = self._codes(*operands) if integers else ()  # first: an in-place activation changes its operand
+        if not integers and isinstance(self.operation, Addition):
+            left, right = operands
+            fused = clipped_and_quantized(left, right, self._activation[0], self._clip, self.output_fake_quantize)
+            if fused is not None:
+                return fused
         result = self.operation.on_values(*operands)
         if self._activation[0] is not None:
             result = self._activation[0](result)

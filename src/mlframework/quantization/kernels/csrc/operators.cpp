@@ -46,6 +46,11 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
               " ScalarType dtype) -> Tensor");
   library.def("convolution(Tensor codes, Tensor layer) -> Tensor");
   library.def("linear(Tensor codes, Tensor layer) -> Tensor");
+  library.def("batch_statistics(Tensor values) -> (Tensor, Tensor)");
+  library.def("normalize(Tensor values, Tensor factor, Tensor addend, Tensor scale, Tensor zero_point, int lowest,"
+              " int highest, float clip_low, float clip_high, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("normalize_backward(Tensor gradient, Tensor mask, Tensor values, Tensor mean, Tensor inverse_deviation,"
+              " Tensor? weight, float gradient_clip) -> (Tensor, Tensor, Tensor)");
   library.def("has_integer_layers() -> bool");
   library.def("instruction_set() -> str");
 }
@@ -61,6 +66,9 @@ STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CPU, library) {
   library.impl("pack_layer", TORCH_BOX(&kernels::pack_layer));
   library.impl("convolution", TORCH_BOX(&kernels::convolution));
   library.impl("linear", TORCH_BOX(&kernels::linear));
+  library.impl("batch_statistics", TORCH_BOX(&kernels::batch_statistics));
+  library.impl("normalize", TORCH_BOX(&kernels::normalize));
+  library.impl("normalize_backward", TORCH_BOX(&kernels::normalize_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CompositeExplicitAutograd, library) {

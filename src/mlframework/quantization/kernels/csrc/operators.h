@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
 
 #include "tensors.h"
 
@@ -32,6 +33,17 @@ Tensor pack_layer(const Tensor& weight, const Tensor& bias, const Tensor& multip
 Tensor convolution(const Tensor& codes, const Tensor& layer);
 
 Tensor linear(const Tensor& codes, const Tensor& layer);
+
+std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const Tensor& factor, const Tensor& addend,
+                                                     const Tensor& scale, const Tensor& zero_point, int64_t lowest,
+                                                     int64_t highest, double clip_low, double clip_high,
+                                                     ScalarType dtype);
+
+std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
+                                                      const Tensor& mean, const Tensor& inverse_deviation,
+                                                      const std::optional<Tensor>& weight, double gradient_clip);
 
 bool has_integer_layers();
 

@@ -8,47 +8,87 @@ namespace kernels {
 namespace {
 
 // A layer's weights in the order in which they are used, and what of its sums does not depend on the codes:
-// (code - zero point) * weight is summed as code * weight, modulo 2**32.
+// (code - zero point) * weight is summed as code * weight, modulo 2**32. Weights come as (O, taps, I / groups).
 class Packing {
  public:
-  Packing(Layer& layer, const int8_t* weight) : layer_(layer), weight_(weight) {
-    std::memset(layer.weights(), 0, static_cast<size_t>(layer.weight_bytes()));
-  }
+  Packing(Layer& layer, const int8_t* weight) : layer_(layer), weight_(weight) {}
 
   // [pair of blocks][tap][quad of input channels][block][lane][4]; the last pair may be one block.
   void dense() {
-    const int64_t taps = layer_.taps(), quads = layer_.quads();
-    for (int64_t o = 0; o < layer_.output_channels; ++o) {
-      const int64_t block = o / kLanes, pair = block / 2;
-      const int64_t blocks_of_pair = std::min<int64_t>(layer_.blocks() - 2 * pair, 2);
-      const int64_t start = 2 * pair * layer_.block_bytes() + (block % 2 * kLanes + o % kLanes) * kQuad;
-      for (int64_t c = 0; c < layer_.input_channels; ++c)
-        for (int64_t tap = 0; tap < taps; ++tap)
-          put(o, (o * layer_.input_channels + c) * taps + tap,
-              start + (tap * quads + c / kQuad) * blocks_of_pair * kLanes * kQuad + c % kQuad);
-    }
+    const int64_t grain = std::max<int64_t>(kElementsPerThread / layer_.block_bytes(), 1);
+    torch::stable::parallel_for(0, layer_.blocks(), grain, [this](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) dense_block(block);
+    });
   }
 
   // [chunk][quad of taps][place in chunk][4].
   void depthwise() {
+    std::memset(layer_.weights(), 0, static_cast<size_t>(layer_.weight_bytes()));
     const int64_t taps = layer_.taps(), chunk_bytes = layer_.steps() * kChunk * kQuad;
-    for (int64_t o = 0; o < layer_.output_channels; ++o)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        put(depthwise_place(o), o * taps + tap,
-            o / kChunk * chunk_bytes + (tap / kQuad * kChunk + depthwise_place(o) % kChunk) * kQuad + tap % kQuad);
+    for (int64_t o = 0; o < layer_.output_channels; ++o) {
+      const int64_t place = depthwise_place(o);
+      int8_t* to = layer_.weights() + o / kChunk * chunk_bytes + place % kChunk * kQuad;
+      for (int64_t tap = 0; tap < taps; ++tap) to[tap / kQuad * kChunk * kQuad + tap % kQuad] = weight_[o * taps + tap];
+      correct_bias(place, o);
+    }
   }
 
  private:
-  void put(int64_t bias_place, int64_t from, int64_t to) {
-    layer_.weights()[to] = weight_[from];
-    int32_t& bias = layer_.bias()[bias_place];
-    bias = static_cast<int32_t>(static_cast<uint32_t>(bias) -
-                                static_cast<uint32_t>(weight_[from] * layer_.input_zero_point));
+  void dense_block(int64_t block) {
+    const int64_t taps = layer_.taps(), quads = layer_.quads(), channels = layer_.input_channels;
+    const int64_t pair = block / 2, blocks_of_pair = std::min<int64_t>(layer_.blocks() - 2 * pair, 2);
+    const int64_t lanes = std::min(layer_.output_channels - block * kLanes, kLanes), step = blocks_of_pair * kLanes;
+    int8_t* const start = layer_.weights() + 2 * pair * layer_.block_bytes() + block % 2 * kLanes * kQuad;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      if (lane < lanes) correct_bias(block * kLanes + lane, block * kLanes + lane);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int8_t* from = weight_ + ((block * kLanes + lane) * taps + tap) * channels;
+        int8_t* to = start + (tap * quads * step + lane) * kQuad;
+        for (int64_t quad = 0; quad < quads; ++quad, to += step * kQuad) {
+          const int64_t count = lane < lanes ? std::min(channels - quad * kQuad, kQuad) : 0;
+          if (count == kQuad) {
+            std::memcpy(to, from + quad * kQuad, kQuad);
+          } else {
+            std::memset(to, 0, kQuad);
+            if (count > 0) std::memcpy(to, from + quad * kQuad, static_cast<size_t>(count));
+          }
+        }
+      }
+    }
+  }
+
+  void correct_bias(int64_t place, int64_t o) {
+    const int64_t count = layer_.depthwise ? layer_.taps() : layer_.taps() * layer_.input_channels;
+    const int8_t* weights = weight_ + o * count;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += weights[i];
+    int32_t& bias = layer_.bias()[place];
+    bias = static_cast<int32_t>(static_cast<uint32_t>(bias) - static_cast<uint32_t>(sum) *
+                                                                  static_cast<uint32_t>(layer_.input_zero_point));
   }
 
   Layer& layer_;
   const int8_t* weight_;
 };
+
+// Codes (O, I / groups, height, width) as (O, height, width, I / groups): where they lie, or copied to `copy`.
+const int8_t* channels_innermost(const Tensor& weight, std::vector<int8_t>& copy) {
+  const auto* from = static_cast<const int8_t*>(weight.const_data_ptr());
+  const Shape sizes = sizes_of(weight), strides = strides_of(weight);
+  if (same_layout(sizes, strides, channels_last_strides(sizes))) return from;
+  copy.resize(static_cast<size_t>(weight.numel()));
+  const int64_t grain = std::max<int64_t>(kElementsPerThread * sizes[0] / weight.numel(), 1);
+  torch::stable::parallel_for(0, sizes[0], grain, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      int8_t* to = copy.data() + o * weight.numel() / sizes[0];
+      for (int64_t i = 0; i < sizes[2]; ++i)
+        for (int64_t j = 0; j < sizes[3]; ++j)
+          for (int64_t c = 0; c < sizes[1]; ++c)
+            *to++ = from[o * strides[0] + c * strides[1] + i * strides[2] + j * strides[3]];
+    }
+  });
+  return copy.data();
+}
 
 }  // namespace
 
@@ -89,7 +129,6 @@ Tensor pack_layer(const Tensor& weight, const Tensor& bias, const Tensor& multip
   header.highest = static_cast<float>(floats ? highest : highest - static_cast<double>(zero_point));
   header.bytes = header.size();
 
-  const Tensor codes = torch::stable::contiguous(weight);
   const Tensor biases = torch::stable::contiguous(bias), multipliers = torch::stable::contiguous(multiplier);
   STD_TORCH_CHECK(biases.is_cpu() && biases.scalar_type() == ScalarType::Int && biases.numel() == weight.size(0),
                   "bias must be int32 and hold one number to an output channel");
@@ -109,7 +148,8 @@ Tensor pack_layer(const Tensor& weight, const Tensor& bias, const Tensor& multip
     layer.bias()[place] = bias_of[o];
     layer.multiplier()[place] = multiplier_of[multipliers.numel() == 1 ? 0 : o];
   }
-  Packing packing(layer, static_cast<const int8_t*>(codes.const_data_ptr()));
+  std::vector<int8_t> copy;
+  Packing packing(layer, channels_innermost(weight, copy));
   if (layer.depthwise) {
     packing.depthwise();
   } else {

@@ -1,0 +1,45 @@
+"""The codes of a fake-quantized tensor, kept beside it: what a layer that computes on integers reads.
+
+A tensor of values on a grid and its codes say the same. Whatever only sees the values works as ever; a quantized layer
+finds the codes and need not quantize again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import kernels
+from .fake_quantize_layer import FakeQuantizeLayer
+
+_ATTRIBUTE = "_quantized_codes"
+
+
+class Codes(NamedTuple):
+    """Codes, and the grid that they were made with: scale and zero point as they were then, of shape (1,) or (C,)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    version: int
+
+
+def attach_codes(values: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    """Keeps codes beside their values, for as long as nothing changes these in place."""
+    setattr(values, _ATTRIBUTE, Codes(codes, scale, zero_point, values._version))
+
+
+def codes_of(values: Tensor, node: FakeQuantizeLayer) -> Codes | None:
+    """The codes of values that a node has put on its grid; None where some are NaN, which has no code.
+
+    Values that were moved or selected since are quantized anew, to the very same codes.
+    """
+    attached: Codes | None = getattr(values, _ATTRIBUTE, None)
+    if attached is not None and attached.version == values._version:
+        return attached
+    scale, zero_point = node.scale.detach().clone(), node.code_of_zero.detach().clone()
+    result = kernels.fake_quantize(
+        values.detach(), scale, zero_point, node.scheme, codes=True, values=False
+    )
+    return None if result.codes is None else Codes(result.codes, scale, zero_point, values._version)

@@ -1,0 +1,177 @@
+"""What follows a product in training, in one step: batch normalization, a clip, observation and fake quantization.
+
+One mask, a bit to a value, says for all of them whether a gradient passes. Each function here returns None where the
+model's modules have to do it one after the other: without compiled kernels, with hooks that would not fire, with
+learned scales, or where the node has yet to see data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import kernels
+from .activation_observer import BatchStatistics
+from .attached_codes import attach_codes
+from .fake_quantize_layer import FakeQuantizeLayer
+from .hooks import is_watched
+from .integer_product import IntegerProduct
+from .layer_types import Clip
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class _NormalizeAndQuantize(torch.autograd.Function):
+    """Saves the product's output, or what computes it again, and a mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        inverse_deviation: Tensor,
+        clip: Clip,
+        node: FakeQuantizeLayer,
+        recomputed: IntegerProduct | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        factor = inverse_deviation if weight is None else inverse_deviation * weight
+        addend = -mean * factor if bias is None else bias - mean * factor
+        result = kernels.normalize(input, factor, addend, clip, node.scale, node.zero_point, node.scheme)
+        ctx.product = None if recomputed is None else recomputed.product
+        kept = (input,) if recomputed is None else (recomputed.codes, recomputed.product.packed)
+        ctx.save_for_backward(result.mask, mean, inverse_deviation, weight, *kept)
+        ctx.gradient_clip = node.estimator.gradient_clip
+        ctx.has_bias = bias is not None
+        ctx.set_materialize_grads(False)
+        if result.codes is not None:
+            ctx.mark_non_differentiable(result.codes)
+        ctx.mark_non_differentiable(result.extremes)
+        return result.values, result.codes, result.extremes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 8
+        mask, mean, inverse_deviation, weight, *kept = ctx.saved_tensors
+        values = kept[0] if ctx.product is None else ctx.product._replace(packed=kept[1])(kept[0])
+        to_input, to_weight, to_bias = kernels.normalize_backward(
+            gradient, mask, values, mean, inverse_deviation, weight, ctx.gradient_clip
+        )
+        return to_input, None if weight is None else to_weight, to_bias if ctx.has_bias else None, *[None] * 5
+
+
+class _ClipAndQuantize(torch.autograd.Function):
+    """Of a tensor, or of the sum of two; saves a mask alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, addend: Tensor | None, clip: Clip, node: FakeQuantizeLayer, observes: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        result = kernels.fake_quantize(
+            input,
+            node.scale,
+            node.zero_point,
+            node.scheme,
+            addend=addend,
+            clip=clip,
+            codes=True,
+            mask=True,
+            extremes=observes,
+        )
+        ctx.save_for_backward(result.mask)
+        ctx.layout = input.shape, input.stride()
+        ctx.gradient_clip = node.estimator.gradient_clip
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(each for each in (result.codes, result.extremes) if each is not None))
+        return result.values, result.codes, result.extremes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 5
+        (mask,) = ctx.saved_tensors
+        passed = kernels.mask_gradient(gradient, mask, *ctx.layout, ctx.gradient_clip)
+        return passed, passed if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def normalized_and_quantized(
+    product: IntegerProduct | None,
+    input: Tensor,
+    batch_norm: nn.Module,
+    activation: nn.Module | None,
+    clip: Clip,
+    node: FakeQuantizeLayer,
+) -> Tensor | None:
+    """Batch normalization in training mode with what follows it, or None.
+
+    Args:
+        product: what computes ``input`` again in backward; None to keep ``input`` itself.
+        input: (N, C, *size), float32.
+        batch_norm: statistics are those of this batch; running statistics are updated.
+        activation: the module that clips to ``clip``, if any.
+        node: quantizes the result.
+    """
+    if type(batch_norm) not in _BATCH_NORMS or not batch_norm.training or is_watched(batch_norm, activation):
+        return None
+    if not _fuses(node) or input.numel() <= input.shape[1] or not kernels.can_normalize(input):
+        return None
+    mean, variance = kernels.batch_statistics(input.detach())
+    _update_running_statistics(batch_norm, mean, variance, input.numel() // mean.numel())
+    weight, bias = batch_norm.weight, batch_norm.bias
+    values, codes, extremes = _NormalizeAndQuantize.apply(  # type: ignore[no-untyped-call]
+        input, weight, bias, mean, torch.rsqrt(variance + batch_norm.eps), clip, node, product
+    )
+    return _observed(node, values, codes, extremes)
+
+
+def clipped_and_quantized(
+    input: Tensor, addend: Tensor | None, activation: nn.Module | None, clip: Clip, node: FakeQuantizeLayer
+) -> Tensor | None:
+    """A tensor (plus another one of its shape), clipped and quantized, or None."""
+    if is_watched(activation) or not _fuses(node) or not kernels.use_native(input) or input.numel() == 0:
+        return None
+    if input.dtype is not torch.float32 or (
+        addend is not None and (addend.shape != input.shape or addend.dtype != input.dtype)
+    ):
+        return None
+    values, codes, extremes = _ClipAndQuantize.apply(input, addend, clip, node, node.observes)  # type: ignore[no-untyped-call]
+    return _observed(node, values, codes, extremes)
+
+
+def _fuses(node: FakeQuantizeLayer) -> bool:
+    """Whether a node only observes extremes and quantizes, with parameters that stay as they are in this forward."""
+    if is_watched(node) or node.learnable or node.estimator.saturated != "zero" or node.layer is not None:
+        return False
+    if not node.is_initialized or not node.fake_quantize_enabled or node.calibrating:
+        return False
+    return not node.observes or (node.synchronizer is not None and node.observer.measures_extremes)
+
+
+def _observed(node: FakeQuantizeLayer, values: Tensor, codes: Tensor | None, extremes: Tensor | None) -> Tensor:
+    if node.observes and node.synchronizer is not None and extremes is not None:
+        node.synchronizer.defer(node.synchronizer_index, BatchStatistics(extremes))
+    if codes is not None:
+        attach_codes(values, codes, node.scale.clone(), node.zero_point.clone())
+    return values
+
+
+@torch.no_grad()
+def _update_running_statistics(batch_norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
+    """As :class:`torch.nn.BatchNorm2d` does: the variance of the batch counts without bias."""
+    running_mean, running_variance = batch_norm.running_mean, batch_norm.running_var
+    if running_mean is None or running_variance is None:
+        return
+    momentum = batch_norm.momentum
+    if batch_norm.num_batches_tracked is not None:
+        batch_norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        if momentum is None:  # the average of all batches
+            momentum = 1.0 / float(batch_norm.num_batches_tracked)  # type: ignore[arg-type]
+    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)  # type: ignore[operator, union-attr]
+    running_variance.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))  # type: ignore[operator, union-attr]
