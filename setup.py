@@ -62,7 +62,7 @@ setup(
         Extension(
             "mlframework.quantization.kernels._native",
             sources=sorted(str(path) for path in Path(KERNELS, "csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path(KERNELS, "csrc").glob("*.h")),
+            depends=sorted(str(path) for path in Path(KERNELS, "csrc").glob("*.[hi]*")),
             extra_compile_args=FLAGS,
             libraries=["torch_cpu", "torch", "c10"],
             language="c++",

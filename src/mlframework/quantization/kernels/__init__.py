@@ -1,6 +1,7 @@
 """Integer arithmetic on tensors: which kernel computes it on this machine, and a fallback that is exact everywhere."""
 
 from .capability import int_mm_is_exact, onednn_is_exact
+from .fake_quantization import FakeQuantized, extremes, fake_quantize, mask_gradient
 from .integer_layer import Epilogue, IntegerLayer
 from .integer_products import PackedConvolution, PackedLinear
 from .native import active_path, reference_kernels, use_native
@@ -14,6 +15,7 @@ from .transposed_convolution import PackedTransposedConvolution, TransposedLayer
 __all__ = [
     "ConvolutionGeometry",
     "Epilogue",
+    "FakeQuantized",
     "IntegerLayer",
     "PackedConvolution",
     "PackedLinear",
@@ -26,8 +28,11 @@ __all__ = [
     "batch_statistics",
     "can_normalize",
     "dequantize",
+    "extremes",
+    "fake_quantize",
     "int_mm_is_exact",
     "lookup",
+    "mask_gradient",
     "max_pool2d",
     "normalize",
     "normalize_backward",

@@ -22,6 +22,9 @@ LIBRARY = Path(__file__).with_name("_native.abi3.so")
 _OPERATORS = (
     "quantize",
     "dequantize",
+    "fake_quantize",
+    "mask_gradient",
+    "extremes",
     "lookup",
     "add",
     "requantize",
@@ -69,6 +72,7 @@ def use_native(tensor: Tensor) -> bool:
         and not _reference_is_forced
         and type(tensor) is Tensor  # not a tensor that only stands for one, as tracers have
         and tensor.is_cpu
+        and not torch._C._are_functorch_transforms_active()  # nor for a batch, or a gradient, of vmap and its kind
         and native_is_available()
     )
 

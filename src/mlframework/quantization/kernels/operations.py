@@ -16,15 +16,16 @@ from .native import operators, use_native
 
 def quantize(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
     """Float values to codes; see :func:`.arithmetic.quantize_values`."""
-    if (
-        scheme.channel_axis is None
-        and values.dtype is torch.float32
-        and _is_number(scale)
-        and _is_number(zero_point)
-        and use_native(values)
-    ):
+    if values.dtype in (torch.float32, torch.bfloat16) and _are_read(scale, zero_point) and use_native(values):
+        axis = scheme.resolve_channel_axis(values.dim())
         codes: Tensor = operators["quantize"](
-            values, scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.dtype
+            values,
+            scale,
+            zero_point,
+            scheme.quant_min,
+            scheme.quant_max,
+            scheme.dtype,
+            -1 if axis is None else axis,
         )
         return codes
     return arithmetic.quantize_values(values, scale, zero_point, scheme)
@@ -32,15 +33,20 @@ def quantize(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: Quantiza
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, channel_axis: int | None) -> Tensor:
     """Codes to float32 values; see :func:`.arithmetic.dequantize_codes`."""
-    if channel_axis is None and _is_number(scale) and _is_number(zero_point) and use_native(codes):
-        values: Tensor = operators["dequantize"](codes, scale, zero_point)
+    if _are_read(scale, zero_point) and use_native(codes):
+        axis = -1 if channel_axis is None else channel_axis % codes.dim()
+        values: Tensor = operators["dequantize"](codes, scale, zero_point, axis)
         return values
     return arithmetic.dequantize_codes(codes, scale, zero_point, channel_axis)
 
 
-def _is_number(parameter: Tensor) -> bool:
-    """Whether a scale or a zero point is what the compiled kernels read: one number, which no gradient asks for."""
-    return parameter.numel() == 1 and parameter.dtype in (torch.float32, torch.int32) and not parameter.requires_grad
+def _are_read(scale: Tensor, zero_point: Tensor) -> bool:
+    """Whether scale and zero point are what the compiled kernels read, with no gradient to ask for."""
+    return (
+        scale.dtype is torch.float32
+        and zero_point.dtype in (torch.float32, torch.int32)
+        and not (scale.requires_grad or zero_point.requires_grad)
+    )
 
 
 def lookup(codes: Tensor, table: Tensor) -> Tensor:

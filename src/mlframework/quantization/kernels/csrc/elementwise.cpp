@@ -1,6 +1,5 @@
-// Codes element by element: from floats, to floats, and through a table. Each formula is that of arithmetic.py.
-#include <cmath>
-
+// Codes element by element: to floats, and through a table. Each formula is that of arithmetic.py.
+#include "channels.h"
 #include "codes.h"
 #include "instruction_set.h"
 #include "operators.h"
@@ -13,21 +12,52 @@ namespace kernels {
 namespace {
 
 template <class Code>
-struct Quantize {
-  ALWAYS_INLINE static void run(const float* __restrict values, Code* __restrict codes, int64_t count, float scale,
-                                float zero_point, float lowest, float highest) {
-    for (int64_t i = 0; i < count; ++i)
-      codes[i] = to_code<Code>(clamp(std::nearbyintf(values[i] / scale) + zero_point, lowest, highest));
-  }
-};
-
-template <class Code>
 struct Dequantize {
   ALWAYS_INLINE static void run(const Code* __restrict codes, float* __restrict values, int64_t count, float scale,
                                 float zero_point) {
     for (int64_t i = 0; i < count; ++i) values[i] = (static_cast<float>(codes[i]) - zero_point) * scale;
   }
 };
+
+// Entry by entry of a row, again and again.
+template <class Code>
+struct DequantizeRows {
+  ALWAYS_INLINE static void run(const Code* __restrict codes, float* __restrict values, int64_t count, int64_t length,
+                                const float* __restrict scale, const float* __restrict zero_point) {
+    for (int64_t start = 0; start < count; start += length) {
+      const int64_t stop = std::min(length, count - start);
+      for (int64_t i = 0; i < stop; ++i)
+        values[start + i] = (static_cast<float>(codes[start + i]) - zero_point[i]) * scale[i];
+    }
+  }
+};
+
+template <class Code>
+void dequantize_rows(const Code* from, float* to, const ChannelLayout& layout, const ChannelNumbers& scales,
+                     const ChannelNumbers& zero_points) {
+  const int64_t length = layout.row_length(), count = layout.count();
+  if (count == 0) return;
+  const std::vector<float> scale = layout.repeated(scales), zero_point = layout.repeated(zero_points);
+  const int64_t grain = std::max<int64_t>(kElementsPerThread / length, 1);
+  torch::stable::parallel_for(0, (count + length - 1) / length, grain, [&](int64_t begin, int64_t end) {
+    run_vectorized<DequantizeRows<Code>>(from + begin * length, to + begin * length,
+                                         std::min(end * length, count) - begin * length, length, scale.data(),
+                                         zero_point.data());
+  });
+}
+
+template <class Code>
+void dequantize_runs(const Code* from, float* to, const ChannelLayout& layout, const ChannelNumbers& scales,
+                     const ChannelNumbers& zero_points) {
+  torch::stable::parallel_for(0, layout.count(), kElementsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t start = begin; start < end;) {
+      const int64_t run = start / layout.inner, stop = std::min(end, (run + 1) * layout.inner);
+      const int64_t channel = run % layout.channels;
+      run_vectorized<Dequantize<Code>>(from + start, to + start, stop - start, scales[channel], zero_points[channel]);
+      start = stop;
+    }
+  });
+}
 
 void lookup_each(const uint8_t* __restrict codes, uint8_t flip, const uint8_t* __restrict table,
                  uint8_t* __restrict result, int64_t count) {
@@ -62,37 +92,21 @@ void lookup_all(const uint8_t* codes, uint8_t flip, const uint8_t* table, uint8_
 
 }  // namespace
 
-Tensor quantize(const Tensor& values, const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest,
-                ScalarType dtype) {
-  check_floats(values, "values");
-  check_code_dtype(dtype);
-  const Tensor source = dense(values);
-  const Tensor result = empty_like(source, dtype);
-  const float step = number_in(scale, "scale"), zero = number_in(zero_point, "zero_point");
-  const float* from = static_cast<const float*>(source.const_data_ptr());
-  with_code_type(dtype, [&](auto code) {
-    using Code = decltype(code);
-    Code* to = static_cast<Code*>(result.mutable_data_ptr());
-    torch::stable::parallel_for(0, source.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
-      run_vectorized<Quantize<Code>>(from + begin, to + begin, end - begin, step, zero, static_cast<float>(lowest),
-                                     static_cast<float>(highest));
-    });
-  });
-  return result;
-}
-
-Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point) {
+Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t axis) {
   check_codes(codes, "codes");
   const Tensor source = dense(codes);
   const Tensor result = empty_like(source, ScalarType::Float);
-  const float step = number_in(scale, "scale"), zero = number_in(zero_point, "zero_point");
+  const ChannelLayout layout = channel_layout(source, axis);
+  const ChannelNumbers scales(scale, layout.channels, "scale"), zero_points(zero_point, layout.channels, "zero_point");
   float* to = static_cast<float*>(result.mutable_data_ptr());
   with_code_type(codes.scalar_type(), [&](auto code) {
     using Code = decltype(code);
     const Code* from = static_cast<const Code*>(source.const_data_ptr());
-    torch::stable::parallel_for(0, source.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
-      run_vectorized<Dequantize<Code>>(from + begin, to + begin, end - begin, step, zero);
-    });
+    if (layout.channels > 1 && layout.inner < kShortestRun) {
+      dequantize_rows(from, to, layout, scales, zero_points);
+    } else {
+      dequantize_runs(from, to, layout, scales, zero_points);
+    }
   });
   return result;
 }

@@ -10,6 +10,25 @@ namespace kernels {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "eight flags are packed as one little-endian number");
 
+// Writes bits in order, any number of up to 32 at a time.
+struct BitWriter {
+  uint8_t* to;
+  uint64_t pending = 0;
+  uint32_t filled = 0;  // below 32 between calls
+
+  ALWAYS_INLINE void push(uint32_t bits, uint32_t count) {
+    pending |= static_cast<uint64_t>(bits) << filled;
+    filled += count;
+    if (filled < 32) return;
+    std::memcpy(to, &pending, 4);
+    to += 4;
+    pending >>= 32;
+    filled -= 32;
+  }
+  // What is left; the last byte is filled up with zeros.
+  ALWAYS_INLINE void finish() { std::memcpy(to, &pending, (filled + 7) / 8); }
+};
+
 inline int64_t mask_bytes(int64_t elements) { return (elements + 7) / 8; }
 
 // Flags are bytes of 0 or 1. The last byte is filled up with zeros.

@@ -30,9 +30,15 @@ const bool keeps_freed_memory = [] {
 }  // namespace kernels
 
 STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
-  library.def("quantize(Tensor values, Tensor scale, Tensor zero_point, int lowest, int highest, ScalarType dtype)"
-              " -> Tensor");
-  library.def("dequantize(Tensor codes, Tensor scale, Tensor zero_point) -> Tensor");
+  // An axis of -1 is per tensor.
+  library.def("quantize(Tensor values, Tensor scale, Tensor zero_point, int lowest, int highest, ScalarType dtype,"
+              " int axis) -> Tensor");
+  library.def("dequantize(Tensor codes, Tensor scale, Tensor zero_point, int axis) -> Tensor");
+  library.def("fake_quantize(Tensor input, Tensor? addend, Tensor scale, Tensor zero_point, int lowest, int highest,"
+              " int axis, float clip_low, float clip_high, bool wants_values, bool wants_mask, bool wants_extremes,"
+              " ScalarType? code_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("mask_gradient(Tensor gradient, Tensor mask, int[] strides, float? gradient_clip) -> Tensor");
+  library.def("extremes(Tensor input, int axis) -> Tensor");
   library.def("lookup(Tensor codes, Tensor table) -> Tensor");
   library.def("add(Tensor left, Tensor left_ratio, Tensor right, Tensor right_ratio, Tensor constant, int lowest,"
               " int highest, ScalarType dtype) -> Tensor");
@@ -58,6 +64,9 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
 STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CPU, library) {
   library.impl("quantize", TORCH_BOX(&kernels::quantize));
   library.impl("dequantize", TORCH_BOX(&kernels::dequantize));
+  library.impl("fake_quantize", TORCH_BOX(&kernels::fake_quantize));
+  library.impl("mask_gradient", TORCH_BOX(&kernels::mask_gradient));
+  library.impl("extremes", TORCH_BOX(&kernels::extremes));
   library.impl("lookup", TORCH_BOX(&kernels::lookup));
   library.impl("add", TORCH_BOX(&kernels::add));
   library.impl("requantize", TORCH_BOX(&kernels::requantize));

@@ -1,5 +1,5 @@
 // The operators that operators.cpp registers with PyTorch. Each computes what the function of its name in
-// kernels/operations.py and the classes in kernels/integer_layer.py compute without it.
+// kernels/operations.py and kernels/fake_quantization.py and the classes in kernels/integer_layer.py compute without it.
 #pragma once
 
 #include <optional>
@@ -10,9 +10,19 @@
 namespace kernels {
 
 Tensor quantize(const Tensor& values, const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest,
-                ScalarType dtype);
+                ScalarType dtype, int64_t axis);
 
-Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point);
+Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t axis);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& input, const std::optional<Tensor>& addend,
+                                                         const Tensor& scale, const Tensor& zero_point, int64_t lowest,
+                                                         int64_t highest, int64_t axis, double clip_low,
+                                                         double clip_high, bool wants_values, bool wants_mask,
+                                                         bool wants_extremes, std::optional<ScalarType> code_dtype);
+
+Tensor mask_gradient(const Tensor& gradient, const Tensor& mask, Shape strides, std::optional<double> gradient_clip);
+
+Tensor extremes(const Tensor& input, int64_t axis);
 
 Tensor lookup(const Tensor& codes, const Tensor& table);
 

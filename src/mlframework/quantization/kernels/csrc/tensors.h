@@ -71,14 +71,16 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-inline Tensor dense(const Tensor& tensor) { return is_dense(tensor) ? tensor : torch::stable::contiguous(tensor); }
+// A copy, where there must be one, keeps the order of the axes.
+inline Tensor dense(const Tensor& tensor) { return is_dense(tensor) ? tensor : torch::stable::clone(tensor); }
 
-// An uninitialized tensor of codes, int32 or float32.
+// An uninitialized tensor of codes, int32, bfloat16 or float32.
 inline Tensor empty(const Shape& sizes, const Shape& strides, ScalarType dtype) {
-  const int32_t code = dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
-                       : dtype == ScalarType::Char ? aoti_torch_dtype_int8()
-                       : dtype == ScalarType::Int  ? aoti_torch_dtype_int32()
-                                                   : aoti_torch_dtype_float32();
+  const int32_t code = dtype == ScalarType::Byte       ? aoti_torch_dtype_uint8()
+                       : dtype == ScalarType::Char     ? aoti_torch_dtype_int8()
+                       : dtype == ScalarType::Int      ? aoti_torch_dtype_int32()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
@@ -102,6 +104,12 @@ inline void check_code_dtype(ScalarType dtype) {
 
 inline void check_floats(const Tensor& values, const char* name) {
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float, name, " must be float32");
+  STD_TORCH_CHECK(values.is_cpu(), name, " must be on the CPU");
+}
+
+inline void check_trained(const Tensor& values, const char* name) {
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float || values.scalar_type() == ScalarType::BFloat16, name,
+                  " must be float32 or bfloat16");
   STD_TORCH_CHECK(values.is_cpu(), name, " must be on the CPU");
 }
 

@@ -1,0 +1,40 @@
+// The loops of fake quantization, which run on one piece of memory at a time: compiled once for each instruction set.
+#pragma once
+
+#include "grid.h"
+#include "mask.h"
+
+namespace kernels {
+
+// What a forward pass reads and writes. Null is what is not there, or not wanted.
+struct ForwardPiece {
+  const void* input;
+  const void* addend;
+  void* values;
+  uint8_t* codes;
+  BitWriter* mask;
+  int64_t count;
+  float lowest_code;
+  bool clips, wants_extremes;
+  float clip_low, clip_high;
+
+  const Grid* grid;  // of the whole piece; or, where null, an entry of a row for each element:
+  const float *scale, *zero_point, *lowest, *highest;
+  float *minimum, *maximum;  // joined to what is there: one number with a grid, a row of them with rows; NaN stays
+  bool has_nan;              // set where a value is NaN, if extremes or codes are wanted
+};
+
+void fake_quantize_piece(ForwardPiece& piece, bool is_bfloat16);
+
+// What passes a gradient back through a mask: `bits` starts at the first element's.
+struct MaskedGradient {
+  const void* gradient;
+  const uint8_t* bits;
+  void* result;
+  int64_t count;
+  float largest;  // the gradient's magnitude is clipped to it; infinity clips nothing
+};
+
+void mask_gradient_piece(const MaskedGradient& piece, bool is_bfloat16);
+
+}  // namespace kernels

@@ -1,0 +1,220 @@
+"""What training asks of a tensor before and after it is rounded to the grid, in one reading of it.
+
+Compiled where that is possible, and by the formulas of :mod:`.arithmetic` everywhere, with the same results bit for
+bit. Nothing here is differentiable: gradients are the business of who calls (``qat/fake_quantize_operation.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import arithmetic
+from .native import operators, use_native
+
+UNBOUNDED = (-math.inf, math.inf)
+
+
+class FakeQuantized(NamedTuple):
+    """What :func:`fake_quantize` gives; None for what was not asked for.
+
+    ``values`` and ``codes`` lie in memory as a dense input does, and ``mask`` is in that order: the element that
+    comes i-th in memory has bit ``i % 8`` of byte ``i // 8``, and what is left of the last byte is zero.
+    """
+
+    values: Tensor | None
+    codes: Tensor | None
+    mask: Tensor | None
+    extremes: Tensor | None
+
+
+def fake_quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    axis: int | None,
+    *,
+    addend: Tensor | None = None,
+    clip: tuple[float, float] = UNBOUNDED,
+    values: bool = True,
+    codes: torch.dtype | None = None,
+    mask: bool = False,
+    extremes: bool = False,
+) -> FakeQuantized:
+    r"""Rounds :math:`v = \mathrm{clip}(x + a)` to the grid.
+
+    .. math:: q = \mathrm{rne}(v / s) + z,\qquad c = \mathrm{clamp}(q,\ q_{min},\ q_{max}),\qquad y = (c - z)\, s
+
+    NaN stays NaN. Half precision computes in float32.
+
+    Args:
+        input: floating-point tensor of any shape and layout.
+        scale: (1,), or (C,) along ``axis``.
+        zero_point: the shape of ``scale``; a fractional one is rounded half to even, onto the grid.
+        lowest, highest: the ends of the grid.
+        axis: non-negative, or None for one scale.
+        addend: added first; shape and dtype of ``input``.
+        clip: the range of an activation that only clips; infinite ends clip nothing.
+        values: whether to return y, in the dtype of ``input``.
+        codes: the dtype to return c in, uint8 or int8. There are none where a v is NaN, which has no code.
+        mask: whether to return where the gradient passes: :math:`q_{min} \le q \le q_{max}`, and x + a strictly
+            within ``clip``.
+        extremes: whether to return the extremes of v, as :func:`extremes` does.
+    """
+    if _takes(input, scale, zero_point) and (addend is None or use_native(addend)):
+        return FakeQuantized(
+            *operators["fake_quantize"](
+                input.detach(),
+                None if addend is None else addend.detach(),
+                scale.detach(),
+                zero_point.detach(),
+                lowest,
+                highest,
+                -1 if axis is None else axis,
+                *clip,
+                values,
+                mask,
+                extremes,
+                codes,
+            )
+        )
+    with torch.no_grad():
+        return _fake_quantize(
+            input, scale, zero_point, lowest, highest, axis, addend, clip, values, codes, mask, extremes
+        )
+
+
+def _takes(input: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
+    """Whether the compiled kernels read these."""
+    return (
+        input.dtype in _NATIVE_INPUTS
+        and scale.dtype is torch.float32
+        and zero_point.dtype in _NATIVE_ZERO_POINTS
+        and use_native(input)
+    )
+
+
+_NATIVE_INPUTS = (torch.float32, torch.bfloat16)
+_NATIVE_ZERO_POINTS = (torch.float32, torch.int32, torch.int64, torch.uint8, torch.int8)
+
+
+def _fake_quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    axis: int | None,
+    addend: Tensor | None,
+    clip: tuple[float, float],
+    values: bool,
+    codes: torch.dtype | None,
+    mask: bool,
+    extremes: bool,
+) -> FakeQuantized:
+    number, step, offset = operands(_dense(input), scale, zero_point, lowest, highest, axis)
+    unclipped = number if addend is None else number + addend.to(number.dtype)
+    number = unclipped if clip == UNBOUNDED else unclipped.clamp(*clip)
+    unsaturated = arithmetic.unsaturated_codes(number, step, offset)
+    saturated = unsaturated.clamp(lowest, highest)
+    inside = (unsaturated >= lowest) & (unsaturated <= highest) & (unclipped > clip[0]) & (unclipped < clip[1])
+    return FakeQuantized(
+        ((saturated - offset) * step).to(input.dtype) if values else None,
+        saturated.to(codes) if codes is not None and not bool(number.isnan().any()) else None,
+        pack_mask(inside) if mask else None,
+        _extremes(number, axis) if extremes else None,
+    )
+
+
+def operands(
+    input: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, scale and (rounded) zero point in the dtype of the computation, ready to broadcast."""
+    dtype = arithmetic.compute_dtype(input)
+    codes = torch.round(zero_point.to(dtype)).clamp(lowest, highest)
+    return (
+        input.to(dtype),
+        arithmetic.along_axis(scale.to(dtype), input.dim(), axis),
+        arithmetic.along_axis(codes, input.dim(), axis),
+    )
+
+
+def mask_gradient(
+    gradient: Tensor, mask: Tensor, strides: tuple[int, ...], gradient_clip: float | None = None
+) -> Tensor:
+    """The gradient where the mask's bit is set, and 0 elsewhere, even if it is NaN or infinite there.
+
+    Args:
+        gradient: of any layout.
+        mask: what :func:`fake_quantize` returned for a tensor of this shape.
+        strides: of what :func:`fake_quantize` returned: the layout of the mask, and of the result.
+        gradient_clip: the largest magnitude that passes.
+    """
+    if gradient.dtype in _NATIVE_INPUTS and use_native(gradient):
+        if gradient_clip is not None and gradient.dtype is not torch.float32:
+            gradient_clip = float(torch.tensor(gradient_clip, dtype=gradient.dtype))
+        masked: Tensor = operators["mask_gradient"](gradient.detach(), mask, strides, gradient_clip)
+        return masked
+    with torch.no_grad():
+        if gradient_clip is not None:
+            gradient = gradient.clamp(-gradient_clip, gradient_clip)
+        return torch.where(unpack_mask(mask, gradient.shape, strides), gradient, 0.0)
+
+
+def extremes(input: Tensor, axis: int | None) -> Tensor:
+    """``[-minimum, maximum]`` of a tensor, float32 of shape (2, C); minus infinity where an end is not finite.
+
+    An end is not finite where a value is infinite, where one is NaN (both ends), and where there are no values.
+    """
+    if input.dtype in _NATIVE_INPUTS and use_native(input):
+        both: Tensor = operators["extremes"](input.detach(), -1 if axis is None else axis)
+        return both
+    with torch.no_grad():
+        return _extremes(input, axis)
+
+
+def _extremes(input: Tensor, axis: int | None) -> Tensor:
+    channels = 1 if axis is None else input.shape[axis]
+    if input.numel() == 0:
+        return torch.full((2, channels), -torch.inf, device=input.device)
+    if axis is None:
+        minimum, maximum = torch.aminmax(memory_order(input))
+    else:
+        minimum, maximum = torch.aminmax(input.movedim(axis, 0).reshape(channels, -1), dim=1)
+    both = torch.stack([-minimum, maximum]).to(torch.float32).reshape(2, channels)
+    return torch.where(torch.isfinite(both), both, -torch.inf)
+
+
+def memory_order(input: Tensor) -> Tensor:
+    """The elements as a vector in the order in which they lie: a view of any dense tensor, channels-last included."""
+    if input.is_contiguous() or torch.compiler.is_compiling():
+        return input.reshape(-1)
+    order = sorted(range(input.dim()), key=input.stride, reverse=True)
+    return input.permute(order).reshape(-1)
+
+
+def _dense(input: Tensor) -> Tensor:
+    """The tensor, copied if its elements do not fill one block of memory."""
+    return input if memory_order(input).data_ptr() == input.data_ptr() else input.clone()
+
+
+def pack_mask(flags: Tensor) -> Tensor:
+    """A bool tensor as one bit an element, in the order in which its elements lie: uint8, (ceil(N / 8),)."""
+    ordered = memory_order(flags)
+    padded = torch.nn.functional.pad(ordered.to(torch.uint8), (0, -ordered.numel() % 8))
+    return (padded.reshape(-1, 8) * _bits(flags.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """The bool tensor that :func:`pack_mask` packed, of which those are the shape and the strides."""
+    flags = (mask[:, None] & _bits(mask.device)).reshape(-1) != 0
+    return flags.as_strided(shape, strides)
+
+
+def _bits(device: torch.device) -> Tensor:
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
