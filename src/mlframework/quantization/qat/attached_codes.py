@@ -38,8 +38,9 @@ def codes_of(values: Tensor, node: FakeQuantizeLayer) -> Codes | None:
     attached: Codes | None = getattr(values, _ATTRIBUTE, None)
     if attached is not None and attached.version == values._version:
         return attached
-    scale, zero_point = node.scale.detach().clone(), node.code_of_zero.detach().clone()
-    result = kernels.fake_quantize(
-        values.detach(), scale, zero_point, node.scheme, codes=True, values=False
-    )
-    return None if result.codes is None else Codes(result.codes, scale, zero_point, values._version)
+    scale, zero_point, scheme = node.scale.detach().clone(), node.zero_point.detach().clone(), node.scheme
+    axis = scheme.resolve_channel_axis(values.dim())
+    codes = kernels.fake_quantize(
+        values, scale, zero_point, scheme.quant_min, scheme.quant_max, axis, values=False, codes=scheme.dtype
+    ).codes
+    return None if codes is None else Codes(codes, scale, zero_point, values._version)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import arithmetic, kernels
 from ..kernels import ConvolutionGeometry, TrainingProduct
+from ..scheme import QuantizationScheme
 from .attached_codes import Codes, codes_of
 from .fake_quantize_layer import FakeQuantizeLayer
 
@@ -25,7 +26,8 @@ class IntegerProduct(NamedTuple):
 
 
 class _IntegerProduct(torch.autograd.Function):
-    """Saves codes, a byte to a value, in the place of the floats that a convolution would save."""
+    """Saves codes, a byte to a value, in the place of the floats that a layer would save. The weight, which is there
+    all the same, is quantized again."""
 
     @staticmethod
     def forward(
@@ -34,16 +36,17 @@ class _IntegerProduct(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         codes: Codes,
+        own_weight: Tensor,
         weight_codes: Codes,
+        scheme: QuantizationScheme,
         product: TrainingProduct,
         geometry: ConvolutionGeometry | None,
-        weight_axis: int | None,
     ) -> Tensor:
         ctx.save_for_backward(
-            codes.codes, codes.scale, codes.zero_point, weight_codes.codes, weight_codes.scale, weight_codes.zero_point
+            codes.codes, codes.scale, codes.zero_point, own_weight, weight_codes.scale, weight_codes.zero_point
         )
         ctx.geometry = geometry
-        ctx.weight_axis = weight_axis
+        ctx.scheme = scheme
         autocast = torch.is_autocast_enabled("cpu")
         ctx.dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
         return product(codes.codes)
@@ -51,13 +54,16 @@ class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale, zero_point, weight_codes, weight_scale, weight_zero_point = ctx.saved_tensors
+        codes, scale, zero_point, own_weight, *weight_grid = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = ctx.dtype
         gradient = gradient.to(dtype)
         # Each gradient takes the other operand's values.
         input = kernels.dequantize(codes, scale, zero_point, None).to(dtype)
-        weight = kernels.dequantize(weight_codes, weight_scale, weight_zero_point, ctx.weight_axis).to(dtype)
+        scheme = ctx.scheme
+        weight = kernels.fake_quantize(
+            own_weight, *weight_grid, scheme.quant_min, scheme.quant_max, scheme.channel_axis
+        ).values.to(dtype)
         if ctx.geometry is None:
             to_input, to_weight, to_bias = _linear_backward(gradient, input, weight, ctx.needs_input_grad)
         else:
@@ -76,7 +82,7 @@ class _IntegerProduct(torch.autograd.Function):
                 [needs_input, needs_weight, needs_bias],
             )
         gradients = (None if each is None else each.to(torch.float32) for each in (to_input, to_weight, to_bias))
-        return *gradients, *[None] * 5
+        return *gradients, *[None] * 7
 
 
 def _linear_backward(
@@ -106,7 +112,9 @@ def integer_product(
         weight: float32 values on the grid of ``weight_node``, in the layer's weight's shape.
         bias: (O,), added in units of the accumulator; None for none.
     """
-    if type(layer) not in _LAYERS or input.dtype is not torch.float32 or weight.dtype is not torch.float32:
+    own_weight = layer.weight
+    assert isinstance(own_weight, Tensor)
+    if type(layer) not in _LAYERS or own_weight.dtype is not torch.float32 or input.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return None
     geometry = _geometry_of(layer)
     if geometry is None and not isinstance(layer, nn.Linear):
@@ -127,7 +135,7 @@ def integer_product(
         weight_codes.codes, bias_codes, scale, geometry, int(codes.zero_point), codes.codes.dtype
     )
     output = _IntegerProduct.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, codes, weight_codes, product, geometry, weight_node.scheme.channel_axis
+        input, weight, bias, codes, own_weight.detach(), weight_codes, weight_node.scheme, product, geometry
     )
     return IntegerProduct(output, product, codes.codes)
 

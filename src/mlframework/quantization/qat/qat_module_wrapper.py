@@ -215,8 +215,8 @@ class QATModuleWrapper(nn.Module):
             return bias
         if not self._input_is_on_grid():
             return bias
-        rounded = arithmetic.bias_on_grid(bias.detach(), (source.scale * weight_node.scale).detach())
-        return rounded + (bias - bias.detach())
+        rounded = arithmetic.bias_on_grid(bias.detach().float(), (source.scale * weight_node.scale).detach())
+        return rounded.to(bias.dtype) + (bias - bias.detach())
 
     # --- integers -------------------------------------------------------------------------------------------------
 

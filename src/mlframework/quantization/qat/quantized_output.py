@@ -73,19 +73,23 @@ class _ClipAndQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, addend: Tensor | None, clip: Clip, node: FakeQuantizeLayer, observes: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        scheme = node.scheme
         result = kernels.fake_quantize(
             input,
             node.scale,
             node.zero_point,
-            node.scheme,
+            scheme.quant_min,
+            scheme.quant_max,
+            None,
             addend=addend,
             clip=clip,
-            codes=True,
+            codes=scheme.dtype,
             mask=True,
             extremes=observes,
         )
+        assert result.values is not None
         ctx.save_for_backward(result.mask)
-        ctx.layout = input.shape, input.stride()
+        ctx.strides = result.values.stride()
         ctx.gradient_clip = node.estimator.gradient_clip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(each for each in (result.codes, result.extremes) if each is not None))
@@ -97,7 +101,7 @@ class _ClipAndQuantize(torch.autograd.Function):
         if gradient is None:
             return (None,) * 5
         (mask,) = ctx.saved_tensors
-        passed = kernels.mask_gradient(gradient, mask, *ctx.layout, ctx.gradient_clip)
+        passed = kernels.mask_gradient(gradient, mask, ctx.strides, ctx.gradient_clip)
         return passed, passed if ctx.needs_input_grad[1] else None, None, None, None
 
 
