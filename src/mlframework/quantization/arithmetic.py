@@ -200,13 +200,23 @@ def lookup_table(
     The function is evaluated in float64 and its value rounded to float32, which for a sum, a product or a quotient is
     the float32 result, and for anything else the same on every device.
     """
-    ends = torch.iinfo(input_scheme.dtype)
-    codes = torch.arange(ends.min, ends.max + 1, device=input_scale.device)
-    values = dequantize_codes(codes, input_scale, input_zero_point, None)
+    values = grid_values(input_scale, input_zero_point, input_scheme)
     if function is not None:
-        with torch.autocast(input_scale.device.type, enabled=False):
-            values = function(values.double()).to(torch.float32)
+        values = function_values(function, values)
     return quantize_values(values, output_scale, output_zero_point, output_scheme)
+
+
+def grid_values(scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """The values of all 256 codes of the scheme's dtype, the lowest first."""
+    ends = torch.iinfo(scheme.dtype)
+    codes = torch.arange(ends.min, ends.max + 1, device=scale.device)
+    return dequantize_codes(codes, scale, zero_point, None)
+
+
+def function_values(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """A function of each value, as a :func:`lookup_table` takes it: computed in float64."""
+    with torch.autocast(values.device.type, enabled=False):
+        return function(values.double()).to(torch.float32)
 
 
 def look_up(codes: Tensor, table: Tensor) -> Tensor:

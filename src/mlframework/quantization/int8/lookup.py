@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from .. import arithmetic, kernels
@@ -36,6 +37,14 @@ class Lookup(IntegerOperation):
 
     def on_codes(self, codes: Sequence[Tensor], constants: tuple[Tensor, ...], output: Grid, ends: Ends) -> Tensor:
         return kernels.lookup(codes[0], constants[0])
+
+    def values_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The function and its derivative at float32 values of shape (N,)."""
+        with _without_hooks(self.used), torch.enable_grad():
+            values = values.detach().requires_grad_()
+            results = arithmetic.function_values(self.function, values)
+            (slopes,) = torch.autograd.grad(results.sum(), values)
+        return results.detach(), slopes
 
     def modules(self) -> tuple[nn.Module, ...]:
         return self.used

@@ -7,7 +7,17 @@ from .integer_products import PackedConvolution, PackedLinear
 from .native import active_path, reference_kernels, use_native
 from .normalization import batch_statistics, can_normalize, normalize, normalize_backward
 from .onednn import ConvolutionGeometry
-from .operations import add, dequantize, lookup, max_pool2d, quantize, requantize, sum_positions
+from .operations import (
+    add,
+    dequantize,
+    lookup,
+    lookup_gradient,
+    max_pool2d,
+    occurring,
+    quantize,
+    requantize,
+    sum_positions,
+)
 from .subpixel import SubpixelConvolution, subpixel_convolution
 from .training_product import TrainingProduct, pack_training_product, takes_training_product
 from .transposed_convolution import PackedTransposedConvolution, TransposedLayer
@@ -32,10 +42,12 @@ __all__ = [
     "fake_quantize",
     "int_mm_is_exact",
     "lookup",
+    "lookup_gradient",
     "mask_gradient",
     "max_pool2d",
     "normalize",
     "normalize_backward",
+    "occurring",
     "onednn_is_exact",
     "pack_training_product",
     "quantize",

@@ -26,6 +26,8 @@ _OPERATORS = (
     "mask_gradient",
     "extremes",
     "lookup",
+    "lookup_gradient",
+    "occurring",
     "add",
     "requantize",
     "max_pool2d",

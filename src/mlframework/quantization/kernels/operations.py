@@ -57,6 +57,25 @@ def lookup(codes: Tensor, table: Tensor) -> Tensor:
     return arithmetic.look_up(codes, table)
 
 
+def lookup_gradient(gradient: Tensor, codes: Tensor, slopes: Tensor, gradient_clip: float | None) -> Tensor:
+    """A gradient through a table: times ``slopes`` (256 float32, the lowest code first) at codes of its shape."""
+    if gradient.dtype is torch.float32 and use_native(gradient):
+        passed: Tensor = operators["lookup_gradient"](gradient, codes, slopes, gradient_clip)
+        return passed
+    if gradient_clip is not None:
+        gradient = gradient.clamp(-gradient_clip, gradient_clip)
+    return gradient * arithmetic.look_up(codes, slopes)
+
+
+def occurring(codes: Tensor) -> Tensor:
+    """Which of the 256 codes there are, the lowest first: uint8 of shape (256,), 1 or 0."""
+    if use_native(codes):
+        present: Tensor = operators["occurring"](codes)
+        return present
+    places = codes.flatten().to(torch.int64) - torch.iinfo(codes.dtype).min
+    return torch.zeros(256, dtype=torch.uint8, device=codes.device).index_fill_(0, places, 1)
+
+
 def add(
     left: Tensor,
     left_ratio: Tensor,

@@ -70,6 +70,18 @@ def pack_training_product(
     if weight.dim() == 3:
         weight, stride, padding, dilation = weight.unsqueeze(2), (1, *stride), (0, *padding), (1, *dilation)  # type: ignore[assignment]
     packed: Tensor = operators["pack_layer"](
-        weight, bias, scale, stride, padding, dilation, groups, zero_point, dtype, 0, -torch.inf, torch.inf, torch.float32
+        weight,
+        bias,
+        scale,
+        stride,
+        padding,
+        dilation,
+        groups,
+        zero_point,
+        dtype,
+        0,
+        -torch.inf,
+        torch.inf,
+        torch.float32,
     )
     return TrainingProduct(packed, geometry is not None)

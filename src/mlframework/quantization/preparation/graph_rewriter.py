@@ -46,8 +46,7 @@ class GraphRewriter:
         accounts = self._float_operations(placement)
         for chain, wrapper in zip(placement.chains, wrappers, strict=True):
             if chain.source is not None:
-                dropouts = tuple(self.modules[str(node.target)] for node in chain.dropouts)
-                wrapper.take_input_from(self.grid_of[chain.source], dropouts)
+                wrapper.take_input_from(self.grid_of[chain.source], self._modules_of(chain.dropouts))
             self._put_wrapper(chain, wrapper)
             accounts[chain.node] = layer_entry(str(chain.node.target), wrapper)
         for entry, operation in zip(joined, operation_modules, strict=True):
@@ -80,10 +79,18 @@ class GraphRewriter:
         activation = None if entry.activation is None else operations.clipping_module(entry.activation, self.modules)
         sources = [self.grid_of[source] for source in entry.sources]
         operation = QATOperation(
-            entry.config, entry.operation, sources, activation, non_negative=self._is_never_negative(entry)
+            entry.config,
+            entry.operation,
+            sources,
+            activation,
+            non_negative=self._is_never_negative(entry),
+            dropouts=self._modules_of(entry.dropouts),
         )
         self.grid_of[entry.end] = operation.output_fake_quantize
         return operation
+
+    def _modules_of(self, nodes: tuple[fx.Node, ...]) -> tuple[nn.Module, ...]:
+        return tuple(self.modules[str(node.target)] for node in nodes)
 
     def _is_never_negative(self, entry: Joined) -> bool:
         """Whether the operation itself says so, or makes its values of values that are all on grids without sign."""

@@ -54,8 +54,8 @@ class Chain:
 class Joined:
     """An operation other than a layer that computes on integers, and the activation that runs with it.
 
-    ``operands`` are what it reads in the graph, ``sources`` the nodes whose grids these are on. ``nodes`` are all that
-    it stands for: several for a region that is one table.
+    ``operands`` are what it reads in the graph, ``sources`` the nodes whose grids these are on, ``dropouts`` what lies
+    between. ``nodes`` are all that it stands for: several for a region that is one table.
     """
 
     node: fx.Node
@@ -64,6 +64,7 @@ class Joined:
     nodes: tuple[fx.Node, ...]
     activation: fx.Node | None = None
     sources: tuple[fx.Node, ...] = ()
+    dropouts: tuple[fx.Node, ...] = ()
     config: QATConfig = field(default_factory=QATConfig)
 
     @property
@@ -121,9 +122,10 @@ class _Placer:
         for chain in self.placement.chains:
             if chain.input is not None:
                 chain.source = self.base(chain.input)
-                chain.dropouts = tuple(filter(self._is_dropout, self._path(chain.input)))
+                chain.dropouts = self._dropouts_before(chain.input)
         for entry in self.placement.joined:
             entry.sources = tuple(map(self.base, entry.operands))
+            entry.dropouts = self._dropouts_before(*entry.operands)
         for entry in self.placement.joined:
             entry.config = self._config_of_readers(entry.end)
         ends = {chain.end for chain in self.placement.chains} | {entry.end for entry in self.placement.joined}
@@ -195,8 +197,14 @@ class _Placer:
             path.append(path[-1].args[0])  # type: ignore[arg-type]
         return path
 
-    def _is_dropout(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(self.modules[str(node.target)], operations.DROPOUTS)
+    def _dropouts_before(self, *operands: fx.Node) -> tuple[fx.Node, ...]:
+        """What takes values off their grid in training, on the way to these."""
+        path = (node for operand in operands for node in self._path(operand))
+        return tuple(
+            node
+            for node in path
+            if node.op == "call_module" and isinstance(self.modules[str(node.target)], operations.DROPOUTS)
+        )
 
     def _shares_grid(self, node: fx.Node) -> bool:
         source = node.args[0] if node.args else None

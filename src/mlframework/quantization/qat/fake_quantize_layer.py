@@ -133,6 +133,11 @@ class FakeQuantizeLayer(nn.Module):
         return self.training and self.observer.enabled and not learned
 
     @property
+    def quantizes(self) -> bool:
+        """Whether the next forward puts values on the grid, rather than letting them pass."""
+        return self._ready and self.fake_quantize_enabled and not self.calibrating
+
+    @property
     def parameters_on_grid(self) -> QuantizationParameters:
         """A copy of scale and zero point as evaluation uses them; a learned zero point is rounded."""
         self.require_initialized()

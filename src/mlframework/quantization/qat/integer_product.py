@@ -114,7 +114,12 @@ def integer_product(
     """
     own_weight = layer.weight
     assert isinstance(own_weight, Tensor)
-    if type(layer) not in _LAYERS or own_weight.dtype is not torch.float32 or input.dtype is not torch.float32 or weight.dtype is not torch.float32:
+    if (
+        type(layer) not in _LAYERS
+        or own_weight.dtype is not torch.float32
+        or input.dtype is not torch.float32
+        or weight.dtype is not torch.float32
+    ):
         return None
     geometry = _geometry_of(layer)
     if geometry is None and not isinstance(layer, nn.Linear):

@@ -18,7 +18,7 @@ from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import has_user_hooks, is_watched
 from .integer_product import IntegerProduct, integer_product
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
-from .quantized_output import clipped_and_quantized, normalized_and_quantized
+from .quantized_output import are_active, clipped_and_quantized, normalized_and_quantized
 
 
 class QATModuleWrapper(nn.Module):
@@ -168,13 +168,7 @@ class QATModuleWrapper(nn.Module):
     def _input_is_on_grid(self) -> bool:
         """Whether what reaches the layer now is what a node quantized, moved about at the most."""
         source = self.input_source
-        return (
-            source is not None
-            and source.is_initialized
-            and source.fake_quantize_enabled
-            and not source.calibrating
-            and all(not module.training or module.p == 0 for module in self._dropouts)
-        )
+        return source is not None and source.quantizes and not are_active(self._dropouts)
 
     def _run_following(self, output: Tensor, product: IntegerProduct | None) -> Tensor:
         """Batch normalization, activation and output node: in one step where that can be."""
@@ -211,9 +205,7 @@ class QATModuleWrapper(nn.Module):
     def _simulated_bias(self, bias: Tensor) -> Tensor:
         """The bias rounded to units of the accumulator, straight through, once input and weight have grids."""
         source, weight_node = self.input_source, self.weight_fake_quantize
-        if source is None or weight_node is None or weight_node.calibrating or not weight_node.fake_quantize_enabled:
-            return bias
-        if not self._input_is_on_grid():
+        if source is None or weight_node is None or not weight_node.quantizes or not self._input_is_on_grid():
             return bias
         rounded = arithmetic.bias_on_grid(bias.detach().float(), (source.scale * weight_node.scale).detach())
         return rounded.to(bias.dtype) + (bias - bias.detach())

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from .. import arithmetic
 from ..int8.integer_operation import Addition, Grid, IntegerOperation
+from ..int8.lookup import Lookup
 from ..int8.operations import Int8Operation
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import has_user_hooks
 from .layer_types import Clip, clip_of
 from .qat_module_wrapper import activation_node, in_dtype_of
-from .quantized_output import clipped_and_quantized
+from .quantized_output import are_active, clipped_and_quantized, looked_up
 
 
 class QATOperation(nn.Module):
@@ -31,6 +32,7 @@ class QATOperation(nn.Module):
         sources: for each operand the node that puts it on its grid, somewhere before in the model.
         activation: ReLU, ReLU6 or Hardtanh that follows, where the operation ``clips``.
         non_negative: the result is known to be.
+        dropouts: what lies between the nodes and the operands, and takes values off their grids in training.
 
     Raises:
         TypeError: the activation does more than clip, or the operation takes none.
@@ -44,6 +46,7 @@ class QATOperation(nn.Module):
         activation: nn.Module | None = None,
         *,
         non_negative: bool = False,
+        dropouts: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         clip = clip_of(activation)
@@ -54,6 +57,7 @@ class QATOperation(nn.Module):
         self.operation = operation
         # In tuples, because other rooms of the model own (and name) these modules.
         self.sources = tuple(sources)
+        self.dropouts = tuple(dropouts)
         self._activation = (activation,)
         self._clip: Clip = clip
         node = activation_node(config, non_negative or clip[0] >= 0)
@@ -73,15 +77,23 @@ class QATOperation(nn.Module):
         if integers and not has_user_hooks(*self.operation.modules(), *self._activation):
             return self._on_codes(*operands)
         codes = self._codes(*operands) if integers else ()  # first: an in-place activation changes its operand
-        if not integers and isinstance(self.operation, Addition):
-            left, right = operands
-            fused = clipped_and_quantized(left, right, self._activation[0], self._clip, self.output_fake_quantize)
+        if not integers:
+            fused = self._in_one_step(*operands)
             if fused is not None:
                 return fused
         result = self.operation.on_values(*operands)
         if self._activation[0] is not None:
             result = self._activation[0](result)
         return self._values_of(codes, result) if integers else self.output_fake_quantize(result)
+
+    def _in_one_step(self, *operands: Tensor) -> Tensor | None:
+        """The operation in training with what follows it, where one kernel does all of that."""
+        node = self.output_fake_quantize
+        if isinstance(self.operation, Addition):
+            return clipped_and_quantized(*operands, self._activation[0], self._clip, node)
+        if isinstance(self.operation, Lookup) and self.sources[0].quantizes and not are_active(self.dropouts):
+            return looked_up(*operands, self.sources[0], self.operation, node)
+        return None
 
     def to_integer(self) -> Int8Operation:
         """The operation on codes with the present scales.

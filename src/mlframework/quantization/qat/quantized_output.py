@@ -7,15 +7,17 @@ learned scales, or where the node has yet to see data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import kernels
+from .. import arithmetic, kernels
+from ..int8.lookup import Lookup
 from .activation_observer import BatchStatistics
-from .attached_codes import attach_codes
+from .attached_codes import attach_codes, codes_of
 from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import is_watched
 from .integer_product import IntegerProduct
@@ -105,6 +107,29 @@ class _ClipAndQuantize(torch.autograd.Function):
         return passed, passed if ctx.needs_input_grad[1] else None, None, None, None
 
 
+class _LookUp(torch.autograd.Function):
+    """Saves the codes of its input, and for each of 256 the slope."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, codes: Tensor, table: Tensor, slopes: Tensor, node: FakeQuantizeLayer
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(codes, slopes)
+        ctx.gradient_clip = node.estimator.gradient_clip
+        ctx.set_materialize_grads(False)
+        results = kernels.lookup(codes, table)
+        ctx.mark_non_differentiable(results)
+        return kernels.dequantize(results, node.scale, node.zero_point, None), results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 5
+        codes, slopes = ctx.saved_tensors
+        return kernels.lookup_gradient(gradient, codes, slopes, ctx.gradient_clip), None, None, None, None
+
+
 def normalized_and_quantized(
     product: IntegerProduct | None,
     input: Tensor,
@@ -149,11 +174,42 @@ def clipped_and_quantized(
     return _observed(node, values, codes, extremes)
 
 
+def looked_up(input: Tensor, source: FakeQuantizeLayer, operation: Lookup, node: FakeQuantizeLayer) -> Tensor | None:
+    """A function of each value on the grid of ``source``, quantized by ``node``: from a table, or None."""
+    if is_watched(*operation.modules()) or not _fuses(node) or not kernels.use_native(input) or input.numel() == 0:
+        return None
+    codes = codes_of(input, source) if input.dtype is torch.float32 else None
+    if codes is None or codes.scale.numel() > 1:
+        return None
+    on_grid = arithmetic.grid_values(
+        codes.scale, arithmetic.grid_zero_point(codes.zero_point, source.scheme), source.scheme
+    )
+    results, slopes = operation.values_and_slopes(on_grid)
+    table = kernels.fake_quantize(
+        results,
+        node.scale,
+        node.zero_point,
+        node.scheme.quant_min,
+        node.scheme.quant_max,
+        None,
+        codes=node.scheme.dtype,
+        mask=True,
+    )
+    if table.codes is None or table.mask is None:
+        return None
+    slopes = kernels.mask_gradient(slopes, table.mask, (1,))
+    values, result_codes = _LookUp.apply(input, codes.codes, table.codes, slopes, node)  # type: ignore[no-untyped-call]
+    extremes = None
+    if node.observes:
+        extremes = kernels.extremes(results[kernels.occurring(codes.codes).bool()], None)
+    return _observed(node, values, result_codes, extremes)
+
+
 def _fuses(node: FakeQuantizeLayer) -> bool:
     """Whether a node only observes extremes and quantizes, with parameters that stay as they are in this forward."""
     if is_watched(node) or node.learnable or node.estimator.saturated != "zero" or node.layer is not None:
         return False
-    if not node.is_initialized or not node.fake_quantize_enabled or node.calibrating:
+    if not node.quantizes:
         return False
     return not node.observes or (node.synchronizer is not None and node.observer.measures_extremes)
 
@@ -179,3 +235,8 @@ def _update_running_statistics(batch_norm: nn.Module, mean: Tensor, variance: Te
             momentum = 1.0 / float(batch_norm.num_batches_tracked)  # type: ignore[arg-type]
     running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)  # type: ignore[operator, union-attr]
     running_variance.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))  # type: ignore[operator, union-attr]
+
+
+def are_active(dropouts: Sequence[nn.Module]) -> bool:
+    """Whether any of these changes values now."""
+    return any(module.training and module.p != 0 for module in dropouts)

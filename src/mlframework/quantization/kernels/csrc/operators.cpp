@@ -40,6 +40,8 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
   library.def("mask_gradient(Tensor gradient, Tensor mask, int[] strides, float? gradient_clip) -> Tensor");
   library.def("extremes(Tensor input, int axis) -> Tensor");
   library.def("lookup(Tensor codes, Tensor table) -> Tensor");
+  library.def("lookup_gradient(Tensor gradient, Tensor codes, Tensor slopes, float? gradient_clip) -> Tensor");
+  library.def("occurring(Tensor codes) -> Tensor");
   library.def("add(Tensor left, Tensor left_ratio, Tensor right, Tensor right_ratio, Tensor constant, int lowest,"
               " int highest, ScalarType dtype) -> Tensor");
   library.def("requantize(Tensor sums, Tensor? bias, Tensor multiplier, int zero_point, int lowest, int highest,"
@@ -68,6 +70,8 @@ STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CPU, library) {
   library.impl("mask_gradient", TORCH_BOX(&kernels::mask_gradient));
   library.impl("extremes", TORCH_BOX(&kernels::extremes));
   library.impl("lookup", TORCH_BOX(&kernels::lookup));
+  library.impl("lookup_gradient", TORCH_BOX(&kernels::lookup_gradient));
+  library.impl("occurring", TORCH_BOX(&kernels::occurring));
   library.impl("add", TORCH_BOX(&kernels::add));
   library.impl("requantize", TORCH_BOX(&kernels::requantize));
   library.impl("max_pool2d", TORCH_BOX(&kernels::max_pool2d));

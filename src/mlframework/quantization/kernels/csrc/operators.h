@@ -26,6 +26,11 @@ Tensor extremes(const Tensor& input, int64_t axis);
 
 Tensor lookup(const Tensor& codes, const Tensor& table);
 
+Tensor lookup_gradient(const Tensor& gradient, const Tensor& codes, const Tensor& slopes,
+                       std::optional<double> gradient_clip);
+
+Tensor occurring(const Tensor& codes);
+
 Tensor add(const Tensor& left, const Tensor& left_ratio, const Tensor& right, const Tensor& right_ratio,
            const Tensor& constant, int64_t lowest, int64_t highest, ScalarType dtype);
 

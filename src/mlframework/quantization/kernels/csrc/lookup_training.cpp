@@ -1,0 +1,67 @@
+// What training takes to know of a function that is a table: which entries were asked for, and the gradient through it.
+#include <atomic>
+
+#include "codes.h"
+#include "instruction_set.h"
+#include "operators.h"
+
+namespace kernels {
+namespace {
+
+struct MultiplySlopes {
+  ALWAYS_INLINE static void run(const float* __restrict gradient, const uint8_t* __restrict codes, uint8_t flip,
+                                const float* __restrict slopes, float clip, int64_t count, float* __restrict result) {
+    for (int64_t i = 0; i < count; ++i) {
+      float passed = gradient[i] < -clip ? -clip : gradient[i];
+      passed = passed > clip ? clip : passed;
+      result[i] = passed * slopes[codes[i] ^ flip];
+    }
+  }
+};
+
+// An int8 code has its place 128 further on, which is its byte with the highest bit changed.
+uint8_t flip_of(const Tensor& codes) { return codes.scalar_type() == ScalarType::Char ? 128 : 0; }
+
+}  // namespace
+
+Tensor lookup_gradient(const Tensor& gradient, const Tensor& codes, const Tensor& slopes,
+                       std::optional<double> gradient_clip) {
+  check_floats(gradient, "gradient");
+  check_codes(codes, "codes");
+  check_floats(slopes, "slopes");
+  STD_TORCH_CHECK(slopes.numel() == 256 && slopes.is_contiguous(), "slopes must be contiguous and hold 256 numbers");
+  STD_TORCH_CHECK(sizes_of(gradient) == sizes_of(codes), "gradient must have the shape of codes");
+  const Tensor source = dense(codes);
+  const Tensor result = empty_like(source, ScalarType::Float);
+  const Tensor aligned = laid_out_as(gradient, result);
+  const float clip = gradient_clip ? static_cast<float>(*gradient_clip) : std::numeric_limits<float>::infinity();
+  const uint8_t flip = flip_of(codes);
+  const auto* from = static_cast<const float*>(aligned.const_data_ptr());
+  const auto* at = static_cast<const uint8_t*>(source.const_data_ptr());
+  const auto* slope = static_cast<const float*>(slopes.const_data_ptr());
+  auto* to = static_cast<float*>(result.mutable_data_ptr());
+  torch::stable::parallel_for(0, source.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
+    run_vectorized<MultiplySlopes>(from + begin, at + begin, flip, slope, clip, end - begin, to + begin);
+  });
+  return result;
+}
+
+Tensor occurring(const Tensor& codes) {
+  check_codes(codes, "codes");
+  const Tensor source = dense(codes);
+  const Tensor result = empty({256}, {1}, ScalarType::Byte);
+  const uint8_t flip = flip_of(codes);
+  const auto* at = static_cast<const uint8_t*>(source.const_data_ptr());
+  std::atomic<uint8_t> seen[256] = {};
+  torch::stable::parallel_for(0, source.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
+    uint8_t here[256] = {};
+    for (int64_t i = begin; i < end; ++i) here[at[i]] = 1;
+    for (int i = 0; i < 256; ++i)
+      if (here[i]) seen[i].store(1, std::memory_order_relaxed);
+  });
+  auto* to = static_cast<uint8_t*>(result.mutable_data_ptr());
+  for (int i = 0; i < 256; ++i) to[i ^ flip] = seen[i].load(std::memory_order_relaxed);
+  return result;
+}
+
+}  // namespace kernels
