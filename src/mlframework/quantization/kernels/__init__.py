@@ -1,9 +1,18 @@
 """Integer arithmetic on tensors: which kernel computes it on this machine, and a fallback that is exact everywhere."""
 
 from .capability import int_mm_is_exact, onednn_is_exact
-from .fake_quantization import FakeQuantized, extremes, fake_quantize, mask_gradient
+from .fake_quantization import (
+    FakeQuantized,
+    extremes,
+    fake_quantize,
+    fake_quantize_backward,
+    is_native,
+    mask_gradient,
+    memory_order,
+)
 from .integer_layer import Epilogue, IntegerLayer
 from .integer_products import PackedConvolution, PackedLinear
+from .moving_average import update_moving_average
 from .native import active_path, reference_kernels
 from .onednn import ConvolutionGeometry
 from .operations import add, dequantize, lookup, max_pool2d, quantize, requantize, sum_positions
@@ -25,14 +34,18 @@ __all__ = [
     "dequantize",
     "extremes",
     "fake_quantize",
+    "fake_quantize_backward",
     "int_mm_is_exact",
+    "is_native",
     "lookup",
     "mask_gradient",
     "max_pool2d",
+    "memory_order",
     "onednn_is_exact",
     "quantize",
     "reference_kernels",
     "requantize",
     "subpixel_convolution",
     "sum_positions",
+    "update_moving_average",
 ]

@@ -24,6 +24,8 @@ _OPERATORS = (
     "dequantize",
     "fake_quantize",
     "mask_gradient",
+    "fake_quantize_backward",
+    "update_moving_average",
     "extremes",
     "lookup",
     "add",

@@ -17,7 +17,6 @@ from .activation_observer import ActivationObserver, BatchStatistics, MovingAver
 from .fake_quantize_operation import fake_quantize_tensor
 from .observer_synchronizer import ObserverSynchronizer, reduce_over_ranks
 from .scale_projection import project_optimizer_steps
-from .snapshot import snapshot
 from .straight_through_estimator import StraightThroughEstimator
 
 
@@ -178,10 +177,7 @@ class FakeQuantizeLayer(nn.Module):
             # DistributedDataParallel wants every parameter to take part in every step.
             return output + 0 * (self.scale.sum() + self.zero_point.sum()) if self.learnable else output
         self.require_initialized()
-        scale, zero_point = self.scale, self.zero_point
-        if not self.learnable:  # the observer may update them in place before backward reads them
-            scale, zero_point = snapshot(scale), snapshot(zero_point)
-        return fake_quantize_tensor(output, scale, zero_point, self.scheme, self.estimator, axis)
+        return fake_quantize_tensor(output, self.scale, self.zero_point, self.scheme, self.estimator, axis)
 
     def _observe(self, input: Tensor) -> None:
         statistics = self.observer.measure(input)
@@ -194,7 +190,17 @@ class FakeQuantizeLayer(nn.Module):
 
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds measured statistics in and, where due, recomputes the parameters from them."""
-        self.observer.update(statistics)
+        observer = self.observer
+        if (
+            isinstance(observer, MovingAverageObserver)
+            and not (self.calibrating or self.learnable)
+            and observer.update_with_parameters(
+                statistics, self.scale, self.zero_point, self.scheme, due=not self._ready
+            )
+        ):
+            self._mark_ready()
+            return
+        observer.update(statistics)
         if self.calibrating:
             return
         due = True if not self._ready else self.observer.due()
