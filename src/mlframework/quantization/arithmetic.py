@@ -86,7 +86,7 @@ def quantize_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
 
 
 def bias_fits(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
-    """Where the code of a bias leaves the int32 accumulator the room it needs; elsewhere conversion raises the scale."""
+    """Where the code of a bias leaves the accumulator the room it needs; elsewhere conversion raises the scale."""
     return bias.abs() <= accumulator_scale * LARGEST_BIAS_CODE
 
 

@@ -1,9 +1,18 @@
 """Integer arithmetic on tensors: which kernel computes it on this machine, and a fallback that is exact everywhere."""
 
 from .capability import int_mm_is_exact, onednn_is_exact
-from .fake_quantization import FakeQuantized, extremes, fake_quantize, mask_gradient
+from .fake_quantization import (
+    FakeQuantized,
+    extremes,
+    fake_quantize,
+    fake_quantize_backward,
+    is_native,
+    mask_gradient,
+    memory_order,
+)
 from .integer_layer import Epilogue, IntegerLayer
 from .integer_products import PackedConvolution, PackedLinear
+from .moving_average import update_moving_average
 from .native import active_path, reference_kernels, use_native
 from .normalization import batch_statistics, can_normalize, normalize, normalize_backward
 from .onednn import ConvolutionGeometry
@@ -40,11 +49,14 @@ __all__ = [
     "dequantize",
     "extremes",
     "fake_quantize",
+    "fake_quantize_backward",
     "int_mm_is_exact",
+    "is_native",
     "lookup",
     "lookup_gradient",
     "mask_gradient",
     "max_pool2d",
+    "memory_order",
     "normalize",
     "normalize_backward",
     "occurring",
@@ -56,5 +68,6 @@ __all__ = [
     "subpixel_convolution",
     "sum_positions",
     "takes_training_product",
+    "update_moving_average",
     "use_native",
 ]

@@ -1,7 +1,8 @@
-"""What training asks of a tensor before and after it is rounded to the grid, in one reading of it.
+"""What training asks of a tensor that is rounded to the grid: one reading of it forward, and one backward.
 
-Compiled where that is possible, and by the formulas of :mod:`.arithmetic` everywhere, with the same results bit for
-bit. Nothing here is differentiable: gradients are the business of who calls (``qat/fake_quantize_operation.py``).
+Compiled where that is possible, and by the formulas of :mod:`.arithmetic` everywhere: with the same results, bit for
+bit but for sums over many elements. Forward functions are not differentiable: who calls them
+(``qat/fake_quantize_operation.py``) passes gradients on with the backward ones.
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ def fake_quantize(
             within ``clip``.
         extremes: whether to return the extremes of v, as :func:`extremes` does.
     """
-    if _takes(input, scale, zero_point) and (addend is None or use_native(addend)):
+    if is_native(input, scale, zero_point) and (addend is None or use_native(addend)):
         return FakeQuantized(
             *operators["fake_quantize"](
-                input.detach(),
-                None if addend is None else addend.detach(),
-                scale.detach(),
-                zero_point.detach(),
+                _plain(input),
+                None if addend is None else _plain(addend),
+                _plain(scale),
+                _plain(zero_point),
                 lowest,
                 highest,
                 -1 if axis is None else axis,
@@ -89,14 +90,19 @@ def fake_quantize(
         )
 
 
-def _takes(input: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
-    """Whether the compiled kernels read these."""
+def is_native(input: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
+    """Whether the compiled kernels take these."""
     return (
         input.dtype in _NATIVE_INPUTS
         and scale.dtype is torch.float32
         and zero_point.dtype in _NATIVE_ZERO_POINTS
         and use_native(input)
     )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor without its history, for operators that autograd does not know."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 _NATIVE_INPUTS = (torch.float32, torch.bfloat16)
@@ -149,21 +155,114 @@ def mask_gradient(
 ) -> Tensor:
     """The gradient where the mask's bit is set, and 0 elsewhere, even if it is NaN or infinite there.
 
+    Differentiable in ``gradient``, as backward is asked to be for a gradient of a gradient.
+
     Args:
         gradient: of any layout.
         mask: what :func:`fake_quantize` returned for a tensor of this shape.
         strides: of what :func:`fake_quantize` returned: the layout of the mask, and of the result.
         gradient_clip: the largest magnitude that passes.
     """
-    if gradient.dtype in _NATIVE_INPUTS and use_native(gradient):
-        if gradient_clip is not None and gradient.dtype is not torch.float32:
-            gradient_clip = float(torch.tensor(gradient_clip, dtype=gradient.dtype))
-        masked: Tensor = operators["mask_gradient"](gradient.detach(), mask, strides, gradient_clip)
+    if gradient.dtype in _NATIVE_INPUTS and not _is_recorded(gradient) and use_native(gradient):
+        largest = None if gradient_clip is None else _representable(gradient_clip, gradient.dtype)
+        masked: Tensor = operators["mask_gradient"](gradient, mask, strides, largest)
         return masked
-    with torch.no_grad():
-        if gradient_clip is not None:
-            gradient = gradient.clamp(-gradient_clip, gradient_clip)
-        return torch.where(unpack_mask(mask, gradient.shape, strides), gradient, 0.0)
+    if gradient_clip is not None:
+        gradient = gradient.clamp(-gradient_clip, gradient_clip)
+    return torch.where(unpack_mask(mask, gradient.shape, strides), gradient, 0.0)
+
+
+def fake_quantize_backward(
+    gradient: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    axis: int | None,
+    *,
+    pass_saturated: bool,
+    gradient_clip: float | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    r"""Gradients of the input, the scale and the zero point of :func:`fake_quantize`, from its input.
+
+    With the gradient clipped, and :math:`g = 1 / \sqrt{N q_{max}}` where N elements share a scale:
+
+    - input: the gradient, where the mask of :func:`fake_quantize` is set, or everywhere (``pass_saturated``).
+    - scale: the sum of :math:`g\,(\mathrm{rne}(x / s) - x / s)` inside the grid and of :math:`g\,(c - z)` outside,
+      times the gradient (LSQ, equations 3 and 4).
+    - zero point: the sum of :math:`-g\,s`, times the gradient, where the value saturated (LSQ+, section 3.2).
+
+    The formulas are differentiable themselves where autograd records. Sums of the compiled kernels are of floats and,
+    above 32 of them, of doubles, in an order that does not depend on the number of threads.
+
+    Args:
+        gradient: of what :func:`fake_quantize` returned.
+        input, scale, zero_point, lowest, highest, axis: as there.
+        needs: which of the three gradients to return; None stands for the others.
+    """
+    if (
+        is_native(input, scale, zero_point)
+        and gradient.dtype is input.dtype
+        and not _is_recorded(gradient, input, scale, zero_point)
+        and use_native(gradient)
+    ):
+        to_input, to_scale, to_zero_point = operators["fake_quantize_backward"](
+            gradient,
+            _plain(input),
+            _plain(scale),
+            _plain(zero_point),
+            lowest,
+            highest,
+            -1 if axis is None else axis,
+            pass_saturated,
+            None if gradient_clip is None else _representable(gradient_clip, gradient.dtype),
+            gradient_scale(input, scale, highest),
+            needs[0],
+        )
+        return (
+            to_input,
+            to_scale.reshape(scale.shape) if needs[1] else None,
+            to_zero_point.reshape(scale.shape).to(zero_point.dtype) if needs[2] else None,
+        )
+    values, step, offset = operands(input, scale, zero_point, lowest, highest, axis)
+    if gradient_clip is not None:
+        gradient = gradient.clamp(-gradient_clip, gradient_clip)
+    codes = arithmetic.unsaturated_codes(values, step, offset)
+    inside = (codes >= lowest) & (codes <= highest)
+    to_input = to_scale = to_zero_point = None
+    if needs[0]:
+        to_input = gradient if pass_saturated else torch.where(inside, gradient, 0.0)
+    if needs[1] or needs[2]:
+        gradient = gradient.to(values.dtype) * gradient_scale(input, scale, highest)
+        dimensions = [dimension for dimension in range(input.dim()) if dimension != axis]
+        if needs[1]:
+            slope = codes.clamp(lowest, highest) - offset - torch.where(inside, values / step, 0.0)
+            to_scale = _sum(gradient * slope, dimensions).reshape(scale.shape).to(scale.dtype)
+        if needs[2]:
+            slope = torch.where(inside, 0.0, -step)
+            to_zero_point = _sum(gradient * slope, dimensions).reshape(scale.shape).to(zero_point.dtype)
+    return to_input, to_scale, to_zero_point
+
+
+def gradient_scale(input: Tensor, scale: Tensor, highest: int) -> float:
+    r""":math:`1 / \sqrt{N q_{max}}`: a scale of N elements learns at the pace of a weight (LSQ, section 2.2)."""
+    return 1.0 / math.sqrt(max(input.numel() // scale.numel(), 1) * highest)
+
+
+def _sum(values: Tensor, dimensions: list[int]) -> Tensor:
+    return values.sum(dimensions) if dimensions else values
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _representable(number: float, dtype: torch.dtype) -> float:
+    """The number as ``torch.clamp`` takes it for a tensor of that dtype."""
+    return number if dtype is torch.float32 else float(torch.tensor(number, dtype=dtype))
 
 
 def extremes(input: Tensor, axis: int | None) -> Tensor:
@@ -172,7 +271,7 @@ def extremes(input: Tensor, axis: int | None) -> Tensor:
     An end is not finite where a value is infinite, where one is NaN (both ends), and where there are no values.
     """
     if input.dtype in _NATIVE_INPUTS and use_native(input):
-        both: Tensor = operators["extremes"](input.detach(), -1 if axis is None else axis)
+        both: Tensor = operators["extremes"](_plain(input), -1 if axis is None else axis)
         return both
     with torch.no_grad():
         return _extremes(input, axis)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LIBRARY = Path(__file__).with_name("_native.abi3.so")
 
@@ -24,6 +24,8 @@ _OPERATORS = (
     "dequantize",
     "fake_quantize",
     "mask_gradient",
+    "fake_quantize_backward",
+    "update_moving_average",
     "extremes",
     "lookup",
     "lookup_gradient",
@@ -41,6 +43,8 @@ _OPERATORS = (
     "has_integer_layers",
     "instruction_set",
 )
+
+_PLAIN = (Tensor, nn.Parameter)
 
 # The operators by name, once they are loaded: overloads, which are called without a search by argument types.
 operators: dict[str, Any] = {}
@@ -72,7 +76,7 @@ def use_native(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not _reference_is_forced
-        and type(tensor) is Tensor  # not a tensor that only stands for one, as tracers have
+        and type(tensor) in _PLAIN  # not a tensor that only stands for one, as tracers have
         and tensor.is_cpu
         and not torch._C._are_functorch_transforms_active()  # nor for a batch, or a gradient, of vmap and its kind
         and native_is_available()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..scheme import QuantizationScheme
 from .moving_average_statistics import MovingAverageStatistics
 
@@ -178,6 +179,29 @@ class MovingAverageObserver(ActivationObserver):
         super().__init__(channel_axis=channel_axis, num_channels=num_channels, update_every=update_every)
         self.statistics = MovingAverageStatistics(momentum, num_channels)
 
+    def update_with_parameters(
+        self, statistics: BatchStatistics, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme, due: bool
+    ) -> bool:
+        """:meth:`update` and, if ``due`` or :meth:`due`, the parameters that follow from it, in one compiled call.
+
+        Returns:
+            Whether it was done; otherwise nothing has changed.
+        """
+        running = self.statistics
+        done = type(self) is MovingAverageObserver and kernels.update_moving_average(
+            statistics.extremes,
+            running.minimum,
+            running.maximum,
+            self.batches,
+            scale,
+            zero_point,
+            running.momentum,
+            scheme,
+            due or self._updates % self.update_every == 0,
+        )
+        self._updates += done
+        return done
+
     def _update(self, statistics: BatchStatistics) -> None:
         self.statistics.update(-statistics.extremes[0], statistics.extremes[1])
 
@@ -202,19 +226,4 @@ def batch_extremes(input: Tensor, channel_axis: int | None, num_channels: int) -
         raise ValueError(
             f"input must have {num_channels} channels along axis {channel_axis}, got shape {tuple(input.shape)}"
         )
-    if input.numel() == 0:
-        return torch.full((2, num_channels), -torch.inf, device=input.device)
-    if channel_axis is None:
-        minimum, maximum = torch.aminmax(memory_order(input))
-    else:
-        minimum, maximum = torch.aminmax(input.movedim(channel_axis, 0).reshape(num_channels, -1), dim=1)
-    extremes = torch.stack([-minimum, maximum]).to(torch.float32).reshape(2, num_channels)
-    return torch.where(torch.isfinite(extremes), extremes, -torch.inf)
-
-
-def memory_order(input: Tensor) -> Tensor:
-    """The elements as a vector in the order in which they lie: a view of any dense tensor, channels-last included."""
-    if input.is_contiguous() or torch.compiler.is_compiling():
-        return input.reshape(-1)
-    order = sorted(range(input.dim()), key=input.stride, reverse=True)
-    return input.permute(order).reshape(-1)
+    return kernels.extremes(input, None if channel_axis is None else channel_axis % input.dim())

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import kernels
-from .fake_quantize_layer import FakeQuantizeLayer
+from ..scheme import QuantizationScheme
 
 _ATTRIBUTE = "_quantized_codes"
 
@@ -27,18 +27,18 @@ class Codes(NamedTuple):
 
 def attach_codes(values: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
     """Keeps codes beside their values, for as long as nothing changes these in place."""
-    setattr(values, _ATTRIBUTE, Codes(codes, scale, zero_point, values._version))
+    setattr(values, _ATTRIBUTE, Codes(codes, scale.detach().clone(), zero_point.detach().clone(), values._version))
 
 
-def codes_of(values: Tensor, node: FakeQuantizeLayer) -> Codes | None:
-    """The codes of values that a node has put on its grid; None where some are NaN, which has no code.
+def codes_of(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Codes | None:
+    """The codes of values on that grid; None where some are NaN, which has no code.
 
-    Values that were moved or selected since are quantized anew, to the very same codes.
+    Values that were moved or selected since they were quantized are quantized anew, to the very same codes.
     """
     attached: Codes | None = getattr(values, _ATTRIBUTE, None)
     if attached is not None and attached.version == values._version:
         return attached
-    scale, zero_point, scheme = node.scale.detach().clone(), node.zero_point.detach().clone(), node.scheme
+    scale, zero_point = scale.detach().clone(), zero_point.detach().clone()
     axis = scheme.resolve_channel_axis(values.dim())
     codes = kernels.fake_quantize(
         values, scale, zero_point, scheme.quant_min, scheme.quant_max, axis, values=False, codes=scheme.dtype

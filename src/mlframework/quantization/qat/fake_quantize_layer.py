@@ -14,10 +14,10 @@ from ..precision import keep_float32
 from ..scheme import QuantizationScheme
 from ..scheme_state import check_schemes, register_scheme
 from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
+from .attached_codes import Codes, attach_codes, codes_of
 from .fake_quantize_operation import fake_quantize_tensor
 from .observer_synchronizer import ObserverSynchronizer, reduce_over_ranks
 from .scale_projection import project_optimizer_steps
-from .snapshot import snapshot
 from .straight_through_estimator import StraightThroughEstimator
 
 
@@ -101,6 +101,7 @@ class FakeQuantizeLayer(nn.Module):
         self.name = ""  # for messages; prepare() sets it
         self.fake_quantize_enabled = True
         self.calibrating = False
+        self.serves_integers = False  # a layer that reads the values may compute on their codes
         self.synchronizer: ObserverSynchronizer | None = None
         self.synchronizer_index = 0
         self.reduces_over_ranks = True
@@ -157,6 +158,10 @@ class FakeQuantizeLayer(nn.Module):
         self.require_initialized()
         return kernels.quantize(values, self.scale, self.code_of_zero, self.scheme)
 
+    def codes_on_grid(self, values: Tensor) -> Codes | None:
+        """The codes of values that this node has quantized; None where some are NaN, which has no code."""
+        return codes_of(values, self.scale, self.zero_point, self.scheme)
+
     def to_values(self, codes: Tensor) -> Tensor:
         """Dequantizes, to float32."""
         return kernels.dequantize(codes, self.scale, self.code_of_zero, self.scheme.channel_axis)
@@ -183,10 +188,13 @@ class FakeQuantizeLayer(nn.Module):
             # DistributedDataParallel wants every parameter to take part in every step.
             return output + 0 * (self.scale.sum() + self.zero_point.sum()) if self.learnable else output
         self.require_initialized()
-        scale, zero_point = self.scale, self.zero_point
-        if not self.learnable:  # the observer may update them in place before backward reads them
-            scale, zero_point = snapshot(scale), snapshot(zero_point)
-        return fake_quantize_tensor(output, scale, zero_point, self.scheme, self.estimator, axis)
+        grid = self.scale, self.zero_point, self.scheme
+        if not self.serves_integers:
+            return fake_quantize_tensor(output, *grid, self.estimator, axis)
+        values, codes = fake_quantize_tensor(output, *grid, self.estimator, axis, codes=True)
+        if codes is not None:
+            attach_codes(values, codes, self.scale, self.zero_point)
+        return values
 
     def _observe(self, input: Tensor) -> None:
         statistics = self.observer.measure(input)
@@ -199,7 +207,17 @@ class FakeQuantizeLayer(nn.Module):
 
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds measured statistics in and, where due, recomputes the parameters from them."""
-        self.observer.update(statistics)
+        observer = self.observer
+        if (
+            isinstance(observer, MovingAverageObserver)
+            and not (self.calibrating or self.learnable)
+            and observer.update_with_parameters(
+                statistics, self.scale, self.zero_point, self.scheme, due=not self._ready
+            )
+        ):
+            self._mark_ready()
+            return
+        observer.update(statistics)
         if self.calibrating:
             return
         due = True if not self._ready else self.observer.due()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .. import arithmetic
+from .. import arithmetic, kernels
+from ..kernels.fake_quantization import operands
 from ..parameters import QuantizationParameters, check_input
 from ..scheme import QuantizationScheme
+from .snapshot import snapshot
 from .straight_through_estimator import StraightThroughEstimator
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves its input and recomputes the codes in backward: no float copy and no mask is kept."""
+    """PyTorch's operations alone: saves its input and recomputes the codes in backward."""
 
     generate_vmap_rule = True
 
@@ -30,7 +32,7 @@ class _FakeQuantize(torch.autograd.Function):
         pass_saturated: bool,
         gradient_clip: float | None,
     ) -> Tensor:
-        values, scale, zero_point = _operands(input, scale, zero_point, quant_min, quant_max, axis)
+        values, scale, zero_point = operands(input, scale, zero_point, quant_min, quant_max, axis)
         codes = arithmetic.unsaturated_codes(values, scale, zero_point).clamp(quant_min, quant_max)
         return ((codes - zero_point) * scale).to(input.dtype)
 
@@ -43,30 +45,55 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        quant_min, quant_max, axis, pass_saturated, gradient_clip = ctx.options
-        needs_input, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]
-        if gradient_clip is not None:
-            gradient = gradient.clamp(-gradient_clip, gradient_clip)
         if _passes_unchanged(ctx):
-            return gradient, *[None] * 7
+            return _clipped(gradient, ctx.options[4]), *[None] * 7
+        return *_from_input(ctx, gradient), *[None] * 5
 
-        input, scale, zero_point = ctx.saved_tensors
-        values, step, offset = _operands(input, scale, zero_point, quant_min, quant_max, axis)
-        codes = arithmetic.unsaturated_codes(values, step, offset)
-        inside = (codes >= quant_min) & (codes <= quant_max)
-        to_input = to_scale = to_zero_point = None
-        if needs_input:
-            to_input = gradient if pass_saturated else torch.where(inside, gradient, 0.0)
-        if needs_scale or needs_zero_point:
-            gradient = gradient.to(values.dtype) * _gradient_scale(input.numel(), scale.numel(), quant_max)
-            dimensions = [dimension for dimension in range(input.dim()) if dimension != axis]
-            if needs_scale:
-                slope = codes.clamp(quant_min, quant_max) - offset - torch.where(inside, values / step, 0.0)
-                to_scale = _sum(gradient * slope, dimensions).reshape(scale.shape).to(scale.dtype)
-            if needs_zero_point:
-                slope = torch.where(inside, 0.0, -step)
-                to_zero_point = _sum(gradient * slope, dimensions).reshape(scale.shape).to(zero_point.dtype)
-        return to_input, to_scale, to_zero_point, *[None] * 5
+
+class _NativeFakeQuantize(torch.autograd.Function):
+    """The compiled kernels: saves its input where scale or zero point learn, and otherwise a bit an element."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: int,
+        quant_max: int,
+        axis: int | None,
+        pass_saturated: bool,
+        gradient_clip: float | None,
+        code_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.options = quant_min, quant_max, axis, pass_saturated, gradient_clip
+        ctx.learns = scale.requires_grad or zero_point.requires_grad
+        ctx.set_materialize_grads(False)
+        with_mask = not (ctx.learns or pass_saturated)
+        values, codes, mask, _ = kernels.fake_quantize(
+            input, scale, zero_point, quant_min, quant_max, axis, codes=code_dtype, mask=with_mask
+        )
+        assert values is not None
+        if ctx.learns:
+            ctx.save_for_backward(input, scale, zero_point)
+        elif with_mask:
+            ctx.save_for_backward(mask)
+            ctx.strides = values.stride()
+        if codes is not None:
+            ctx.mark_non_differentiable(codes)
+        return values, codes
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 9
+        if ctx.learns:
+            return *_from_input(ctx, gradient), *[None] * 6
+        pass_saturated, gradient_clip = ctx.options[3:]
+        if pass_saturated:
+            return _clipped(gradient, gradient_clip), *[None] * 8
+        (mask,) = ctx.saved_tensors
+        return kernels.mask_gradient(gradient, mask, ctx.strides, gradient_clip), *[None] * 8
 
 
 def _passes_unchanged(ctx: Any) -> bool:
@@ -75,26 +102,46 @@ def _passes_unchanged(ctx: Any) -> bool:
     return pass_saturated and not any(ctx.needs_input_grad[1:3])
 
 
-def _operands(
-    input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, scale and zero point in the dtype of the computation, ready to broadcast."""
-    dtype = arithmetic.compute_dtype(input)
-    codes = torch.round(zero_point.to(dtype)).clamp(quant_min, quant_max)
-    return (
-        input.to(dtype),
-        arithmetic.along_axis(scale.to(dtype), input.dim(), axis),
-        arithmetic.along_axis(codes, input.dim(), axis),
+def _clipped(gradient: Tensor, gradient_clip: float | None) -> Tensor:
+    return gradient if gradient_clip is None else gradient.clamp(-gradient_clip, gradient_clip)
+
+
+def _from_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    quant_min, quant_max, axis, pass_saturated, gradient_clip = ctx.options
+    return kernels.fake_quantize_backward(
+        gradient,
+        *ctx.saved_tensors,
+        quant_min,
+        quant_max,
+        axis,
+        pass_saturated=pass_saturated,
+        gradient_clip=gradient_clip,
+        needs=ctx.needs_input_grad[:3],
     )
 
 
-def _sum(values: Tensor, dimensions: list[int]) -> Tensor:
-    return values.sum(dimensions) if dimensions else values
+@overload
+def fake_quantize_tensor(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    scheme: QuantizationScheme,
+    ste: StraightThroughEstimator,
+    axis: int | None,
+) -> Tensor: ...
 
 
-def _gradient_scale(elements: int, channels: int, quant_max: int) -> float:
-    r""":math:`1 / \sqrt{N Q_p}`: a step shared by N elements learns at the pace of a weight (LSQ, section 2.2)."""
-    return 1.0 / math.sqrt(max(elements // channels, 1) * quant_max)
+@overload
+def fake_quantize_tensor(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    scheme: QuantizationScheme,
+    ste: StraightThroughEstimator,
+    axis: int | None,
+    *,
+    codes: Literal[True],
+) -> tuple[Tensor, Tensor | None]: ...
 
 
 def fake_quantize_tensor(
@@ -104,9 +151,42 @@ def fake_quantize_tensor(
     scheme: QuantizationScheme,
     ste: StraightThroughEstimator,
     axis: int | None,
-) -> Tensor:
-    """:func:`fake_quantize` on checked arguments: what the layers call in every step."""
-    return _FakeQuantize.apply(  # type: ignore[no-any-return, no-untyped-call]
+    *,
+    codes: bool = False,
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    """:func:`fake_quantize` on checked arguments: what the layers call in every step.
+
+    A scale or a zero point that does not require grad may be updated in place before backward runs.
+
+    Args:
+        codes: also return the codes, in the dtype of the scheme and without a gradient. They are None where there are
+            none: a value is NaN, or PyTorch traces, which cannot know.
+    """
+    code_dtype = scheme.dtype if codes else None
+    if kernels.is_native(input, scale, zero_point) and forward_ad._current_level < 0:
+        learns = scale.requires_grad or zero_point.requires_grad
+        if torch.is_grad_enabled() and (learns or input.requires_grad):
+            both = _NativeFakeQuantize.apply(  # type: ignore[no-untyped-call]
+                input,
+                scale,
+                zero_point,
+                scheme.quant_min,
+                scheme.quant_max,
+                axis,
+                ste.saturated == "identity",
+                ste.gradient_clip,
+                code_dtype,
+            )
+        else:
+            both = kernels.fake_quantize(
+                input, scale, zero_point, scheme.quant_min, scheme.quant_max, axis, codes=code_dtype
+            )[:2]
+        return both if codes else both[0]  # type: ignore[no-any-return]
+    if not scale.requires_grad:
+        scale = snapshot(scale)
+    if not zero_point.requires_grad:
+        zero_point = snapshot(zero_point)
+    values: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
         input,
         scale,
         zero_point,
@@ -116,6 +196,14 @@ def fake_quantize_tensor(
         ste.saturated == "identity",
         ste.gradient_clip,
     )
+    if not codes:
+        return values
+    if torch.compiler.is_compiling():
+        return values, None
+    of_values = kernels.fake_quantize(
+        input, scale, zero_point, scheme.quant_min, scheme.quant_max, axis, values=False, codes=code_dtype
+    )
+    return values, of_values.codes
 
 
 def fake_quantize(

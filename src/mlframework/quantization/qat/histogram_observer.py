@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from .. import arithmetic
+from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
-from .activation_observer import ActivationObserver, BatchStatistics, finite_range, memory_order
+from .activation_observer import ActivationObserver, BatchStatistics, finite_range
 
 _SHIFT = 17  # a float32 without its last 17 mantissa bits: 14 bits of magnitude
 _MAGNITUDES = 2**14
@@ -137,7 +137,7 @@ class HistogramObserver(_DistributionObserver):
 
 def _histogram(input: Tensor) -> Tensor:
     """Counts per bin in ascending order of value, float32, of an even sample of the tensor's finite values."""
-    values = memory_order(input)
+    values = kernels.memory_order(input)
     step = max(1, math.ceil(values.numel() / _SAMPLE))
     # A step that shares a factor with a dimension would visit the same few channels over and over.
     while math.gcd(step, values.numel()) > 1:

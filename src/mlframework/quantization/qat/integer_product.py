@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import arithmetic, kernels
 from ..kernels import ConvolutionGeometry, TrainingProduct
 from ..scheme import QuantizationScheme
-from .attached_codes import Codes, codes_of
+from .attached_codes import Codes
 from .fake_quantize_layer import FakeQuantizeLayer
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -54,7 +54,7 @@ class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale, zero_point, own_weight, *weight_grid = ctx.saved_tensors
+        codes, scale, zero_point, own_weight, weight_scale, weight_zero_point = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = ctx.dtype
         gradient = gradient.to(dtype)
@@ -62,8 +62,10 @@ class _IntegerProduct(torch.autograd.Function):
         input = kernels.dequantize(codes, scale, zero_point, None).to(dtype)
         scheme = ctx.scheme
         weight = kernels.fake_quantize(
-            own_weight, *weight_grid, scheme.quant_min, scheme.quant_max, scheme.channel_axis
-        ).values.to(dtype)
+            own_weight, weight_scale, weight_zero_point, scheme.quant_min, scheme.quant_max, scheme.channel_axis
+        ).values
+        assert weight is not None
+        weight = weight.to(dtype)
         if ctx.geometry is None:
             to_input, to_weight, to_bias = _linear_backward(gradient, input, weight, ctx.needs_input_grad)
         else:
@@ -126,7 +128,7 @@ def integer_product(
         return None
     if not kernels.takes_training_product(weight, 1 if geometry is None else geometry.groups):
         return None
-    weight_codes, codes = codes_of(weight, weight_node), codes_of(input, source)
+    weight_codes, codes = weight_node.codes_on_grid(weight), source.codes_on_grid(input)
     if weight_codes is None or codes is None:
         return None
     scale = codes.scale * weight_codes.scale

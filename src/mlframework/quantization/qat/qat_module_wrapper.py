@@ -100,6 +100,9 @@ class QATModuleWrapper(nn.Module):
         self.input_fake_quantize = None if layer_type.to_integer is None else activation_node(config)
         self.weight_fake_quantize = weight_node(layer, config, layer_type.output_axis)
         self.output_fake_quantize = activation_node(config, non_negative=clip[0] >= 0)
+        for node in (self.input_fake_quantize, self.weight_fake_quantize):
+            if node is not None:
+                node.serves_integers = True
         self.to(layer.weight.device)  # type: ignore[arg-type]
         self.train(layer.training)
 
@@ -113,6 +116,7 @@ class QATModuleWrapper(nn.Module):
         the dropouts between them, which take values off the grid in training."""
         self._input_source = (source,)
         self._dropouts = dropouts
+        source.serves_integers = True
 
     @property
     def computes_integers(self) -> bool:
@@ -191,7 +195,7 @@ class QATModuleWrapper(nn.Module):
     def _run_layer(self, input: Tensor, weight: Tensor) -> Tensor:
         """Calls the user's module with the fake-quantized weight, and the bias it has on integers, in its registry."""
         parameters = self.layer._parameters
-        exchanged = {"weight": weight}
+        exchanged: dict[str, Any] = {"weight": weight}
         if parameters.get("bias") is not None and self._batch_norm[0] is None:
             exchanged["bias"] = self._simulated_bias(parameters["bias"])  # type: ignore[arg-type]
         exchanged = {name: tensor for name, tensor in exchanged.items() if tensor is not parameters[name]}

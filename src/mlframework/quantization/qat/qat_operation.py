@@ -90,9 +90,10 @@ class QATOperation(nn.Module):
         """The operation in training with what follows it, where one kernel does all of that."""
         node = self.output_fake_quantize
         if isinstance(self.operation, Addition):
-            return clipped_and_quantized(*operands, self._activation[0], self._clip, node)
+            left, right = operands
+            return clipped_and_quantized(left, right, self._activation[0], self._clip, node)
         if isinstance(self.operation, Lookup) and self.sources[0].quantizes and not are_active(self.dropouts):
-            return looked_up(*operands, self.sources[0], self.operation, node)
+            return looked_up(operands[0], self.sources[0], self.operation, node)
         return None
 
     def to_integer(self) -> Int8Operation:

@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 from .. import arithmetic, kernels
 from ..int8.lookup import Lookup
 from .activation_observer import BatchStatistics
-from .attached_codes import attach_codes, codes_of
+from .attached_codes import attach_codes
 from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import is_watched
 from .integer_product import IntegerProduct
 from .layer_types import Clip
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+# Of nn.BatchNorm1d and nn.BatchNorm2d; SyncBatchNorm has its own.
+_FORWARD = nn.BatchNorm2d.forward
 
 
 class _NormalizeAndQuantize(torch.autograd.Function):
@@ -147,9 +148,11 @@ def normalized_and_quantized(
         activation: the module that clips to ``clip``, if any.
         node: quantizes the result.
     """
-    if type(batch_norm) not in _BATCH_NORMS or not batch_norm.training or is_watched(batch_norm, activation):
+    if not isinstance(batch_norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or type(batch_norm).forward is not _FORWARD:
         return None
-    if not _fuses(node) or input.numel() <= input.shape[1] or not kernels.can_normalize(input):
+    if not batch_norm.training or is_watched(batch_norm, activation) or not _fuses(node):
+        return None
+    if input.numel() <= input.shape[1] or not kernels.can_normalize(input):
         return None
     mean, variance = kernels.batch_statistics(input.detach())
     _update_running_statistics(batch_norm, mean, variance, input.numel() // mean.numel())
@@ -178,7 +181,7 @@ def looked_up(input: Tensor, source: FakeQuantizeLayer, operation: Lookup, node:
     """A function of each value on the grid of ``source``, quantized by ``node``: from a table, or None."""
     if is_watched(*operation.modules()) or not _fuses(node) or not kernels.use_native(input) or input.numel() == 0:
         return None
-    codes = codes_of(input, source) if input.dtype is torch.float32 else None
+    codes = source.codes_on_grid(input) if input.dtype is torch.float32 else None
     if codes is None or codes.scale.numel() > 1:
         return None
     on_grid = arithmetic.grid_values(
@@ -218,23 +221,24 @@ def _observed(node: FakeQuantizeLayer, values: Tensor, codes: Tensor | None, ext
     if node.observes and node.synchronizer is not None and extremes is not None:
         node.synchronizer.defer(node.synchronizer_index, BatchStatistics(extremes))
     if codes is not None:
-        attach_codes(values, codes, node.scale.clone(), node.zero_point.clone())
+        attach_codes(values, codes, node.scale, node.zero_point)
     return values
 
 
 @torch.no_grad()
-def _update_running_statistics(batch_norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
-    """As :class:`torch.nn.BatchNorm2d` does: the variance of the batch counts without bias."""
-    running_mean, running_variance = batch_norm.running_mean, batch_norm.running_var
-    if running_mean is None or running_variance is None:
-        return
+def _update_running_statistics(
+    batch_norm: nn.BatchNorm1d | nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int
+) -> None:
+    """As the module itself does: the variance of the batch counts without bias."""
     momentum = batch_norm.momentum
     if batch_norm.num_batches_tracked is not None:
-        batch_norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        batch_norm.num_batches_tracked.add_(1)
         if momentum is None:  # the average of all batches
-            momentum = 1.0 / float(batch_norm.num_batches_tracked)  # type: ignore[arg-type]
-    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)  # type: ignore[operator, union-attr]
-    running_variance.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))  # type: ignore[operator, union-attr]
+            momentum = 1.0 / float(batch_norm.num_batches_tracked)
+    if batch_norm.running_mean is None or batch_norm.running_var is None or momentum is None:
+        return
+    batch_norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    batch_norm.running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
 
 
 def are_active(dropouts: Sequence[nn.Module]) -> bool:

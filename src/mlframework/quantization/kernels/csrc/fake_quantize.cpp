@@ -135,17 +135,6 @@ Tensor packed(const Extremes& extremes) {
   return result;
 }
 
-// `tensor` with its elements in the places in which those of `like` lie.
-Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
-  const Shape sizes = sizes_of(like), strides = strides_of(like);
-  STD_TORCH_CHECK(sizes_of(tensor) == sizes && tensor.scalar_type() == like.scalar_type(),
-                  "addend must have the shape and the dtype of input");
-  if (same_layout(sizes, strides_of(tensor), strides)) return tensor;
-  Tensor result = empty(sizes, strides, like.scalar_type());
-  torch::stable::copy_(result, tensor);
-  return result;
-}
-
 // Undefined, which Python sees as None.
 Tensor none() { return Tensor(); }
 
@@ -162,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& input, co
   const ChannelLayout layout = channel_layout(source, axis);
   const std::vector<Grid> grids = grids_of(scale, zero_point, layout.channels, static_cast<float>(lowest),
                                            static_cast<float>(highest));
-  const Tensor other = addend ? laid_out_as(*addend, source) : none();
+  const Tensor other = addend ? laid_out_as(*addend, source, "addend") : none();
   const Tensor values = wants_values ? empty_like(source, source.scalar_type()) : none();
   const Tensor codes = code_dtype ? empty_like(source, *code_dtype) : none();
   const Tensor mask = wants_mask ? empty({mask_bytes(layout.count())}, {1}, ScalarType::Byte) : none();
@@ -223,7 +212,7 @@ Tensor mask_gradient(const Tensor& gradient, const Tensor& mask, Shape strides, 
                   "mask must hold ", mask_bytes(gradient.numel()), " bytes, got ", mask.numel());
   const bool is_bfloat16 = gradient.scalar_type() == ScalarType::BFloat16;
   const Tensor result = empty(sizes, strides, gradient.scalar_type());
-  const Tensor source = laid_out_as(gradient, result);
+  const Tensor source = laid_out_as(gradient, result, "gradient");
   const int64_t size = is_bfloat16 ? 2 : 4, count = gradient.numel();
   const char* from = static_cast<const char*>(source.const_data_ptr());
   const uint8_t* bits = static_cast<const uint8_t*>(mask.const_data_ptr());

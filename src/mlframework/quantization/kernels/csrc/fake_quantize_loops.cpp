@@ -10,6 +10,7 @@ namespace {
 #define INLINE static ALWAYS_INLINE
 #define FUSED 0
 #include "fake_quantize_loops.inc"
+#include "fake_quantize_gradients.inc"
 #undef TARGET
 #undef INLINE
 #undef FUSED
@@ -24,6 +25,7 @@ namespace {
 #define TARGET TARGET_AVX2
 #define INLINE INLINE_AVX2
 #include "fake_quantize_loops.inc"
+#include "fake_quantize_gradients.inc"
 #undef TARGET
 #undef INLINE
 }  // namespace
@@ -34,6 +36,7 @@ namespace {
 #define TARGET TARGET_AVX512
 #define INLINE INLINE_AVX512
 #include "fake_quantize_loops.inc"
+#include "fake_quantize_gradients.inc"
 #undef TARGET
 #undef INLINE
 }  // namespace
@@ -42,20 +45,23 @@ namespace {
 #undef FUSED
 #endif
 
-void fake_quantize_piece(ForwardPiece& piece, bool is_bfloat16) {
+// The function as it was compiled for the instruction set of this processor.
 #if HAS_X86_LEVELS
-  if (instruction_set() >= InstructionSet::avx512) return avx512::fake_quantize_piece(piece, is_bfloat16);
-  if (instruction_set() == InstructionSet::avx2) return avx2::fake_quantize_piece(piece, is_bfloat16);
+#define BEST_OF(function)                                                          \
+  (instruction_set() >= InstructionSet::avx512   ? avx512::function                \
+   : instruction_set() == InstructionSet::avx2 ? avx2::function : baseline::function)
+#else
+#define BEST_OF(function) baseline::function
 #endif
-  baseline::fake_quantize_piece(piece, is_bfloat16);
-}
+
+void fake_quantize_piece(ForwardPiece& piece, bool is_bfloat16) { BEST_OF(fake_quantize_piece)(piece, is_bfloat16); }
 
 void mask_gradient_piece(const MaskedGradient& piece, bool is_bfloat16) {
-#if HAS_X86_LEVELS
-  if (instruction_set() >= InstructionSet::avx512) return avx512::mask_gradient_piece(piece, is_bfloat16);
-  if (instruction_set() == InstructionSet::avx2) return avx2::mask_gradient_piece(piece, is_bfloat16);
-#endif
-  baseline::mask_gradient_piece(piece, is_bfloat16);
+  BEST_OF(mask_gradient_piece)(piece, is_bfloat16);
+}
+
+void fake_quantize_backward_piece(BackwardPiece& piece, bool is_bfloat16) {
+  BEST_OF(fake_quantize_backward_piece)(piece, is_bfloat16);
 }
 
 }  // namespace kernels

@@ -37,4 +37,22 @@ struct MaskedGradient {
 
 void mask_gradient_piece(const MaskedGradient& piece, bool is_bfloat16);
 
+// What a backward pass reads and writes.
+struct BackwardPiece {
+  const void* input;
+  const void* gradient;
+  void* to_input;  // null where nobody asks
+  int64_t count;
+  bool pass_saturated;
+  float largest;
+
+  const Grid* grid;  // or a row, as in ForwardPiece
+  const float *scale, *lowest, *highest;
+  // Without the factor that every gradient of a scale has, and without minus the scale that one of a zero point has:
+  double to_scale, to_zero_point;           // with a grid, the sums over the piece
+  float *row_to_scale, *row_to_zero_point;  // with a row, added to, element by element
+};
+
+void fake_quantize_backward_piece(BackwardPiece& piece, bool is_bfloat16);
+
 }  // namespace kernels

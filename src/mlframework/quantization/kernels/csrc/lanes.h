@@ -60,7 +60,9 @@ struct Lanes {
   static ALWAYS_INLINE Float round(Float a) { EACH_LANE(std::nearbyintf(a.lane[i])); }
   static ALWAYS_INLINE Mask equal(Float a, Float b) { EACH_TRUTH(a.lane[i] == b.lane[i]); }
   static ALWAYS_INLINE Mask less(Float a, Float b) { EACH_TRUTH(a.lane[i] < b.lane[i]); }
-  static ALWAYS_INLINE Mask unordered(Float a, Float b) { EACH_TRUTH(a.lane[i] != a.lane[i] || b.lane[i] != b.lane[i]); }
+  static ALWAYS_INLINE Mask unordered(Float a, Float b) {
+    EACH_TRUTH(a.lane[i] != a.lane[i] || b.lane[i] != b.lane[i]);
+  }
   static ALWAYS_INLINE Mask both(Mask a, Mask b) { return a & b; }
   static ALWAYS_INLINE Float select(Mask mask, Float a, Float b) {
     EACH_LANE(mask >> i & 1 ? a.lane[i] : b.lane[i]);
@@ -109,8 +111,10 @@ struct Lanes {
   }
   INLINE_AVX2 void store(float* to, Float a) { _mm256_storeu_ps(to, a); }
   INLINE_AVX2 void store(BFloat16* to, Float a) {
-    const __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF)), 16);
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF));
+    const __m256i rounded = _mm256_srli_epi32(sum, 16);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
     const __m256i halves = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
@@ -161,8 +165,10 @@ struct Lanes {
   }
   INLINE_AVX512 void store(float* to, Float a) { _mm512_storeu_ps(to, a); }
   INLINE_AVX512 void store(BFloat16* to, Float a) {
-    const __m512i bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF)), 16);
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
+    const __m512i rounded = _mm512_srli_epi32(sum, 16);
     const __m512i halves = _mm512_mask_mov_epi32(rounded, unordered(a, a), _mm512_set1_epi32(0x7FC0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(halves));
   }

@@ -1,5 +1,6 @@
 // What training takes to know of a function that is a table: which entries were asked for, and the gradient through it.
 #include <atomic>
+#include <limits>
 
 #include "codes.h"
 #include "instruction_set.h"
@@ -33,7 +34,7 @@ Tensor lookup_gradient(const Tensor& gradient, const Tensor& codes, const Tensor
   STD_TORCH_CHECK(sizes_of(gradient) == sizes_of(codes), "gradient must have the shape of codes");
   const Tensor source = dense(codes);
   const Tensor result = empty_like(source, ScalarType::Float);
-  const Tensor aligned = laid_out_as(gradient, result);
+  const Tensor aligned = laid_out_as(gradient, result, "gradient");
   const float clip = gradient_clip ? static_cast<float>(*gradient_clip) : std::numeric_limits<float>::infinity();
   const uint8_t flip = flip_of(codes);
   const auto* from = static_cast<const float*>(aligned.const_data_ptr());

@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
               " int axis, float clip_low, float clip_high, bool wants_values, bool wants_mask, bool wants_extremes,"
               " ScalarType? code_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("mask_gradient(Tensor gradient, Tensor mask, int[] strides, float? gradient_clip) -> Tensor");
+  library.def("fake_quantize_backward(Tensor gradient, Tensor input, Tensor scale, Tensor zero_point, int lowest,"
+              " int highest, int axis, bool pass_saturated, float? gradient_clip, float gradient_scale,"
+              " bool needs_input) -> (Tensor, Tensor, Tensor)");
+  library.def("update_moving_average(Tensor extremes, Tensor(a!) minimum, Tensor(b!) maximum, Tensor(c!) batches,"
+              " Tensor(d!) scale, Tensor(e!) zero_point, float momentum, int lowest, int highest, bool symmetric,"
+              " int symmetric_zero, bool due) -> ()");
   library.def("extremes(Tensor input, int axis) -> Tensor");
   library.def("lookup(Tensor codes, Tensor table) -> Tensor");
   library.def("lookup_gradient(Tensor gradient, Tensor codes, Tensor slopes, float? gradient_clip) -> Tensor");
@@ -68,6 +74,8 @@ STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CPU, library) {
   library.impl("dequantize", TORCH_BOX(&kernels::dequantize));
   library.impl("fake_quantize", TORCH_BOX(&kernels::fake_quantize));
   library.impl("mask_gradient", TORCH_BOX(&kernels::mask_gradient));
+  library.impl("fake_quantize_backward", TORCH_BOX(&kernels::fake_quantize_backward));
+  library.impl("update_moving_average", TORCH_BOX(&kernels::update_moving_average));
   library.impl("extremes", TORCH_BOX(&kernels::extremes));
   library.impl("lookup", TORCH_BOX(&kernels::lookup));
   library.impl("lookup_gradient", TORCH_BOX(&kernels::lookup_gradient));

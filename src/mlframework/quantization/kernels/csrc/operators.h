@@ -22,6 +22,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& input, co
 
 Tensor mask_gradient(const Tensor& gradient, const Tensor& mask, Shape strides, std::optional<double> gradient_clip);
 
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient, const Tensor& input,
+                                                          const Tensor& scale, const Tensor& zero_point,
+                                                          int64_t lowest, int64_t highest, int64_t axis,
+                                                          bool pass_saturated, std::optional<double> gradient_clip,
+                                                          double gradient_scale, bool needs_input);
+
+void update_moving_average(const Tensor& extremes, const Tensor& minimum, const Tensor& maximum, const Tensor& batches,
+                           const Tensor& scale, const Tensor& zero_point, double momentum, int64_t lowest,
+                           int64_t highest, bool symmetric, int64_t symmetric_zero, bool due);
+
 Tensor extremes(const Tensor& input, int64_t axis);
 
 Tensor lookup(const Tensor& codes, const Tensor& table);

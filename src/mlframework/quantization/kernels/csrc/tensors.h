@@ -92,6 +92,17 @@ inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   return empty(sizes_of(tensor), strides_of(tensor), dtype);
 }
 
+// `tensor` with its elements in the places in which those of `like`, which is dense, lie.
+inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like, const char* name) {
+  const Shape sizes = sizes_of(like), strides = strides_of(like);
+  STD_TORCH_CHECK(tensor.is_cpu() && sizes_of(tensor) == sizes && tensor.scalar_type() == like.scalar_type(), name,
+                  " must be on the CPU, of the shape and the dtype of what it belongs to");
+  if (same_layout(sizes, strides_of(tensor), strides)) return tensor;
+  Tensor result = empty(sizes, strides, like.scalar_type());
+  torch::stable::copy_(result, tensor);
+  return result;
+}
+
 inline void check_codes(const Tensor& codes, const char* name) {
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte || codes.scalar_type() == ScalarType::Char,
                   name, " must be uint8 or int8");

@@ -1,0 +1,80 @@
+// What an observer of moving averages does with the extremes of a batch, in one call: each formula is that of
+// moving_average_statistics.py, activation_observer.py and arithmetic.py.
+#include <cmath>
+
+#include "codes.h"
+#include "instruction_set.h"
+#include "operators.h"
+
+namespace kernels {
+namespace {
+
+constexpr float kSmallestScale = 0x1p-40f, kLargestScale = 0x1p40f;
+
+// As torch.lerp computes it: fused where PyTorch has the instruction, and from the nearer end.
+float lerp(float from, float to, float weight) {
+  const bool near_from = std::abs(weight) < 0.5f;
+  const float base = near_from ? from : to, coefficient = near_from ? weight : weight - 1.0f, difference = to - from;
+  return has_fused_multiply_add() ? std::fma(coefficient, difference, base) : base + coefficient * difference;
+}
+
+float averaged(float running, float batch, float momentum) {
+  if (!std::isfinite(batch)) return running;
+  return std::isfinite(running) ? lerp(running, batch, momentum) : batch;
+}
+
+struct Codes {
+  float lowest, highest, zero;  // the ends of the grid, and the zero point of a symmetric one
+  bool symmetric;
+};
+
+void set_parameters(float minimum, float maximum, const Codes& codes, float& scale, float& zero_point) {
+  minimum = std::isfinite(minimum) ? std::min(minimum, 0.0f) : 0.0f;
+  maximum = std::isfinite(maximum) ? std::max(maximum, 0.0f) : 0.0f;
+  float step;
+  if (codes.symmetric) {
+    step = maximum / (codes.highest - codes.zero);
+    if (codes.lowest < codes.zero) step = std::max(step, minimum / (codes.lowest - codes.zero));
+  } else {
+    step = (maximum * 0.5f - minimum * 0.5f) / ((codes.highest - codes.lowest) * 0.5f);
+  }
+  scale = step > 0 ? std::min(std::max(step, kSmallestScale), kLargestScale) : 1.0f;
+  zero_point = codes.symmetric
+                   ? codes.zero
+                   : clamp(std::nearbyintf(codes.lowest - minimum / scale), codes.lowest, codes.highest);
+}
+
+float* numbers_of(const Tensor& tensor, int64_t channels, const char* name) {
+  check_floats(tensor, name);
+  STD_TORCH_CHECK(tensor.numel() == channels && tensor.is_contiguous(), name, " must hold ", channels,
+                  " numbers side by side, got ", tensor.numel());
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace
+
+void update_moving_average(const Tensor& extremes, const Tensor& minimum, const Tensor& maximum, const Tensor& batches,
+                           const Tensor& scale, const Tensor& zero_point, double momentum, int64_t lowest,
+                           int64_t highest, bool symmetric, int64_t symmetric_zero, bool due) {
+  const int64_t channels = minimum.numel();
+  const Codes codes{static_cast<float>(lowest), static_cast<float>(highest), static_cast<float>(symmetric_zero),
+                    symmetric};
+  const float* negated_minima = numbers_of(extremes, 2 * channels, "extremes");
+  const float* maxima = negated_minima + channels;
+  float* minima_seen = numbers_of(minimum, channels, "minimum");
+  float* maxima_seen = numbers_of(maximum, channels, "maximum");
+  float* scales = numbers_of(scale, channels, "scale");
+  float* zero_points = numbers_of(zero_point, channels, "zero_point");
+  STD_TORCH_CHECK(batches.numel() == 1 && batches.is_cpu() && batches.scalar_type() == ScalarType::Long,
+                  "batches must be one int64, on the CPU");
+  bool any = false;
+  for (int64_t i = 0; i < channels; ++i) {
+    any |= std::isfinite(negated_minima[i]) || std::isfinite(maxima[i]);
+    minima_seen[i] = averaged(minima_seen[i], -negated_minima[i], static_cast<float>(momentum));
+    maxima_seen[i] = averaged(maxima_seen[i], maxima[i], static_cast<float>(momentum));
+    if (due) set_parameters(minima_seen[i], maxima_seen[i], codes, scales[i], zero_points[i]);
+  }
+  if (any) ++*static_cast<int64_t*>(batches.mutable_data_ptr());
+}
+
+}  // namespace kernels
