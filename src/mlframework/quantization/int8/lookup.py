@@ -40,8 +40,8 @@ class Lookup(IntegerOperation):
 
     def values_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The function and its derivative at float32 values of shape (N,)."""
-        with _without_hooks(self.used), torch.enable_grad():
-            values = values.detach().requires_grad_()
+        with _without_hooks(self.used), torch.inference_mode(False), torch.enable_grad():
+            values = values.detach().clone().requires_grad_()
             results = arithmetic.function_values(self.function, values)
             (slopes,) = torch.autograd.grad(results.sum(), values)
         return results.detach(), slopes

@@ -10,24 +10,25 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import kernels
+from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
 
 _ATTRIBUTE = "_quantized_codes"
 
 
 class Codes(NamedTuple):
-    """Codes, and the grid that they were made with: scale and zero point as they were then, of shape (1,) or (C,)."""
+    """Codes, and the grid that they were made with, as it was then: scale and zero point (a code) of shape (1,) or
+    (C,)."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
-    version: int
 
 
-def attach_codes(values: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+def attach_codes(values: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> None:
     """Keeps codes beside their values, for as long as nothing changes these in place."""
-    setattr(values, _ATTRIBUTE, Codes(codes, scale.detach().clone(), zero_point.detach().clone(), values._version))
+    if not values.is_inference():  # which nobody would notice being changed
+        setattr(values, _ATTRIBUTE, (_on_grid_of_now(codes, scale, zero_point, scheme), values._version))
 
 
 def codes_of(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Codes | None:
@@ -35,12 +36,16 @@ def codes_of(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: Quantiza
 
     Values that were moved or selected since they were quantized are quantized anew, to the very same codes.
     """
-    attached: Codes | None = getattr(values, _ATTRIBUTE, None)
-    if attached is not None and attached.version == values._version:
-        return attached
-    scale, zero_point = scale.detach().clone(), zero_point.detach().clone()
+    attached: tuple[Codes, int] | None = getattr(values, _ATTRIBUTE, None)
+    if attached is not None and attached[1] == values._version:
+        return attached[0]
     axis = scheme.resolve_channel_axis(values.dim())
     codes = kernels.fake_quantize(
         values, scale, zero_point, scheme.quant_min, scheme.quant_max, axis, values=False, codes=scheme.dtype
     ).codes
-    return None if codes is None else Codes(codes, scale, zero_point, values._version)
+    return None if codes is None else _on_grid_of_now(codes, scale, zero_point, scheme)
+
+
+def _on_grid_of_now(codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Codes:
+    """With copies, since scale and zero point are updated in place."""
+    return Codes(codes, scale.detach().clone(), arithmetic.grid_zero_point(zero_point.detach(), scheme))

@@ -33,6 +33,8 @@ class QATConfig:
         activation_observer: makes the observer of an activation; :class:`MovingAverageObserver` by default.
         estimator: what passes backward.
         quantize_last_linear: also quantize the output of a linear layer that is the model's result.
+        integer_forward: linear layers and convolutions train on integer codes forward, where compiled kernels do that
+            (and straight through in float backward); otherwise on the floats that the codes stand for.
         overrides: another configuration for selected layers; of several that match, the first counts.
         skip: layers that stay float.
 
@@ -56,6 +58,7 @@ class QATConfig:
     activation_observer: Callable[[], ActivationObserver] = MovingAverageObserver
     estimator: StraightThroughEstimator = field(default_factory=StraightThroughEstimator)
     quantize_last_linear: bool = False
+    integer_forward: bool = True
     overrides: Mapping[Selector, QATConfig] = field(default_factory=dict, hash=False)  # a mapping has no hash
     skip: tuple[Selector, ...] = ()
 
@@ -68,7 +71,7 @@ class QATConfig:
             bits = getattr(self, name)
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
                 raise ValueError(f"{name} must be an int between 2 and 8, got {bits!r}")
-        for name in ("per_channel_weights", "learnable", "quantize_last_linear"):
+        for name in ("per_channel_weights", "learnable", "quantize_last_linear", "integer_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if not callable(self.activation_observer) or isinstance(self.activation_observer, ActivationObserver):

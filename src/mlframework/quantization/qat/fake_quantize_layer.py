@@ -181,7 +181,7 @@ class FakeQuantizeLayer(nn.Module):
             return output
         observes = self.observes
         if observes:
-            self._observe(output)
+            self.observe(output)
         if self.calibrating or not self.fake_quantize_enabled:
             return output
         if observes and not self._ready:  # the model's first batch: it takes effect when all ranks have shown theirs
@@ -193,10 +193,11 @@ class FakeQuantizeLayer(nn.Module):
             return fake_quantize_tensor(output, *grid, self.estimator, axis)
         values, codes = fake_quantize_tensor(output, *grid, self.estimator, axis, codes=True)
         if codes is not None:
-            attach_codes(values, codes, self.scale, self.zero_point)
+            attach_codes(values, codes, self.scale, self.zero_point, self.scheme)
         return values
 
-    def _observe(self, input: Tensor) -> None:
+    def observe(self, input: Tensor) -> None:
+        """Folds a tensor into the statistics: now, or when the model's forward ends."""
         statistics = self.observer.measure(input)
         if self.synchronizer is not None:
             self.synchronizer.defer(self.synchronizer_index, statistics)

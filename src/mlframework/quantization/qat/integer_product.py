@@ -18,11 +18,17 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class IntegerProduct(NamedTuple):
-    """A layer's output, and what it takes to compute it again: the product and the codes it was given."""
+    """A layer's output, and what it takes to compute it again: the product, the codes it was given, and what was added
+    to the result, of a shape that broadcasts."""
 
     output: Tensor
     product: TrainingProduct
     codes: Tensor
+    addend: Tensor | None = None
+
+    def plus(self, addend: Tensor) -> IntegerProduct:
+        """The sum of the output and a tensor that broadcasts."""
+        return self._replace(output=self.output + addend, addend=addend.detach())
 
 
 class _IntegerProduct(torch.autograd.Function):
@@ -36,17 +42,18 @@ class _IntegerProduct(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         codes: Codes,
-        own_weight: Tensor,
-        weight_codes: Codes,
-        scheme: QuantizationScheme,
+        quantized: _QuantizedWeight,
         product: TrainingProduct,
         geometry: ConvolutionGeometry | None,
     ) -> Tensor:
+        grid = quantized.codes
         ctx.save_for_backward(
-            codes.codes, codes.scale, codes.zero_point, own_weight, weight_codes.scale, weight_codes.zero_point
+            codes.codes, codes.scale, codes.zero_point, quantized.own, grid.scale, grid.zero_point, quantized.mask
         )
         ctx.geometry = geometry
-        ctx.scheme = scheme
+        ctx.scheme = quantized.scheme
+        ctx.strides = grid.codes.stride()
+        ctx.gradient_clip = quantized.gradient_clip
         autocast = torch.is_autocast_enabled("cpu")
         ctx.dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
         return product(codes.codes)
@@ -54,42 +61,50 @@ class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale, zero_point, own_weight, weight_scale, weight_zero_point = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        codes, scale, zero_point, own_weight, weight_scale, weight_zero_point, mask = ctx.saved_tensors
+        needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
         dtype = ctx.dtype
         gradient = gradient.to(dtype)
-        # Each gradient takes the other operand's values.
-        input = kernels.dequantize(codes, scale, zero_point, None).to(dtype)
-        scheme = ctx.scheme
-        weight = kernels.fake_quantize(
-            own_weight, weight_scale, weight_zero_point, scheme.quant_min, scheme.quant_max, scheme.channel_axis
-        ).values
-        assert weight is not None
-        weight = weight.to(dtype)
-        if ctx.geometry is None:
-            to_input, to_weight, to_bias = _linear_backward(gradient, input, weight, ctx.needs_input_grad)
-        else:
-            stride, padding, dilation, groups = ctx.geometry
-            to_input, to_weight, to_bias = torch.ops.aten.convolution_backward(
-                gradient,
-                input,
-                weight,
-                [weight.shape[0]],
-                stride,
-                padding,
-                dilation,
-                False,
-                [0] * len(stride),
-                groups,
-                [needs_input, needs_weight, needs_bias],
-            )
-        gradients = (None if each is None else each.to(torch.float32) for each in (to_input, to_weight, to_bias))
-        return *gradients, *[None] * 7
+        # The gradient of each takes the values of the other.
+        input, weight = codes, own_weight
+        if needs_weight:
+            input = kernels.dequantize(codes, scale, zero_point, None)
+        if needs_input:
+            scheme = ctx.scheme
+            values = kernels.fake_quantize(
+                own_weight, weight_scale, weight_zero_point, scheme.quant_min, scheme.quant_max, scheme.channel_axis
+            ).values
+            assert values is not None
+            weight = values
+        backward = _linear_backward if ctx.geometry is None else _convolution_backward
+        to_input, to_weight, to_bias = (
+            None if each is None else each.to(torch.float32)
+            for each in backward(gradient, input.to(dtype), weight.to(dtype), ctx.geometry, ctx.needs_input_grad[:3])
+        )
+        if to_weight is not None and mask is not None:
+            to_weight = kernels.mask_gradient(to_weight, mask, ctx.strides, ctx.gradient_clip)
+        elif to_weight is not None and ctx.gradient_clip is not None:
+            to_weight = to_weight.clamp(-ctx.gradient_clip, ctx.gradient_clip)
+        return to_input, to_weight, to_bias, *[None] * 4
 
 
-def _linear_backward(
-    gradient: Tensor, input: Tensor, weight: Tensor, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Needs = tuple[bool, bool, bool]
+
+
+def _convolution_backward(
+    gradient: Tensor, input: Tensor, weight: Tensor, geometry: ConvolutionGeometry, needs: Needs
+) -> Gradients:
+    stride, padding, dilation, groups = geometry
+    channels = [weight.shape[0]]
+    no_output_padding = [0] * len(stride)
+    to_input, to_weight, to_bias = torch.ops.aten.convolution_backward(
+        gradient, input, weight, channels, stride, padding, dilation, False, no_output_padding, groups, list(needs)
+    )
+    return to_input, to_weight, to_bias
+
+
+def _linear_backward(gradient: Tensor, input: Tensor, weight: Tensor, geometry: None, needs: Needs) -> Gradients:
     rows = gradient.reshape(-1, gradient.shape[-1])
     return (
         gradient @ weight if needs[0] else None,
@@ -102,36 +117,33 @@ def integer_product(
     layer: nn.Module,
     input: Tensor,
     source: FakeQuantizeLayer,
-    weight: Tensor,
     weight_node: FakeQuantizeLayer,
     bias: Tensor | None,
 ) -> IntegerProduct | None:
-    """A layer's output on fake-quantized values, computed on their codes; None where no compiled kernel does that.
+    """A layer's output on fake-quantized values, computed on codes; None where no compiled kernel does that.
 
     Args:
-        layer: for its kind and geometry.
-        input: float32 values on the grid of ``source``.
-        weight: float32 values on the grid of ``weight_node``, in the layer's weight's shape.
+        layer: for its kind, its geometry and its weight.
+        input: float32 values on the grid of ``source``; those of a convolution with a batch.
+        weight_node: observes the weight and quantizes it.
         bias: (O,), added in units of the accumulator; None for none.
     """
-    own_weight = layer.weight
-    assert isinstance(own_weight, Tensor)
-    if (
-        type(layer) not in _LAYERS
-        or own_weight.dtype is not torch.float32
-        or input.dtype is not torch.float32
-        or weight.dtype is not torch.float32
-    ):
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if type(layer) not in _LAYERS or weight.dtype is not torch.float32 or input.dtype is not torch.float32:
         return None
     geometry = _geometry_of(layer)
     if geometry is None and not isinstance(layer, nn.Linear):
         return None
+    if (geometry is not None and input.dim() != weight.dim()) or source.scheme.channel_axis is not None:
+        return None
     if not kernels.takes_training_product(weight, 1 if geometry is None else geometry.groups):
         return None
-    weight_codes, codes = weight_node.codes_on_grid(weight), source.codes_on_grid(input)
-    if weight_codes is None or codes is None:
+    codes = source.codes_on_grid(input)
+    quantized = None if codes is None else _quantized_weight(weight, weight_node)
+    if codes is None or quantized is None:
         return None
-    scale = codes.scale * weight_codes.scale
+    scale = codes.scale * quantized.codes.scale
     if bias is None:
         bias_codes = torch.zeros(weight.shape[0], dtype=torch.int32)
     elif bool(arithmetic.bias_fits(bias.detach(), scale).all()):
@@ -139,12 +151,56 @@ def integer_product(
     else:
         return None
     product = kernels.pack_training_product(
-        weight_codes.codes, bias_codes, scale, geometry, int(codes.zero_point), codes.codes.dtype
+        quantized.codes.codes, bias_codes, scale, geometry, int(codes.zero_point), codes.codes.dtype
     )
     output = _IntegerProduct.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, codes, own_weight.detach(), weight_codes, weight_node.scheme, product, geometry
+        input, quantized.values, bias, codes, quantized, product, geometry
     )
     return IntegerProduct(output, product, codes.codes)
+
+
+class _QuantizedWeight(NamedTuple):
+    """A weight on its grid, and how a gradient passes to ``values``.
+
+    Attributes:
+        own: the weight itself, apart from the graph.
+        values: what the gradient goes to: the weight or, where the node does more than round, what the node returned.
+        mask: of the elements that a gradient of the weight passes; None for all.
+    """
+
+    own: Tensor
+    values: Tensor
+    codes: Codes
+    scheme: QuantizationScheme
+    mask: Tensor | None = None
+    gradient_clip: float | None = None
+
+
+def _quantized_weight(weight: Tensor, node: FakeQuantizeLayer) -> _QuantizedWeight | None:
+    """Codes of a weight, without its values where nothing asks for them; None where some are NaN."""
+    own, scheme = weight.detach(), node.scheme
+    if node.learnable or node.layer is not None:
+        values = node(weight)
+        codes = node.codes_on_grid(values)
+        return None if codes is None else _QuantizedWeight(own, values, codes, scheme)
+    if node.observes:
+        node.observe(weight)
+    estimator = node.estimator
+    result = kernels.fake_quantize(
+        weight,
+        node.scale,
+        node.zero_point,
+        scheme.quant_min,
+        scheme.quant_max,
+        scheme.channel_axis,
+        values=False,
+        codes=scheme.dtype,
+        mask=estimator.saturated == "zero",
+    )
+    if result.codes is None:
+        return None
+    codes = Codes(result.codes, node.scale.clone(), node.zero_point.clone())
+    return _QuantizedWeight(own, weight, codes, scheme, result.mask, estimator.gradient_clip)
 
 
 def _geometry_of(layer: nn.Module) -> ConvolutionGeometry | None:

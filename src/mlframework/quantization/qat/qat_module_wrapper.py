@@ -29,6 +29,11 @@ class QATModuleWrapper(nn.Module):
     layer's other attributes. The layer runs through its ``__call__``, so its hooks fire, with the fake-quantized
     weight in place of its own.
 
+    In training, compiled kernels compute the layer on integer codes and return floats; what is kept for backward is the
+    codes. Where they do not (no AVX-512 VNNI, a layer or a padding they do not know, a hook that would not fire, under
+    ``torch.compile``), the layer runs on the floats that the codes stand for: the same but for float32 rounding. A bias
+    that no batch normalization follows is rounded to what evaluation adds.
+
     In evaluation mode without gradients the wrapper computes on integers, with the very layer that ``convert`` puts in
     its place (:meth:`to_integer`), and returns the result as floats on the grid. Hooks inside then see simulated
     values. The integer layer is kept until a tensor it was made from changes, the mode is set, or a forward with
@@ -43,6 +48,8 @@ class QATModuleWrapper(nn.Module):
     Attributes:
         input_fake_quantize, weight_fake_quantize, output_fake_quantize: the nodes; each may be set to None. With every
             node None or disabled, the output is the layer's own, bit for bit.
+        integer_forward: train on integer codes where compiled kernels do (:class:`QATConfig`).
+        recompute: compute what a batch normalization normalizes again in backward, rather than keep it.
 
     Raises:
         TypeError: the layer is of no supported type, or cannot be quantized as it is.
@@ -93,6 +100,7 @@ class QATModuleWrapper(nn.Module):
         self._batch_norm = (batch_norm,)
         self._input_source: tuple[FakeQuantizeLayer | None] = (None,)
         self._dropouts: tuple[nn.Module, ...] = ()
+        self.integer_forward = config.integer_forward
         self.recompute = False
         self._clip: Clip = clip
         self._cached: tuple[Any, Int8Layer] | None = None
@@ -143,31 +151,28 @@ class QATModuleWrapper(nn.Module):
         if torch.is_grad_enabled() and self._cached is not None:
             self._cached = None  # fused optimizers change a weight without a trace in its version
         values = self.input_fake_quantize(input) if self.input_fake_quantize is not None else input
-        weight = self.layer._parameters["weight"]
-        assert weight is not None
-        quantized = weight if self.weight_fake_quantize is None else self.weight_fake_quantize(weight)
-        product = self._product(values, quantized)
-        output = self._run_layer(values, quantized) if product is None else product.output
+        product = self._product(values)
+        output = self._run_layer(values) if product is None else product.output
         output = self._run_following(output, product)
         if product is not None and self.output_fake_quantize is None and torch.is_autocast_enabled("cpu"):
             return output.to(torch.get_autocast_dtype("cpu"))
         return output if product is None or self.input_fake_quantize is None else in_format_of(input, output)
 
-    def _product(self, input: Tensor, weight: Tensor) -> IntegerProduct | None:
+    def _product(self, input: Tensor) -> IntegerProduct | None:
         """The layer on the codes of its fake-quantized input and weight, where compiled kernels do that."""
         source, weight_node = self.input_source, self.weight_fake_quantize
-        if source is None or weight_node is None or weight is self.layer._parameters["weight"]:
+        if not self.integer_forward or source is None or weight_node is None or not weight_node.quantizes:
             return None
-        if not self._input_is_on_grid() or is_watched(self.layer) or not kernels.use_native(input):
+        if not self._input_is_on_grid() or not kernels.use_native(input):
+            return None
+        if is_watched(self.layer, source, weight_node):  # a hook on a node may take values off its grid
             return None
         bias: Tensor | None = self.layer._parameters["bias"]
-        product = integer_product(
-            self.layer, input, source, weight, weight_node, None if self._batch_norm[0] is not None else bias
-        )
-        if product is None or bias is None or self._batch_norm[0] is None:
+        batch_norm = self._batch_norm[0]
+        product = integer_product(self.layer, input, source, weight_node, bias if batch_norm is None else None)
+        if product is None or bias is None or batch_norm is None:
             return product
-        output = product.output + arithmetic.along_axis(bias, product.output.dim(), 1)
-        return product._replace(output=output)
+        return product.plus(arithmetic.along_axis(bias, product.output.dim(), 1))
 
     def _input_is_on_grid(self) -> bool:
         """Whether what reaches the layer now is what a node quantized, moved about at the most."""
@@ -192,9 +197,13 @@ class QATModuleWrapper(nn.Module):
             output = module(output)
         return output if node is None else node(output)
 
-    def _run_layer(self, input: Tensor, weight: Tensor) -> Tensor:
+    def _run_layer(self, input: Tensor) -> Tensor:
         """Calls the user's module with the fake-quantized weight, and the bias it has on integers, in its registry."""
         parameters = self.layer._parameters
+        weight = parameters["weight"]
+        assert weight is not None
+        if self.weight_fake_quantize is not None:
+            weight = self.weight_fake_quantize(weight)
         exchanged: dict[str, Any] = {"weight": weight}
         if parameters.get("bias") is not None and self._batch_norm[0] is None:
             exchanged["bias"] = self._simulated_bias(parameters["bias"])  # type: ignore[arg-type]

@@ -45,8 +45,11 @@ class _NormalizeAndQuantize(torch.autograd.Function):
         factor = inverse_deviation if weight is None else inverse_deviation * weight
         addend = -mean * factor if bias is None else bias - mean * factor
         result = kernels.normalize(input, factor, addend, clip, node.scale, node.zero_point, node.scheme)
-        ctx.product = None if recomputed is None else recomputed.product
-        kept = (input,) if recomputed is None else (recomputed.codes, recomputed.product.packed)
+        kept: tuple[Tensor | None, ...] = (input,)
+        ctx.convolves = None
+        if recomputed is not None:
+            kept = (recomputed.product.packed, recomputed.codes, recomputed.addend)
+            ctx.convolves = recomputed.product.convolves
         ctx.save_for_backward(result.mask, mean, inverse_deviation, weight, *kept)
         ctx.gradient_clip = node.estimator.gradient_clip
         ctx.has_bias = bias is not None
@@ -62,11 +65,16 @@ class _NormalizeAndQuantize(torch.autograd.Function):
         if gradient is None:
             return (None,) * 8
         mask, mean, inverse_deviation, weight, *kept = ctx.saved_tensors
-        values = kept[0] if ctx.product is None else ctx.product._replace(packed=kept[1])(kept[0])
+        values = kept[0] if ctx.convolves is None else _computed_again(ctx.convolves, *kept)
         to_input, to_weight, to_bias = kernels.normalize_backward(
             gradient, mask, values, mean, inverse_deviation, weight, ctx.gradient_clip
         )
         return to_input, None if weight is None else to_weight, to_bias if ctx.has_bias else None, *[None] * 5
+
+
+def _computed_again(convolves: bool, packed: Tensor, codes: Tensor, addend: Tensor | None) -> Tensor:
+    output = kernels.TrainingProduct(packed, convolves)(codes)
+    return output if addend is None else output + addend
 
 
 class _ClipAndQuantize(torch.autograd.Function):
@@ -184,10 +192,7 @@ def looked_up(input: Tensor, source: FakeQuantizeLayer, operation: Lookup, node:
     codes = source.codes_on_grid(input) if input.dtype is torch.float32 else None
     if codes is None or codes.scale.numel() > 1:
         return None
-    on_grid = arithmetic.grid_values(
-        codes.scale, arithmetic.grid_zero_point(codes.zero_point, source.scheme), source.scheme
-    )
-    results, slopes = operation.values_and_slopes(on_grid)
+    results, slopes = operation.values_and_slopes(arithmetic.grid_values(codes.scale, codes.zero_point, source.scheme))
     table = kernels.fake_quantize(
         results,
         node.scale,
@@ -212,7 +217,7 @@ def _fuses(node: FakeQuantizeLayer) -> bool:
     """Whether a node only observes extremes and quantizes, with parameters that stay as they are in this forward."""
     if is_watched(node) or node.learnable or node.estimator.saturated != "zero" or node.layer is not None:
         return False
-    if not node.quantizes:
+    if not node.quantizes or node.scheme.channel_axis is not None:
         return False
     return not node.observes or (node.synchronizer is not None and node.observer.measures_extremes)
 
@@ -221,7 +226,7 @@ def _observed(node: FakeQuantizeLayer, values: Tensor, codes: Tensor | None, ext
     if node.observes and node.synchronizer is not None and extremes is not None:
         node.synchronizer.defer(node.synchronizer_index, BatchStatistics(extremes))
     if codes is not None:
-        attach_codes(values, codes, node.scale, node.zero_point)
+        attach_codes(values, codes, node.scale, node.zero_point, node.scheme)
     return values
 
 
@@ -230,6 +235,8 @@ def _update_running_statistics(
     batch_norm: nn.BatchNorm1d | nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int
 ) -> None:
     """As the module itself does: the variance of the batch counts without bias."""
+    if not batch_norm.track_running_stats:  # switched off since
+        return
     momentum = batch_norm.momentum
     if batch_norm.num_batches_tracked is not None:
         batch_norm.num_batches_tracked.add_(1)

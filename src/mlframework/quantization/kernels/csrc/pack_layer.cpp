@@ -7,6 +7,9 @@
 namespace kernels {
 namespace {
 
+// So many that what all lanes of them are written to stays in the level-1 cache.
+constexpr int64_t kQuadsAtOnce = 64;
+
 // A layer's weights in the order in which they are used, and what of its sums does not depend on the codes:
 // (code - zero point) * weight is summed as code * weight, modulo 2**32. Weights come as (O, taps, I / groups).
 class Packing {
@@ -37,24 +40,30 @@ class Packing {
   void dense_block(int64_t block) {
     const int64_t taps = layer_.taps(), quads = layer_.quads(), channels = layer_.input_channels;
     const int64_t pair = block / 2, blocks_of_pair = std::min<int64_t>(layer_.blocks() - 2 * pair, 2);
-    const int64_t lanes = std::min(layer_.output_channels - block * kLanes, kLanes), step = blocks_of_pair * kLanes;
+    const int64_t lanes = std::min(layer_.output_channels - block * kLanes, kLanes);
+    const int64_t quad_bytes = blocks_of_pair * kLanes * kQuad;
     int8_t* const start = layer_.weights() + 2 * pair * layer_.block_bytes() + block % 2 * kLanes * kQuad;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      if (lane < lanes) correct_bias(block * kLanes + lane, block * kLanes + lane);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int8_t* from = weight_ + ((block * kLanes + lane) * taps + tap) * channels;
-        int8_t* to = start + (tap * quads * step + lane) * kQuad;
-        for (int64_t quad = 0; quad < quads; ++quad, to += step * kQuad) {
-          const int64_t count = lane < lanes ? std::min(channels - quad * kQuad, kQuad) : 0;
-          if (count == kQuad) {
-            std::memcpy(to, from + quad * kQuad, kQuad);
-          } else {
-            std::memset(to, 0, kQuad);
-            if (count > 0) std::memcpy(to, from + quad * kQuad, static_cast<size_t>(count));
-          }
+    for (int64_t lane = 0; lane < lanes; ++lane) correct_bias(block * kLanes + lane, block * kLanes + lane);
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t first = 0; first < quads; first += kQuadsAtOnce) {
+        const int64_t last = std::min(first + kQuadsAtOnce, quads);
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const int8_t* from = weight_ + ((block * kLanes + lane) * taps + tap) * channels;
+          int8_t* to = start + (tap * quads + first) * quad_bytes + lane * kQuad;
+          for (int64_t quad = first; quad < last; ++quad, to += quad_bytes)
+            copy_quad(from + quad * kQuad, lane < lanes ? std::min(channels - quad * kQuad, kQuad) : 0, to);
         }
       }
+  }
+
+  // The first `count` of four weights; the others are zero.
+  static void copy_quad(const int8_t* from, int64_t count, int8_t* to) {
+    if (count == kQuad) {
+      std::memcpy(to, from, kQuad);
+      return;
     }
+    std::memset(to, 0, kQuad);
+    if (count > 0) std::memcpy(to, from, static_cast<size_t>(count));
   }
 
   void correct_bias(int64_t place, int64_t o) {
