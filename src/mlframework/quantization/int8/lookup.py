@@ -43,7 +43,9 @@ class Lookup(IntegerOperation):
         with _without_hooks(self.used), torch.inference_mode(False), torch.enable_grad():
             values = values.detach().clone().requires_grad_()
             results = arithmetic.function_values(self.function, values)
-            (slopes,) = torch.autograd.grad(results.sum(), values)
+            if not results.requires_grad:  # a function of steps
+                return results, torch.zeros_like(results)
+            (slopes,) = torch.autograd.grad(results.sum(), values, materialize_grads=True)
         return results.detach(), slopes
 
     def modules(self) -> tuple[nn.Module, ...]:

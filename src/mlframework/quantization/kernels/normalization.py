@@ -38,7 +38,7 @@ class Normalized(NamedTuple):
 
 def can_normalize(values: Tensor) -> bool:
     """Whether the functions of this file take a tensor: float32, with its channels innermost in memory."""
-    if values.dtype is not torch.float32 or values.dim() < 2 or values.numel() == 0 or not use_native(values):
+    if not use_native(values) or values.dtype is not torch.float32 or values.dim() < 2 or values.numel() == 0:
         return False
     return values.movedim(1, -1).is_contiguous()
 

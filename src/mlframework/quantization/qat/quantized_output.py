@@ -156,11 +156,11 @@ def normalized_and_quantized(
         activation: the module that clips to ``clip``, if any.
         node: quantizes the result.
     """
+    if not kernels.can_normalize(input) or input.numel() <= input.shape[1]:
+        return None
     if not isinstance(batch_norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or type(batch_norm).forward is not _FORWARD:
         return None
     if not batch_norm.training or is_watched(batch_norm, activation) or not _fuses(node):
-        return None
-    if input.numel() <= input.shape[1] or not kernels.can_normalize(input):
         return None
     mean, variance = kernels.batch_statistics(input.detach())
     _update_running_statistics(batch_norm, mean, variance, input.numel() // mean.numel())
@@ -175,7 +175,7 @@ def clipped_and_quantized(
     input: Tensor, addend: Tensor | None, activation: nn.Module | None, clip: Clip, node: FakeQuantizeLayer
 ) -> Tensor | None:
     """A tensor (plus another one of its shape), clipped and quantized, or None."""
-    if is_watched(activation) or not _fuses(node) or not kernels.use_native(input) or input.numel() == 0:
+    if not kernels.use_native(input) or input.numel() == 0 or is_watched(activation) or not _fuses(node):
         return None
     if input.dtype is not torch.float32 or (
         addend is not None and (addend.shape != input.shape or addend.dtype != input.dtype)
@@ -187,7 +187,7 @@ def clipped_and_quantized(
 
 def looked_up(input: Tensor, source: FakeQuantizeLayer, operation: Lookup, node: FakeQuantizeLayer) -> Tensor | None:
     """A function of each value on the grid of ``source``, quantized by ``node``: from a table, or None."""
-    if is_watched(*operation.modules()) or not _fuses(node) or not kernels.use_native(input) or input.numel() == 0:
+    if not kernels.use_native(input) or input.numel() == 0 or is_watched(*operation.modules()) or not _fuses(node):
         return None
     codes = source.codes_on_grid(input) if input.dtype is torch.float32 else None
     if codes is None or codes.scale.numel() > 1:
