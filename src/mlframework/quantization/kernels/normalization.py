@@ -43,24 +43,52 @@ def can_normalize(values: Tensor) -> bool:
     return values.movedim(1, -1).is_contiguous()
 
 
-def batch_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of each channel, float32 of shape (C,), summed in float64."""
-    mean, variance = operators["batch_statistics"](values)
-    return mean, variance
+def batch_statistics(
+    values: Tensor, running_mean: Tensor | None, running_variance: Tensor | None, momentum: float, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    r"""Mean :math:`\mu` and :math:`1 / \sigma = 1 / \sqrt{var + \epsilon}` of each channel, summed in float64.
+
+    Running statistics, float32 (C,), are moved by ``momentum`` towards the mean and the unbiased variance, in place.
+    """
+    mean, inverse_deviation = operators["batch_statistics"](values, running_mean, running_variance, momentum, epsilon)
+    # Which is how others see that they have changed.
+    torch.autograd.graph.increment_version([each for each in (running_mean, running_variance) if each is not None])
+    return mean, inverse_deviation
 
 
 def normalize(
     values: Tensor,
-    factor: Tensor,
-    addend: Tensor,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     clip: tuple[float, float],
     scale: Tensor,
     zero_point: Tensor,
     scheme: QuantizationScheme,
 ) -> Normalized:
-    """Normalizes, clips and quantizes; ``factor`` and ``addend`` of shape (C,), ``scale`` and ``zero_point`` (1,)."""
+    r"""Normalizes, clips and quantizes.
+
+    Args:
+        values: as :func:`can_normalize` takes them.
+        mean, inverse_deviation: of :func:`batch_statistics`.
+        weight, bias: :math:`\gamma` and :math:`\beta`, float32 (C,), or None for 1 and 0.
+        clip: the range of an activation that only clips; infinite ends clip nothing.
+        scale, zero_point: of shape (1,).
+        scheme: the grid.
+    """
     on_grid, codes, mask, extremes = operators["normalize"](
-        values, factor, addend, scale, zero_point, scheme.quant_min, scheme.quant_max, *clip, scheme.dtype
+        values,
+        mean,
+        inverse_deviation,
+        weight,
+        bias,
+        scale,
+        zero_point,
+        scheme.quant_min,
+        scheme.quant_max,
+        *clip,
+        scheme.dtype,
     )
     return Normalized(on_grid, codes if codes.numel() else None, mask, extremes)
 

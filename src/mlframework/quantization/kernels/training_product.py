@@ -48,7 +48,7 @@ def takes_training_product(weight: Tensor, groups: int) -> bool:
 
 def pack_training_product(
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     scale: Tensor,
     geometry: ConvolutionGeometry | None,
     zero_point: int,
@@ -58,7 +58,7 @@ def pack_training_product(
 
     Args:
         weight: int8 codes, (O, I / groups, *kernel) of a convolution in one or two dimensions, or (O, I).
-        bias: int32 (O,), in units of the accumulator.
+        bias: int32 (O,), in units of the accumulator; None for none.
         scale: float32 (O,) or (1,), ``sx * sw``.
         geometry: of a convolution; None for a linear layer.
         zero_point, dtype: of the input's codes.

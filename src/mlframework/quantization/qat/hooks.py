@@ -22,12 +22,11 @@ def has_user_hooks(*modules: nn.Module | None) -> bool:
 def is_watched(*modules: nn.Module | None) -> bool:
     """Whether a call of any of the modules would run a hook: forward or backward, its own or one for all modules; or a
     forward that was put on that very module, as libraries that move models about do."""
-    return _has_any_global_hook() or any(  # type: ignore[no-untyped-call]
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        for module in modules
-        if module is not None
-    )
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
+    for module in modules:
+        if module is None:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False

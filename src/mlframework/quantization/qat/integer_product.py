@@ -144,12 +144,11 @@ def integer_product(
     if codes is None or quantized is None:
         return None
     scale = codes.scale * quantized.codes.scale
-    if bias is None:
-        bias_codes = torch.zeros(weight.shape[0], dtype=torch.int32)
-    elif bool(arithmetic.bias_fits(bias.detach(), scale).all()):
+    bias_codes = None
+    if bias is not None:
+        if not bool(arithmetic.bias_fits(bias.detach(), scale).all()):
+            return None
         bias_codes = arithmetic.quantize_bias(bias.detach(), scale)
-    else:
-        return None
     product = kernels.pack_training_product(
         quantized.codes.codes, bias_codes, scale, geometry, int(codes.zero_point), codes.codes.dtype
     )

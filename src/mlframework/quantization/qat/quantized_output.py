@@ -42,9 +42,8 @@ class _NormalizeAndQuantize(torch.autograd.Function):
         node: FakeQuantizeLayer,
         recomputed: IntegerProduct | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        factor = inverse_deviation if weight is None else inverse_deviation * weight
-        addend = -mean * factor if bias is None else bias - mean * factor
-        result = kernels.normalize(input, factor, addend, clip, node.scale, node.zero_point, node.scheme)
+        grid = node.scale, node.zero_point, node.scheme
+        result = kernels.normalize(input, mean, inverse_deviation, weight, bias, clip, *grid)
         kept: tuple[Tensor | None, ...] = (input,)
         ctx.convolves = None
         if recomputed is not None:
@@ -162,11 +161,11 @@ def normalized_and_quantized(
         return None
     if not batch_norm.training or is_watched(batch_norm, activation) or not _fuses(node):
         return None
-    mean, variance = kernels.batch_statistics(input.detach())
-    _update_running_statistics(batch_norm, mean, variance, input.numel() // mean.numel())
-    weight, bias = batch_norm.weight, batch_norm.bias
+    mean, inverse_deviation = kernels.batch_statistics(
+        input.detach(), batch_norm.running_mean, batch_norm.running_var, _momentum(batch_norm), batch_norm.eps
+    )
     values, codes, extremes = _NormalizeAndQuantize.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, mean, torch.rsqrt(variance + batch_norm.eps), clip, node, product
+        input, batch_norm.weight, batch_norm.bias, mean, inverse_deviation, clip, node, product
     )
     return _observed(node, values, codes, extremes)
 
@@ -230,22 +229,13 @@ def _observed(node: FakeQuantizeLayer, values: Tensor, codes: Tensor | None, ext
     return values
 
 
-@torch.no_grad()
-def _update_running_statistics(
-    batch_norm: nn.BatchNorm1d | nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int
-) -> None:
-    """As the module itself does: the variance of the batch counts without bias."""
-    if not batch_norm.track_running_stats:  # switched off since
-        return
+def _momentum(batch_norm: nn.BatchNorm1d | nn.BatchNorm2d) -> float:
+    """Counts the batch; what it counts for among those before it."""
+    if batch_norm.num_batches_tracked is None:
+        return 0.0
+    batch_norm.num_batches_tracked.add_(1)
     momentum = batch_norm.momentum
-    if batch_norm.num_batches_tracked is not None:
-        batch_norm.num_batches_tracked.add_(1)
-        if momentum is None:  # the average of all batches
-            momentum = 1.0 / float(batch_norm.num_batches_tracked)
-    if batch_norm.running_mean is None or batch_norm.running_var is None or momentum is None:
-        return
-    batch_norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    batch_norm.running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
+    return 1.0 / float(batch_norm.num_batches_tracked) if momentum is None else momentum
 
 
 def are_active(dropouts: Sequence[nn.Module]) -> bool:

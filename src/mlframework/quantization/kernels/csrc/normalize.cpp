@@ -227,9 +227,21 @@ Tensor vector_of(const std::vector<double>& numbers) {
   return result;
 }
 
+// r <- (1 - m) r + m (factor b), as ATen's batch normalization does in float32.
+void average_in(const Tensor& running, const std::vector<double>& batch, double momentum, double factor) {
+  STD_TORCH_CHECK(running.is_cpu() && running.scalar_type() == ScalarType::Float && running.is_contiguous() &&
+                      running.numel() == static_cast<int64_t>(batch.size()),
+                  "running statistics must be float32 and hold one number to a channel");
+  float* to = static_cast<float*>(running.mutable_data_ptr());
+  for (size_t c = 0; c < batch.size(); ++c)
+    to[c] = static_cast<float>(momentum * factor * batch[c] + (1.0 - momentum) * static_cast<double>(to[c]));
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values) {
+std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values, const std::optional<Tensor>& running_mean,
+                                            const std::optional<Tensor>& running_variance, double momentum,
+                                            double epsilon) {
   const Rows rows = rows_of(values);
   STD_TORCH_CHECK(rows.elements() > 0, "values must not be empty");
   const float* from = static_cast<const float*>(values.const_data_ptr());
@@ -237,23 +249,35 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values) {
   const std::vector<double> sums = sum_twice(rows, [&](int64_t start, int64_t count, float* a, float* b) {
     run_vectorized<SumDifferences>(from + start, near.data(), count, a, b);
   });
-  std::vector<double> mean(first.begin(), first.end()), variance(first.size());
+  const double count = static_cast<double>(rows.count);
+  std::vector<double> mean(first.begin(), first.end()), variance(first.size()), inverse(first.size());
   for (size_t c = 0; c < first.size(); ++c) {
-    const double difference = sums[c] / static_cast<double>(rows.count);
+    const double difference = sums[c] / count;
     mean[c] += difference;
-    variance[c] = std::max(sums[first.size() + c] / static_cast<double>(rows.count) - difference * difference, 0.0);
+    variance[c] = std::max(sums[first.size() + c] / count - difference * difference, 0.0);
+    inverse[c] = 1.0 / std::sqrt(variance[c] + epsilon);
   }
-  return {vector_of(mean), vector_of(variance)};
+  if (running_mean) average_in(*running_mean, mean, momentum, 1.0);
+  if (running_variance) average_in(*running_variance, variance, momentum, count / (count - 1.0));
+  return {vector_of(mean), vector_of(inverse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const Tensor& factor, const Tensor& addend,
-                                                     const Tensor& scale, const Tensor& zero_point, int64_t lowest,
-                                                     int64_t highest, double clip_low, double clip_high,
-                                                     ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const Tensor& mean,
+                                                     const Tensor& inverse_deviation,
+                                                     const std::optional<Tensor>& weight,
+                                                     const std::optional<Tensor>& bias, const Tensor& scale,
+                                                     const Tensor& zero_point, int64_t lowest, int64_t highest,
+                                                     double clip_low, double clip_high, ScalarType dtype) {
   const Rows rows = rows_of(values);
   check_code_dtype(dtype);
-  const std::vector<float> factors = repeated(numbers_of(factor, rows, "factor"), rows);
-  const std::vector<float> addends = repeated(numbers_of(addend, rows, "addend"), rows);
+  const std::vector<float> means = numbers_of(mean, rows, "mean"), gammas = numbers_of(weight, rows, "weight", 1.0f);
+  std::vector<float> factor = numbers_of(inverse_deviation, rows, "inverse_deviation");
+  std::vector<float> addend = numbers_of(bias, rows, "bias", 0.0f);
+  for (size_t c = 0; c < factor.size(); ++c) {
+    factor[c] *= gammas[c];
+    addend[c] -= means[c] * factor[c];
+  }
+  const std::vector<float> factors = repeated(factor, rows), addends = repeated(addend, rows);
   const Quantization grid{number_in(scale, "scale"),        number_in(zero_point, "zero_point"),
                           static_cast<float>(lowest),       static_cast<float>(highest),
                           static_cast<float>(clip_low), static_cast<float>(clip_high)};

@@ -55,14 +55,16 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
   library.def("max_pool2d(Tensor codes, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode)"
               " -> Tensor");
   library.def("sum_positions(Tensor codes) -> Tensor");
-  library.def("pack_layer(Tensor weight, Tensor bias, Tensor multiplier, int[] stride, int[] padding, int[] dilation,"
+  library.def("pack_layer(Tensor weight, Tensor? bias, Tensor multiplier, int[] stride, int[] padding, int[] dilation,"
               " int groups, int input_zero_point, ScalarType input_dtype, int zero_point, float lowest, float highest,"
               " ScalarType dtype) -> Tensor");
   library.def("convolution(Tensor codes, Tensor layer) -> Tensor");
   library.def("linear(Tensor codes, Tensor layer) -> Tensor");
-  library.def("batch_statistics(Tensor values) -> (Tensor, Tensor)");
-  library.def("normalize(Tensor values, Tensor factor, Tensor addend, Tensor scale, Tensor zero_point, int lowest,"
-              " int highest, float clip_low, float clip_high, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("batch_statistics(Tensor values, Tensor(a!)? running_mean, Tensor(b!)? running_variance, float momentum,"
+              " float epsilon) -> (Tensor, Tensor)");
+  library.def("normalize(Tensor values, Tensor mean, Tensor inverse_deviation, Tensor? weight, Tensor? bias, Tensor scale,"
+              " Tensor zero_point, int lowest, int highest, float clip_low, float clip_high, ScalarType dtype)"
+              " -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("normalize_backward(Tensor gradient, Tensor mask, Tensor values, Tensor mean, Tensor inverse_deviation,"
               " Tensor? weight, float gradient_clip) -> (Tensor, Tensor, Tensor)");
   library.def("has_integer_layers() -> bool");

@@ -51,7 +51,7 @@ Tensor max_pool2d(const Tensor& codes, Shape kernel, Shape stride, Shape padding
 
 Tensor sum_positions(const Tensor& codes);
 
-Tensor pack_layer(const Tensor& weight, const Tensor& bias, const Tensor& multiplier, Shape stride, Shape padding,
+Tensor pack_layer(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& multiplier, Shape stride, Shape padding,
                   Shape dilation, int64_t groups, int64_t input_zero_point, ScalarType input_dtype,
                   int64_t zero_point, double lowest, double highest, ScalarType dtype);
 
@@ -59,12 +59,16 @@ Tensor convolution(const Tensor& codes, const Tensor& layer);
 
 Tensor linear(const Tensor& codes, const Tensor& layer);
 
-std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values);
+std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values, const std::optional<Tensor>& running_mean,
+                                            const std::optional<Tensor>& running_variance, double momentum,
+                                            double epsilon);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const Tensor& factor, const Tensor& addend,
-                                                     const Tensor& scale, const Tensor& zero_point, int64_t lowest,
-                                                     int64_t highest, double clip_low, double clip_high,
-                                                     ScalarType dtype);
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const Tensor& mean,
+                                                     const Tensor& inverse_deviation,
+                                                     const std::optional<Tensor>& weight,
+                                                     const std::optional<Tensor>& bias, const Tensor& scale,
+                                                     const Tensor& zero_point, int64_t lowest, int64_t highest,
+                                                     double clip_low, double clip_high, ScalarType dtype);
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
                                                       const Tensor& mean, const Tensor& inverse_deviation,

@@ -101,7 +101,7 @@ const int8_t* channels_innermost(const Tensor& weight, std::vector<int8_t>& copy
 
 }  // namespace
 
-Tensor pack_layer(const Tensor& weight, const Tensor& bias, const Tensor& multiplier, Shape stride, Shape padding,
+Tensor pack_layer(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& multiplier, Shape stride, Shape padding,
                   Shape dilation, int64_t groups, int64_t input_zero_point, ScalarType input_dtype,
                   int64_t zero_point, double lowest, double highest, ScalarType dtype) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Char && weight.dim() == 4,
@@ -138,9 +138,10 @@ Tensor pack_layer(const Tensor& weight, const Tensor& bias, const Tensor& multip
   header.highest = static_cast<float>(floats ? highest : highest - static_cast<double>(zero_point));
   header.bytes = header.size();
 
-  const Tensor biases = torch::stable::contiguous(bias), multipliers = torch::stable::contiguous(multiplier);
-  STD_TORCH_CHECK(biases.is_cpu() && biases.scalar_type() == ScalarType::Int && biases.numel() == weight.size(0),
-                  "bias must be int32 and hold one number to an output channel");
+  const Tensor multipliers = torch::stable::contiguous(multiplier);
+  STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->scalar_type() == ScalarType::Int && bias->is_contiguous() &&
+                            bias->numel() == weight.size(0)),
+                  "bias must be contiguous int32 and hold one number to an output channel");
   STD_TORCH_CHECK(multipliers.is_cpu() && multipliers.scalar_type() == ScalarType::Float &&
                       (multipliers.numel() == weight.size(0) || multipliers.numel() == 1),
                   "multiplier must be float32 and hold one number, or one to an output channel");
@@ -148,13 +149,13 @@ Tensor pack_layer(const Tensor& weight, const Tensor& bias, const Tensor& multip
   const Tensor packed = empty({header.bytes}, {1}, ScalarType::Byte);
   Layer& layer = *static_cast<Layer*>(packed.mutable_data_ptr());
   layer = header;
-  const auto* bias_of = static_cast<const int32_t*>(biases.const_data_ptr());
+  const auto* bias_of = bias ? static_cast<const int32_t*>(bias->const_data_ptr()) : nullptr;
   const auto* multiplier_of = static_cast<const float*>(multipliers.const_data_ptr());
   std::fill_n(layer.bias(), layer.blocks() * kLanes, 0);
   std::fill_n(layer.multiplier(), layer.blocks() * kLanes, 0.0f);
   for (int64_t o = 0; o < layer.output_channels; ++o) {
     const int64_t place = layer.depthwise ? depthwise_place(o) : o;
-    layer.bias()[place] = bias_of[o];
+    if (bias_of) layer.bias()[place] = bias_of[o];
     layer.multiplier()[place] = multiplier_of[multipliers.numel() == 1 ? 0 : o];
   }
   std::vector<int8_t> copy;
