@@ -339,3 +339,72 @@ def test_a_compiled_function_traces_the_formulas() -> None:
         return kernels.lookup(total, every_code(UNSIGNED).flip(0))
 
     assert_same(run(codes), 255 - codes)
+
+
+# Tables in training
+
+
+@pytest.mark.parametrize("gradient_clip", [None, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lookup_gradient(shape: tuple[int, ...], dtype: torch.dtype, gradient_clip: float | None) -> None:
+    slopes = torch.randn(256)
+    lowest = torch.iinfo(dtype).min
+    for codes in layouts(random_codes(shape, dtype)).values():
+        for gradient in layouts(torch.randn(shape)).values():
+            passed = gradient if gradient_clip is None else gradient.clamp(-gradient_clip, gradient_clip)
+            expected = passed * slopes[codes.long() - lowest]
+            assert_same(kernels.lookup_gradient(gradient, codes, slopes, gradient_clip), expected)
+            assert_same(on_reference(kernels.lookup_gradient, gradient, codes, slopes, gradient_clip), expected)
+
+
+def test_lookup_gradient_of_nan_is_nan() -> None:
+    gradient = torch.tensor([torch.nan, torch.inf, 1.0])
+    codes = torch.tensor([0, 255, 7], dtype=UNSIGNED)
+    slopes = torch.ones(256)
+    for clip in (None, 2.0):
+        passed = kernels.lookup_gradient(gradient, codes, slopes, clip)
+        assert torch.equal(passed.isnan(), gradient.isnan())
+        assert passed[1] == (torch.inf if clip is None else clip)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_occurring(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    lowest = torch.iinfo(dtype).min
+    for codes in layouts(random_codes(shape, dtype)).values():
+        present = set((codes.long() - lowest).flatten().tolist())
+        expected = torch.tensor([place in present for place in range(256)]).to(UNSIGNED)
+        assert_same(kernels.occurring(codes), expected)
+        assert_same(on_reference(kernels.occurring, codes), expected)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_occurring_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    codes = random_codes(LARGE, dtype).clamp_max(90)
+    codes.view(-1)[-1] = 91  # in one thread's share alone
+    expected = (every_code(dtype) <= 91).to(UNSIGNED)
+    assert_same(kernels.occurring(codes), expected)
+    gradient, slopes = torch.randn(LARGE), torch.randn(256)
+    arguments = (gradient, codes, slopes, None)
+    assert_same(kernels.lookup_gradient(*arguments), on_reference(kernels.lookup_gradient, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gradient": torch.zeros(3)}, "gradient must have the shape of codes"),
+        ({"codes": torch.zeros(2, 3)}, "codes must be uint8 or int8"),
+        ({"slopes": torch.zeros(255)}, "slopes must be contiguous and hold 256 numbers"),
+    ],
+)
+def test_lookup_gradient_refuses(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "gradient": torch.zeros(2, 3),
+        "codes": torch.zeros(2, 3, dtype=UNSIGNED),
+        "slopes": torch.zeros(256),
+        "gradient_clip": None,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        kernels.lookup_gradient(**arguments | change)

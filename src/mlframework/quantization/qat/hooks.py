@@ -29,4 +29,6 @@ def is_watched(*modules: nn.Module | None) -> bool:
             continue
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
+        if "forward" in module.__dict__:
+            return True
     return False

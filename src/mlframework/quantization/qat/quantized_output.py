@@ -159,7 +159,9 @@ def normalized_and_quantized(
         return None
     if not isinstance(batch_norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or type(batch_norm).forward is not _FORWARD:
         return None
-    if not batch_norm.training or is_watched(batch_norm, activation) or not _fuses(node):
+    if not (batch_norm.training and batch_norm.track_running_stats):
+        return None
+    if is_watched(batch_norm, activation) or not _fuses(node):
         return None
     mean, inverse_deviation = kernels.batch_statistics(
         input.detach(), batch_norm.running_mean, batch_norm.running_var, _momentum(batch_norm), batch_norm.eps
@@ -231,11 +233,12 @@ def _observed(node: FakeQuantizeLayer, values: Tensor, codes: Tensor | None, ext
 
 def _momentum(batch_norm: nn.BatchNorm1d | nn.BatchNorm2d) -> float:
     """Counts the batch; what it counts for among those before it."""
-    if batch_norm.num_batches_tracked is None:
-        return 0.0
-    batch_norm.num_batches_tracked.add_(1)
     momentum = batch_norm.momentum
-    return 1.0 / float(batch_norm.num_batches_tracked) if momentum is None else momentum
+    if batch_norm.num_batches_tracked is not None:
+        batch_norm.num_batches_tracked.add_(1)
+        if momentum is None:  # the average of all batches
+            momentum = 1.0 / float(batch_norm.num_batches_tracked)
+    return 0.0 if momentum is None else momentum
 
 
 def are_active(dropouts: Sequence[nn.Module]) -> bool:
