@@ -107,7 +107,10 @@ def test_they_use_the_best_instructions_that_pytorch_uses() -> None:
 
 
 INSTRUCTION_SETS = {"default": "baseline", "avx2": "avx2"}
-TESTS = [str(Path(__file__).with_name(name)) for name in ("test_operations.py", "test_integer_layer.py")]
+TESTS = [
+    str(Path(__file__).with_name(name))
+    for name in ("test_operations.py", "test_integer_layer.py", "test_fake_quantization.py")
+]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ bit but for sums over many elements. Forward functions are not differentiable: w
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,26 +68,47 @@ def fake_quantize(
         extremes: whether to return the extremes of v, as :func:`extremes` does.
     """
     if is_native(input, scale, zero_point) and (addend is None or use_native(addend)):
-        return FakeQuantized(
-            *operators["fake_quantize"](
+        return FakeQuantized._make(
+            native_fake_quantize(
                 _plain(input),
-                None if addend is None else _plain(addend),
                 _plain(scale),
                 _plain(zero_point),
                 lowest,
                 highest,
-                -1 if axis is None else axis,
-                *clip,
+                axis,
+                None if addend is None else _plain(addend),
+                clip,
                 values,
+                codes,
                 mask,
                 extremes,
-                codes,
             )
         )
     with torch.no_grad():
         return _fake_quantize(
             input, scale, zero_point, lowest, highest, axis, addend, clip, values, codes, mask, extremes
         )
+
+
+def native_fake_quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    axis: int | None,
+    addend: Tensor | None = None,
+    clip: tuple[float, float] = UNBOUNDED,
+    values: bool = True,
+    codes: torch.dtype | None = None,
+    mask: bool = False,
+    extremes: bool = False,
+) -> Any:
+    """:func:`fake_quantize` by the compiled kernels, of tensors that they take and that autograd does not record."""
+    axis = -1 if axis is None else axis
+    return operators["fake_quantize"](
+        input, addend, scale, zero_point, lowest, highest, axis, *clip, values, mask, extremes, codes
+    )
 
 
 def is_native(input: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
@@ -248,7 +269,7 @@ def fake_quantize_backward(
 
 def gradient_scale(input: Tensor, scale: Tensor, highest: int) -> float:
     r""":math:`1 / \sqrt{N q_{max}}`: a scale of N elements learns at the pace of a weight (LSQ, section 2.2)."""
-    return 1.0 / math.sqrt(max(input.numel() // scale.numel(), 1) * highest)
+    return 1.0 / math.sqrt(max(input.numel() // max(scale.numel(), 1), 1) * highest)
 
 
 def _sum(values: Tensor, dimensions: list[int]) -> Tensor:

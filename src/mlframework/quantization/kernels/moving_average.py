@@ -10,7 +10,9 @@ from .native import operators, use_native
 
 
 def update_moving_average(
-    extremes: Tensor,
+    batch: Tensor,
+    is_measured: bool,
+    axis: int | None,
     minimum: Tensor,
     maximum: Tensor,
     batches: Tensor,
@@ -20,13 +22,15 @@ def update_moving_average(
     scheme: QuantizationScheme,
     due: bool,
 ) -> bool:
-    """Folds extremes into running averages and, where due, makes scale and zero point of them, all in place.
+    """Folds a batch into running averages of its extremes and, where due, makes scale and zero point of them.
 
-    It is what ``MovingAverageObserver.update`` and ``FakeQuantizeLayer.update_parameters`` do, bit for bit, and has no
-    other reference: where the compiled kernels do not take the state it changes nothing.
+    It is what ``MovingAverageObserver.update`` and ``FakeQuantizeLayer.update_parameters`` do, bit for bit and in
+    place; they are its reference. Where the compiled kernels do not take the tensors it changes nothing.
 
     Args:
-        extremes: ``[-minimum, maximum]`` of the batch, float32 (2, C).
+        batch: the extremes ``[-minimum, maximum]``, float32 (2, C), if ``is_measured``; else the tensor itself, float32
+            or bfloat16.
+        axis: of the channels of an unmeasured batch, non-negative, or None.
         minimum, maximum: the running averages, float32 (C,).
         batches: int64 (1,), the number of batches that held a finite value.
         scale, zero_point: float32 (C,).
@@ -37,16 +41,24 @@ def update_moving_average(
     Returns:
         Whether it was done.
     """
-    state = (minimum, maximum, batches, scale, zero_point)
     if not (
-        extremes.dtype is minimum.dtype is maximum.dtype is scale.dtype is zero_point.dtype is torch.float32
-        and use_native(extremes)
-        and all(type(tensor) is Tensor and tensor.is_cpu and not tensor.is_inference() for tensor in state)
+        (batch.dtype is torch.float32 or (batch.dtype is torch.bfloat16 and not is_measured))
+        and minimum.dtype is maximum.dtype is scale.dtype is zero_point.dtype is torch.float32
+        and use_native(batch)
+        and type(scale) is type(minimum) is Tensor
+        and scale.is_cpu
+        and not scale.is_inference()  # which has no version to count
     ):
         return False
     operators["update_moving_average"](
-        extremes,
-        *state,
+        batch.detach() if batch.requires_grad else batch,
+        is_measured,
+        -1 if axis is None else axis,
+        minimum,
+        maximum,
+        batches,
+        scale,
+        zero_point,
         momentum,
         scheme.quant_min,
         scheme.quant_max,
@@ -54,5 +66,6 @@ def update_moving_average(
         scheme.symmetric_zero_point,
         due,
     )
-    torch.autograd.graph.increment_version(state)  # which is how others see that it changed
+    # Which is how others see that they have changed.
+    torch.autograd.graph.increment_version((minimum, maximum, batches, scale, zero_point))
     return True

@@ -71,12 +71,11 @@ class ActivationObserver(nn.Module):
             self.update(self.measure(input))
         return input
 
-    @torch.no_grad()
     def measure(self, input: Tensor) -> BatchStatistics:
         """The statistics of one tensor, without keeping them."""
         if not input.is_floating_point():
             raise TypeError(f"input must be a floating-point tensor, got {input.dtype}")
-        return self._measure(input.detach())
+        return self._measure(input.detach() if input.requires_grad else input)
 
     @torch.no_grad()
     def update(self, statistics: BatchStatistics) -> None:
@@ -180,26 +179,47 @@ class MovingAverageObserver(ActivationObserver):
         self.statistics = MovingAverageStatistics(momentum, num_channels)
 
     def update_with_parameters(
-        self, statistics: BatchStatistics, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme, due: bool
+        self,
+        batch: Tensor,
+        axis: int | None,
+        scale: Tensor,
+        zero_point: Tensor,
+        scheme: QuantizationScheme,
+        *,
+        is_measured: bool,
+        due: bool,
     ) -> bool:
-        """:meth:`update` and, if ``due`` or :meth:`due`, the parameters that follow from it, in one compiled call.
+        """Measures a batch, keeps it and makes of it the parameters that follow, in one call of a compiled kernel.
+
+        Args:
+            batch: the tensor; or the extremes that :meth:`measure` found, if ``is_measured``.
+            axis: of the channels, non-negative, or None.
+            scale, zero_point: changed in place, if ``due`` or :meth:`due`.
+            scheme: the grid.
 
         Returns:
             Whether it was done; otherwise nothing has changed.
         """
+        if torch.compiler.is_compiling() or type(self) is not MovingAverageObserver:
+            return False
         running = self.statistics
-        done = type(self) is MovingAverageObserver and kernels.update_moving_average(
-            statistics.extremes,
-            running.minimum,
-            running.maximum,
-            self.batches,
+        averages: dict[str, Any] = running._buffers  # in every step, where a module's own look-up is slow
+        own: dict[str, Any] = self._buffers
+        done = kernels.update_moving_average(
+            batch,
+            is_measured,
+            axis,
+            averages["minimum"],
+            averages["maximum"],
+            own["batches"],
             scale,
             zero_point,
             running.momentum,
             scheme,
             due or self._updates % self.update_every == 0,
         )
-        self._updates += done
+        if done:
+            self.__dict__["_updates"] += 1
         return done
 
     def _update(self, statistics: BatchStatistics) -> None:

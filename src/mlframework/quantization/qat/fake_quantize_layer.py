@@ -16,7 +16,7 @@ from ..scheme_state import check_schemes, register_scheme
 from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
 from .attached_codes import Codes, attach_codes, codes_of
 from .fake_quantize_operation import fake_quantize_tensor
-from .observer_synchronizer import ObserverSynchronizer, reduce_over_ranks
+from .observer_synchronizer import ObserverSynchronizer, is_distributed, reduce_over_ranks
 from .scale_projection import project_optimizer_steps
 from .straight_through_estimator import StraightThroughEstimator
 
@@ -188,37 +188,30 @@ class FakeQuantizeLayer(nn.Module):
             # DistributedDataParallel wants every parameter to take part in every step.
             return output + 0 * (self.scale.sum() + self.zero_point.sum()) if self.learnable else output
         self.require_initialized()
-        grid = self.scale, self.zero_point, self.scheme
+        # In every step, where a module's own look-up is slow.
+        state: dict[str, Any] = self._parameters if self.learnable else self._buffers
+        grid = state["scale"], state["zero_point"], self.scheme
         if not self.serves_integers:
             return fake_quantize_tensor(output, *grid, self.estimator, axis)
         values, codes = fake_quantize_tensor(output, *grid, self.estimator, axis, codes=True)
         if codes is not None:
-            attach_codes(values, codes, self.scale, self.zero_point, self.scheme)
+            attach_codes(values, codes, *grid)
         return values
 
     def observe(self, input: Tensor) -> None:
         """Folds a tensor into the statistics: now, or when the model's forward ends."""
-        statistics = self.observer.measure(input)
         if self.synchronizer is not None:
-            self.synchronizer.defer(self.synchronizer_index, statistics)
-            return
-        if self.reduces_over_ranks:
-            (statistics,) = reduce_over_ranks([statistics])
-        self.commit(statistics)
+            self.synchronizer.defer(self.synchronizer_index, self.observer.measure(input))
+        elif self.reduces_over_ranks and is_distributed():
+            self.commit(*reduce_over_ranks([self.observer.measure(input)]))
+        elif not self._commit_at_once(input, self.scheme.resolve_channel_axis(input.dim()), is_measured=False):
+            self.commit(self.observer.measure(input))
 
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds measured statistics in and, where due, recomputes the parameters from them."""
-        observer = self.observer
-        if (
-            isinstance(observer, MovingAverageObserver)
-            and not (self.calibrating or self.learnable)
-            and observer.update_with_parameters(
-                statistics, self.scale, self.zero_point, self.scheme, due=not self._ready
-            )
-        ):
-            self._mark_ready()
+        if self._commit_at_once(statistics.extremes, None, is_measured=True):
             return
-        observer.update(statistics)
+        self.observer.update(statistics)
         if self.calibrating:
             return
         due = True if not self._ready else self.observer.due()
@@ -226,6 +219,25 @@ class FakeQuantizeLayer(nn.Module):
             self.update_parameters(due)
         elif due:
             self.update_parameters()
+
+    def _commit_at_once(self, batch: Tensor, axis: int | None, *, is_measured: bool) -> bool:
+        """:meth:`commit` by a compiled kernel, which does it for the observer that most layers have, or not at all."""
+        observer = self._modules["observer"]
+        state: dict[str, Any] = self._buffers
+        if self.calibrating or self.learnable or not isinstance(observer, MovingAverageObserver):
+            return False
+        done = observer.update_with_parameters(
+            batch,
+            axis,
+            state["scale"],
+            state["zero_point"],
+            self.scheme,
+            is_measured=is_measured,
+            due=not self._ready,
+        )
+        if done:
+            self._mark_ready()
+        return done
 
     @torch.no_grad()
     def update_parameters(self, due: Tensor | None = None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import arithmetic, kernels
-from ..kernels.fake_quantization import operands
+from ..kernels.fake_quantization import native_fake_quantize, operands
 from ..parameters import QuantizationParameters, check_input
 from ..scheme import QuantizationScheme
 from .snapshot import snapshot
@@ -59,41 +59,43 @@ class _NativeFakeQuantize(torch.autograd.Function):
         input: Tensor,
         scale: Tensor,
         zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        axis: int | None,
-        pass_saturated: bool,
-        gradient_clip: float | None,
+        options: tuple[int, int, int | None, bool, float | None],
         code_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.options = quant_min, quant_max, axis, pass_saturated, gradient_clip
-        ctx.learns = scale.requires_grad or zero_point.requires_grad
-        ctx.set_materialize_grads(False)
-        with_mask = not (ctx.learns or pass_saturated)
-        values, codes, mask, _ = kernels.fake_quantize(
-            input, scale, zero_point, quant_min, quant_max, axis, codes=code_dtype, mask=with_mask
+    ) -> tuple[Tensor, Tensor | None] | Tensor:
+        ctx.options = options
+        ctx.learns = learns = scale.requires_grad or zero_point.requires_grad
+        with_mask = not (learns or options[3])
+        values: Tensor
+        values, codes, mask, _ = native_fake_quantize(
+            input, scale, zero_point, *options[:3], codes=code_dtype, mask=with_mask
         )
-        assert values is not None
-        if ctx.learns:
+        if learns:
             ctx.save_for_backward(input, scale, zero_point)
         elif with_mask:
             ctx.save_for_backward(mask)
             ctx.strides = values.stride()
+        if code_dtype is None:
+            return values
+        ctx.set_materialize_grads(False)
         if codes is not None:
             ctx.mark_non_differentiable(codes)
         return values, codes
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gradient is None:
-            return (None,) * 9
+            return None, None, None, None, None
         if ctx.learns:
-            return *_from_input(ctx, gradient), *[None] * 6
+            return *_from_input(ctx, gradient), None, None
         pass_saturated, gradient_clip = ctx.options[3:]
         if pass_saturated:
-            return _clipped(gradient, gradient_clip), *[None] * 8
+            return _clipped(gradient, gradient_clip), None, None, None, None
         (mask,) = ctx.saved_tensors
-        return kernels.mask_gradient(gradient, mask, ctx.strides, gradient_clip), *[None] * 8
+        return kernels.mask_gradient(gradient, mask, ctx.strides, gradient_clip), None, None, None, None
+
+
+# Past what Function.apply asks about functorch's transforms, which is_native has asked.
+_apply: Any = super(torch.autograd.Function, _NativeFakeQuantize).apply
 
 
 def _passes_unchanged(ctx: Any) -> bool:
@@ -107,10 +109,13 @@ def _clipped(gradient: Tensor, gradient_clip: float | None) -> Tensor:
 
 
 def _from_input(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    input, scale, zero_point = ctx.saved_tensors
     quant_min, quant_max, axis, pass_saturated, gradient_clip = ctx.options
     return kernels.fake_quantize_backward(
         gradient,
-        *ctx.saved_tensors,
+        input,
+        scale,
+        zero_point,
         quant_min,
         quant_max,
         axis,
@@ -163,47 +168,25 @@ def fake_quantize_tensor(
             none: a value is NaN, or PyTorch traces, which cannot know.
     """
     code_dtype = scheme.dtype if codes else None
+    options = (scheme.quant_min, scheme.quant_max, axis, ste.saturated == "identity", ste.gradient_clip)
     if kernels.is_native(input, scale, zero_point) and forward_ad._current_level < 0:
-        learns = scale.requires_grad or zero_point.requires_grad
-        if torch.is_grad_enabled() and (learns or input.requires_grad):
-            both = _NativeFakeQuantize.apply(  # type: ignore[no-untyped-call]
-                input,
-                scale,
-                zero_point,
-                scheme.quant_min,
-                scheme.quant_max,
-                axis,
-                ste.saturated == "identity",
-                ste.gradient_clip,
-                code_dtype,
-            )
-        else:
-            both = kernels.fake_quantize(
-                input, scale, zero_point, scheme.quant_min, scheme.quant_max, axis, codes=code_dtype
-            )[:2]
-        return both if codes else both[0]  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and (input.requires_grad or scale.requires_grad or zero_point.requires_grad):
+            return _apply(input, scale, zero_point, options, code_dtype)  # type: ignore[no-any-return]
+        both: tuple[Tensor, Tensor | None] = native_fake_quantize(
+            input, scale, zero_point, *options[:3], codes=code_dtype
+        )[:2]
+        return both if codes else both[0]
     if not scale.requires_grad:
         scale = snapshot(scale)
     if not zero_point.requires_grad:
         zero_point = snapshot(zero_point)
-    values: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        input,
-        scale,
-        zero_point,
-        scheme.quant_min,
-        scheme.quant_max,
-        axis,
-        ste.saturated == "identity",
-        ste.gradient_clip,
-    )
+    values: Tensor = _FakeQuantize.apply(input, scale, zero_point, *options)  # type: ignore[no-untyped-call]
     if not codes:
         return values
     if torch.compiler.is_compiling():
         return values, None
-    of_values = kernels.fake_quantize(
-        input, scale, zero_point, scheme.quant_min, scheme.quant_max, axis, values=False, codes=code_dtype
-    )
-    return values, of_values.codes
+    quantized = kernels.fake_quantize(input, scale, zero_point, *options[:3], values=False, codes=code_dtype)
+    return values, quantized.codes
 
 
 def fake_quantize(

@@ -62,7 +62,7 @@ class ObserverSynchronizer:
         """Reduces over ranks, updates every layer and forgets."""
         pending = dict(self.pending)
         self.pending.clear()
-        if _distributed():
+        if is_distributed():
             # A rank whose forward took another branch, or that had an empty batch, takes part with nothing seen: all
             # ranks pack the same layers, in every forward in which any layer observes.
             indices = [index for index, layer in enumerate(self.layers) if layer.observes]
@@ -92,7 +92,7 @@ def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
 
 def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics]:
     """All-reduces packed statistics: one collective for the extremes and, where there are histograms, one for those."""
-    if not _distributed() or not statistics:
+    if not is_distributed() or not statistics:
         return statistics
     extremes = _all_reduce([batch.extremes for batch in statistics], dist.ReduceOp.MAX)
     counted = [batch.counts for batch in statistics if batch.counts is not None]
@@ -103,7 +103,8 @@ def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics
     ]
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether there are other ranks to agree with."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -53,13 +53,15 @@ float* numbers_of(const Tensor& tensor, int64_t channels, const char* name) {
 
 }  // namespace
 
-void update_moving_average(const Tensor& extremes, const Tensor& minimum, const Tensor& maximum, const Tensor& batches,
-                           const Tensor& scale, const Tensor& zero_point, double momentum, int64_t lowest,
-                           int64_t highest, bool symmetric, int64_t symmetric_zero, bool due) {
+void update_moving_average(const Tensor& batch, bool is_measured, int64_t axis, const Tensor& minimum,
+                           const Tensor& maximum, const Tensor& batches, const Tensor& scale,
+                           const Tensor& zero_point, double momentum, int64_t lowest, int64_t highest, bool symmetric,
+                           int64_t symmetric_zero, bool due) {
+  const Tensor both = is_measured ? batch : extremes(batch, axis);
   const int64_t channels = minimum.numel();
   const Codes codes{static_cast<float>(lowest), static_cast<float>(highest), static_cast<float>(symmetric_zero),
                     symmetric};
-  const float* negated_minima = numbers_of(extremes, 2 * channels, "extremes");
+  const float* negated_minima = numbers_of(both, 2 * channels, "extremes");
   const float* maxima = negated_minima + channels;
   float* minima_seen = numbers_of(minimum, channels, "minimum");
   float* maxima_seen = numbers_of(maximum, channels, "maximum");

@@ -41,9 +41,9 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
   library.def("fake_quantize_backward(Tensor gradient, Tensor input, Tensor scale, Tensor zero_point, int lowest,"
               " int highest, int axis, bool pass_saturated, float? gradient_clip, float gradient_scale,"
               " bool needs_input) -> (Tensor, Tensor, Tensor)");
-  library.def("update_moving_average(Tensor extremes, Tensor(a!) minimum, Tensor(b!) maximum, Tensor(c!) batches,"
-              " Tensor(d!) scale, Tensor(e!) zero_point, float momentum, int lowest, int highest, bool symmetric,"
-              " int symmetric_zero, bool due) -> ()");
+  library.def("update_moving_average(Tensor batch, bool is_measured, int axis, Tensor(a!) minimum,"
+              " Tensor(b!) maximum, Tensor(c!) batches, Tensor(d!) scale, Tensor(e!) zero_point, float momentum,"
+              " int lowest, int highest, bool symmetric, int symmetric_zero, bool due) -> ()");
   library.def("extremes(Tensor input, int axis) -> Tensor");
   library.def("lookup(Tensor codes, Tensor table) -> Tensor");
   library.def("lookup_gradient(Tensor gradient, Tensor codes, Tensor slopes, float? gradient_clip) -> Tensor");

@@ -28,9 +28,10 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient
                                                           bool pass_saturated, std::optional<double> gradient_clip,
                                                           double gradient_scale, bool needs_input);
 
-void update_moving_average(const Tensor& extremes, const Tensor& minimum, const Tensor& maximum, const Tensor& batches,
-                           const Tensor& scale, const Tensor& zero_point, double momentum, int64_t lowest,
-                           int64_t highest, bool symmetric, int64_t symmetric_zero, bool due);
+void update_moving_average(const Tensor& batch, bool is_measured, int64_t axis, const Tensor& minimum,
+                           const Tensor& maximum, const Tensor& batches, const Tensor& scale,
+                           const Tensor& zero_point, double momentum, int64_t lowest, int64_t highest, bool symmetric,
+                           int64_t symmetric_zero, bool due);
 
 Tensor extremes(const Tensor& input, int64_t axis);
 
