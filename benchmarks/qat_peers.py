@@ -46,8 +46,10 @@ def torch_ao(model: nn.Module, inputs: Inputs) -> nn.Module:
 def pt2e(model: nn.Module, inputs: Inputs) -> nn.Module:
     """torchao's PT2E with the quantizer for x86.
 
-    https://docs.pytorch.org/ao/stable/tutorials_source/pt2e_quant_x86_inductor.html, "Quantization Aware Training".
+    "PyTorch 2 Export Quantization with X86 Backend through Inductor", section "Quantization Aware Training", of
+    https://docs.pytorch.org/ao/stable/pt2e_quantization/index.html
     """
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's own deprecated call
     with contextlib.redirect_stderr(io.StringIO()):  # what CUDA libraries it does not find on a CPU
         from torchao.quantization.pt2e import move_exported_model_to_train
         from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
