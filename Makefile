@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PEERS_INSTALLED := $(VENV)/peers_installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Files of tests side by side: each keeps what its tests share in its own process.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 KERNELS := src/mlframework/quantization/kernels
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -17,6 +18,13 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow"
+
+# About 25 minutes, on a machine that does nothing else.
+bench: $(PEERS_INSTALLED)
+	$(BIN)/python benchmarks/fake_quantize.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/observers.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,4 +44,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard $(KERNELS)/csrc
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch "setuptools>=77"
 	$(PIP) --no-build-isolation -e ".[test,lint]"
+	touch $@
+
+$(PEERS_INSTALLED): $(INSTALLED)
+	$(PIP) --no-build-isolation -e ".[bench]"
 	touch $@
