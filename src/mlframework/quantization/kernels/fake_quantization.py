@@ -23,7 +23,8 @@ class FakeQuantized(NamedTuple):
     """What :func:`fake_quantize` gives; None for what was not asked for.
 
     ``values`` and ``codes`` lie in memory as a dense input does, and ``mask`` is in that order: the element that
-    comes i-th in memory has bit ``i % 8`` of byte ``i // 8``, and what is left of the last byte is zero.
+    comes i-th in memory has bit ``i % 8`` of byte ``i // 8``, and what is left of the last byte is zero. Where every
+    gradient passes, as for weights on a grid that was made for them, the mask is empty.
     """
 
     values: Tensor | None
@@ -153,7 +154,7 @@ def _fake_quantize(
     return FakeQuantized(
         ((saturated - offset) * step).to(input.dtype) if values else None,
         saturated.to(codes) if codes is not None and not bool(number.isnan().any()) else None,
-        pack_mask(inside) if mask else None,
+        _packed_if_needed(inside) if mask else None,
         _extremes(number, axis) if extremes else None,
     )
 
@@ -181,16 +182,17 @@ def mask_gradient(
     Args:
         gradient: of any layout.
         mask: what :func:`fake_quantize` returned for a tensor of this shape.
-        strides: of what :func:`fake_quantize` returned: the layout of the mask, and of the result.
+        strides: of what :func:`fake_quantize` returned: the layout of the mask, and of what it is applied to.
         gradient_clip: the largest magnitude that passes.
     """
-    if gradient.dtype in _NATIVE_INPUTS and not _is_recorded(gradient) and use_native(gradient):
+    passes_all = mask.numel() == 0
+    if not passes_all and gradient.dtype in _NATIVE_INPUTS and not _is_recorded(gradient) and use_native(gradient):
         largest = None if gradient_clip is None else _representable(gradient_clip, gradient.dtype)
         masked: Tensor = operators["mask_gradient"](gradient, mask, strides, largest)
         return masked
     if gradient_clip is not None:
         gradient = gradient.clamp(-gradient_clip, gradient_clip)
-    return torch.where(unpack_mask(mask, gradient.shape, strides), gradient, 0.0)
+    return gradient if passes_all else torch.where(unpack_mask(mask, gradient.shape, strides), gradient, 0.0)
 
 
 def fake_quantize_backward(
@@ -328,6 +330,10 @@ def pack_mask(flags: Tensor) -> Tensor:
     ordered = memory_order(flags)
     padded = torch.nn.functional.pad(ordered.to(torch.uint8), (0, -ordered.numel() % 8))
     return (padded.reshape(-1, 8) * _bits(flags.device)).sum(1, dtype=torch.uint8)
+
+
+def _packed_if_needed(flags: Tensor) -> Tensor:
+    return flags.new_empty(0, dtype=torch.uint8) if bool(flags.all()) else pack_mask(flags)
 
 
 def unpack_mask(mask: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:

@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& input, co
   const Tensor other = addend ? laid_out_as(*addend, source, "addend") : none();
   const Tensor values = wants_values ? empty_like(source, source.scalar_type()) : none();
   const Tensor codes = code_dtype ? empty_like(source, *code_dtype) : none();
-  const Tensor mask = wants_mask ? empty({mask_bytes(layout.count())}, {1}, ScalarType::Byte) : none();
+  Tensor mask = wants_mask ? empty({mask_bytes(layout.count())}, {1}, ScalarType::Byte) : none();
 
   BitWriter bits{wants_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr};
   ForwardPiece wanted{};
@@ -170,6 +170,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& input, co
   wanted.wants_extremes = wants_extremes;
   Forward forward(wanted, layout, grids, source.scalar_type() == ScalarType::BFloat16);
   forward.run();
+  // Weights on a grid that was made for them: there is no need to keep a mask, nor to apply it.
+  if (wants_mask && passes_all(static_cast<const uint8_t*>(mask.const_data_ptr()), layout.count()))
+    mask = empty({0}, {1}, ScalarType::Byte);
   return {values, forward.has_nan() ? none() : codes, mask, wants_extremes ? packed(forward.extremes()) : none()};
 }
 

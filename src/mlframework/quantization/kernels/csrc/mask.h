@@ -52,4 +52,11 @@ ALWAYS_INLINE void unpack_mask(const uint8_t* __restrict bits, int64_t count, ui
   }
 }
 
+// Whether the bits of all elements are set.
+inline bool passes_all(const uint8_t* bits, int64_t count) {
+  for (int64_t i = 0; i < count / 8; ++i)
+    if (bits[i] != 0xff) return false;
+  return count % 8 == 0 || bits[count / 8] == (1 << count % 8) - 1;
+}
+
 }  // namespace kernels
