@@ -63,8 +63,10 @@ def saved_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, list
         (NETWORKS["mobilenet_v2"].make, False, 0.75),
         (NETWORKS["mobilenet_v2"].make, True, 0.35),
         (relu_chain, False, 0.40),
+        (NETWORKS["mlp"].make, False, 0.40),
+        (NETWORKS["mlp"].make, True, 0.40),
     ],
-    ids=["resnet", "resnet recomputing", "mobilenet", "mobilenet recomputing", "mlp"],
+    ids=["resnet", "resnet recomputing", "mobilenet", "mobilenet recomputing", "relu chain", "mlp", "mlp recomputing"],
 )
 def test_backward_takes_less_memory_than_float(make: Callable[[], nn.Module], recompute: bool, most: float) -> None:
     # A batch that outweighs what is kept of weights: their packed codes and masks.
@@ -344,11 +346,11 @@ def test_what_is_trained_is_what_is_deployed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "resnet20", "gpt"])
-def test_two_hundred_steps_end_alike(name: str) -> None:
+@pytest.mark.parametrize(("name", "steps", "tolerance"), [("mlp", 40, 1e-3), ("gpt", 100, 1e-3), ("resnet20", 5, 2e-2)])
+def test_two_hundred_steps_end_alike(name: str, steps: int, tolerance: float) -> None:
     """A code that rounds the other way changes what follows, so runs part as two machines' would, and learn the same.
 
-    Until they part, the losses agree to 1e-3; afterwards, their averages do to some hundredths.
+    Until they part (at once, in a deep network), the losses agree to the tolerance; afterwards, their averages do.
     """
     network = NETWORKS[name]
     runs = []
@@ -357,5 +359,5 @@ def test_two_hundred_steps_end_alike(name: str) -> None:
         with kernels.reference_kernels() if reference else torch.enable_grad():
             runs.append(torch.tensor(train_steps(prepared, network, 200, learning_rate=3e-4)))
     on_codes, expected = runs
-    assert ((on_codes - expected).abs() <= 1e-3 * expected)[:5].all()
-    assert on_codes[-50:].mean() == pytest.approx(float(expected[-50:].mean()), rel=0.05)
+    assert ((on_codes - expected).abs() <= tolerance * expected)[:steps].all()
+    assert float(on_codes[-50:].mean()) == pytest.approx(float(expected[-50:].mean()), rel=0.02)

@@ -28,7 +28,13 @@ from .operations import (
     sum_positions,
 )
 from .subpixel import SubpixelConvolution, subpixel_convolution
-from .training_product import TrainingProduct, pack_training_product, takes_training_product
+from .training_product import (
+    TrainedWeight,
+    TrainingProduct,
+    pack_training_product,
+    takes_training_product,
+    train_weight,
+)
 from .transposed_convolution import PackedTransposedConvolution, TransposedLayer
 
 __all__ = [
@@ -40,6 +46,7 @@ __all__ = [
     "PackedLinear",
     "PackedTransposedConvolution",
     "SubpixelConvolution",
+    "TrainedWeight",
     "TrainingProduct",
     "TransposedLayer",
     "active_path",
@@ -68,6 +75,7 @@ __all__ = [
     "subpixel_convolution",
     "sum_positions",
     "takes_training_product",
+    "train_weight",
     "update_moving_average",
     "use_native",
 ]

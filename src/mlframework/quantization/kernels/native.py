@@ -37,6 +37,7 @@ _OPERATORS = (
     "pack_layer",
     "convolution",
     "linear",
+    "train_weight",
     "batch_statistics",
     "normalize",
     "normalize_backward",

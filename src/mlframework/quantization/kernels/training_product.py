@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..scheme import QuantizationScheme
 from .native import has_integer_layers, operators
 from .onednn import ConvolutionGeometry
 
@@ -46,6 +47,94 @@ def takes_training_product(weight: Tensor, groups: int) -> bool:
     return (groups == 1 or depthwise) and products <= _MOST_PRODUCTS and has_integer_layers()
 
 
+class TrainedWeight(NamedTuple):
+    """What :func:`train_weight` makes of a layer's weight.
+
+    Attributes:
+        product: the layer on codes.
+        mask: a bit to an element (:func:`.fake_quantize`); None where it was not asked for.
+        scale: a copy of the weight's.
+    """
+
+    product: TrainingProduct
+    mask: Tensor | None
+    scale: Tensor
+
+
+def train_weight(
+    weight: Tensor,
+    bias: Tensor | None,
+    averages: tuple[Tensor, Tensor, Tensor],
+    scale: Tensor,
+    zero_point: Tensor,
+    momentum: float,
+    scheme: QuantizationScheme,
+    *,
+    observes: bool,
+    mask: bool,
+    geometry: ConvolutionGeometry | None,
+    input_scale: Tensor,
+    input_zero_point: int,
+    dtype: torch.dtype,
+) -> TrainedWeight | None:
+    """Observes a weight, quantizes it and packs it for the codes of an input, in one call.
+
+    It is :func:`.update_moving_average`, :func:`.fake_quantize` and :func:`pack_training_product`, one after the other.
+
+    Args:
+        weight: float32, (O, I / groups, *kernel) of a convolution in one or two dimensions, or (O, I).
+        bias: float32 (O,), to be rounded to units of the accumulator; None for none.
+        averages: running minimum and maximum, float32 (C,), and the number of batches, int64 (1,).
+        scale, zero_point: float32 (C,), of the weight; the zero point is 0.
+        momentum: of the averages.
+        scheme: int8, symmetric.
+        observes: whether to fold the weight into the averages, and make a scale of them, first.
+        mask: whether to return where a gradient passes.
+        geometry: of a convolution; None for a linear layer.
+        input_scale: float32 (1,).
+        input_zero_point, dtype: of the input's codes.
+
+    Returns:
+        None where the weight holds NaN, which has no code, or a bias does not fit the accumulator.
+    """
+    matrix, (stride, padding, dilation, groups) = _as_convolution_2d(weight, geometry)
+    packed, passes, own_scale = operators["train_weight"](
+        matrix,
+        bias,
+        -1 if scheme.channel_axis is None else scheme.channel_axis,
+        *averages,
+        scale,
+        zero_point,
+        momentum,
+        scheme.quant_min,
+        scheme.quant_max,
+        observes,
+        mask,
+        float(input_scale),
+        input_zero_point,
+        dtype,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    if observes:
+        torch.autograd.graph.increment_version((*averages, scale, zero_point))
+    return None if packed is None else TrainedWeight(TrainingProduct(packed, geometry is not None), passes, own_scale)
+
+
+def _as_convolution_2d(weight: Tensor, geometry: ConvolutionGeometry | None) -> tuple[Tensor, ConvolutionGeometry]:
+    if geometry is None:
+        return weight[:, :, None, None], _POINTWISE
+    if weight.dim() == 4:
+        return weight, geometry
+    stride, padding, dilation, groups = geometry
+    return weight.unsqueeze(2), ConvolutionGeometry((1, *stride), (0, *padding), (1, *dilation), groups)
+
+
+_POINTWISE = ConvolutionGeometry((1, 1), (0, 0), (1, 1))
+
+
 def pack_training_product(
     weight: Tensor,
     bias: Tensor | None,
@@ -63,12 +152,7 @@ def pack_training_product(
         geometry: of a convolution; None for a linear layer.
         zero_point, dtype: of the input's codes.
     """
-    if geometry is None:
-        weight, (stride, padding, dilation, groups) = weight[:, :, None, None], ((1, 1), (0, 0), (1, 1), 1)
-    else:
-        stride, padding, dilation, groups = geometry  # type: ignore[assignment]
-    if weight.dim() == 3:
-        weight, stride, padding, dilation = weight.unsqueeze(2), (1, *stride), (0, *padding), (1, *dilation)  # type: ignore[assignment]
+    weight, (stride, padding, dilation, groups) = _as_convolution_2d(weight, geometry)
     packed: Tensor = operators["pack_layer"](
         weight,
         bias,

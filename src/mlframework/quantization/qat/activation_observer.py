@@ -178,6 +178,16 @@ class MovingAverageObserver(ActivationObserver):
         super().__init__(channel_axis=channel_axis, num_channels=num_channels, update_every=update_every)
         self.statistics = MovingAverageStatistics(momentum, num_channels)
 
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Running minimum, running maximum and the number of batches, for a kernel to update."""
+        averages: dict[str, Any] = self.statistics._buffers  # in every step, where a module's own look-up is slow
+        return averages["minimum"], averages["maximum"], self._buffers["batches"]  # type: ignore[return-value]
+
+    def count_batch(self) -> None:
+        """Counts a batch that a kernel has folded into :attr:`state`."""
+        self.__dict__["_updates"] += 1
+
     def update_with_parameters(
         self,
         batch: Tensor,
@@ -202,24 +212,19 @@ class MovingAverageObserver(ActivationObserver):
         """
         if torch.compiler.is_compiling() or type(self) is not MovingAverageObserver:
             return False
-        running = self.statistics
-        averages: dict[str, Any] = running._buffers  # in every step, where a module's own look-up is slow
-        own: dict[str, Any] = self._buffers
         done = kernels.update_moving_average(
             batch,
             is_measured,
             axis,
-            averages["minimum"],
-            averages["maximum"],
-            own["batches"],
+            *self.state,
             scale,
             zero_point,
-            running.momentum,
+            self.statistics.momentum,
             scheme,
             due or self._updates % self.update_every == 0,
         )
         if done:
-            self.__dict__["_updates"] += 1
+            self.count_batch()
         return done
 
     def _update(self, statistics: BatchStatistics) -> None:

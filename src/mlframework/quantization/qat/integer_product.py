@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import arithmetic, kernels
 from ..kernels import ConvolutionGeometry, TrainingProduct
 from ..scheme import QuantizationScheme
+from .activation_observer import MovingAverageObserver
 from .attached_codes import Codes
 from .fake_quantize_layer import FakeQuantizeLayer
 
@@ -25,6 +26,11 @@ class IntegerProduct(NamedTuple):
     product: TrainingProduct
     codes: Tensor
     addend: Tensor | None = None
+
+    @property
+    def takes_less_again(self) -> bool:
+        """Whether what computes the output again takes less memory than the output; codes are kept anyway."""
+        return self.product.packed.nbytes < self.output.nbytes
 
     def plus(self, addend: Tensor) -> IntegerProduct:
         """The sum of the output and a tensor that broadcasts."""
@@ -46,13 +52,12 @@ class _IntegerProduct(torch.autograd.Function):
         product: TrainingProduct,
         geometry: ConvolutionGeometry | None,
     ) -> Tensor:
-        grid = quantized.codes
         ctx.save_for_backward(
-            codes.codes, codes.scale, codes.zero_point, quantized.own, grid.scale, grid.zero_point, quantized.mask
+            codes.codes, codes.scale, codes.zero_point, quantized.own, quantized.scale, quantized.mask
         )
         ctx.geometry = geometry
         ctx.scheme = quantized.scheme
-        ctx.strides = grid.codes.stride()
+        ctx.strides = quantized.own.stride()
         ctx.gradient_clip = quantized.gradient_clip
         autocast = torch.is_autocast_enabled("cpu")
         ctx.dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
@@ -61,7 +66,7 @@ class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale, zero_point, own_weight, weight_scale, weight_zero_point, mask = ctx.saved_tensors
+        codes, scale, zero_point, own_weight, weight_scale, mask = ctx.saved_tensors
         needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
         dtype = ctx.dtype
         gradient = gradient.to(dtype)
@@ -72,7 +77,12 @@ class _IntegerProduct(torch.autograd.Function):
         if needs_input:
             scheme = ctx.scheme
             values = kernels.fake_quantize(
-                own_weight, weight_scale, weight_zero_point, scheme.quant_min, scheme.quant_max, scheme.channel_axis
+                own_weight,
+                weight_scale,
+                torch.zeros_like(weight_scale),
+                scheme.quant_min,
+                scheme.quant_max,
+                scheme.channel_axis,
             ).values
             assert values is not None
             weight = values
@@ -137,21 +147,19 @@ def integer_product(
         return None
     if (geometry is not None and input.dim() != weight.dim()) or source.scheme.channel_axis is not None:
         return None
+    if not weight_node.scheme.symmetric or weight_node.scheme.dtype is not torch.int8 or weight_node.layer is not None:
+        return None
     if not kernels.takes_training_product(weight, 1 if geometry is None else geometry.groups):
         return None
     codes = source.codes_on_grid(input)
-    quantized = None if codes is None else _quantized_weight(weight, weight_node)
-    if codes is None or quantized is None:
+    if codes is None:
         return None
-    scale = codes.scale * quantized.codes.scale
-    bias_codes = None
-    if bias is not None:
-        if not bool(arithmetic.bias_fits(bias.detach(), scale).all()):
-            return None
-        bias_codes = arithmetic.quantize_bias(bias.detach(), scale)
-    product = kernels.pack_training_product(
-        quantized.codes.codes, bias_codes, scale, geometry, int(codes.zero_point), codes.codes.dtype
-    )
+    packed = _packed_by_kernel(weight, weight_node, bias, codes, geometry)
+    if packed is None:
+        packed = _packed(weight, weight_node, bias, codes, geometry)
+    if packed is None:
+        return None
+    product, quantized = packed
     output = _IntegerProduct.apply(  # type: ignore[no-untyped-call]
         input, quantized.values, bias, codes, quantized, product, geometry
     )
@@ -164,42 +172,69 @@ class _QuantizedWeight(NamedTuple):
     Attributes:
         own: the weight itself, apart from the graph.
         values: what the gradient goes to: the weight or, where the node does more than round, what the node returned.
+        scale: a copy of the weight's; its zero point is 0.
         mask: of the elements that a gradient of the weight passes; None for all.
     """
 
     own: Tensor
     values: Tensor
-    codes: Codes
+    scale: Tensor
     scheme: QuantizationScheme
     mask: Tensor | None = None
     gradient_clip: float | None = None
 
 
-def _quantized_weight(weight: Tensor, node: FakeQuantizeLayer) -> _QuantizedWeight | None:
-    """Codes of a weight, without its values where nothing asks for them; None where some are NaN."""
-    own, scheme = weight.detach(), node.scheme
-    if node.learnable or node.layer is not None:
-        values = node(weight)
-        codes = node.codes_on_grid(values)
-        return None if codes is None else _QuantizedWeight(own, values, codes, scheme)
-    if node.observes:
-        node.observe(weight)
-    estimator = node.estimator
-    result = kernels.fake_quantize(
-        weight,
-        node.scale,
-        node.zero_point,
-        scheme.quant_min,
-        scheme.quant_max,
-        scheme.channel_axis,
-        values=False,
-        codes=scheme.dtype,
-        mask=estimator.saturated == "zero",
-    )
-    if result.codes is None:
+def _packed_by_kernel(
+    weight: Tensor, node: FakeQuantizeLayer, bias: Tensor | None, codes: Codes, geometry: ConvolutionGeometry | None
+) -> tuple[TrainingProduct, _QuantizedWeight] | None:
+    """Without the node being called, if it is one as :func:`.prepare` makes them, with fixed scales."""
+    observer, state, estimator = node.observer, node._buffers, node.estimator
+    if node.learnable or type(observer) is not MovingAverageObserver or observer.update_every != 1:
         return None
-    codes = Codes(result.codes, node.scale.clone(), node.zero_point.clone())
-    return _QuantizedWeight(own, weight, codes, scheme, result.mask, estimator.gradient_clip)
+    averages, scale, zero_point = observer.state, state["scale"], state["zero_point"]
+    if scale is None or zero_point is None or scale.is_inference() or not scale.is_cpu:
+        return None
+    own, observes = weight.detach(), node.observes
+    trained = kernels.train_weight(
+        own,
+        bias,
+        averages,
+        scale,
+        zero_point,
+        observer.statistics.momentum,
+        node.scheme,
+        observes=observes,
+        mask=estimator.saturated == "zero",
+        geometry=geometry,
+        input_scale=codes.scale,
+        input_zero_point=int(codes.zero_point),
+        dtype=codes.codes.dtype,
+    )
+    if observes:
+        observer.count_batch()
+    if trained is None:
+        return None
+    quantized = _QuantizedWeight(own, weight, trained.scale, node.scheme, trained.mask, estimator.gradient_clip)
+    return trained.product, quantized
+
+
+def _packed(
+    weight: Tensor, node: FakeQuantizeLayer, bias: Tensor | None, codes: Codes, geometry: ConvolutionGeometry | None
+) -> tuple[TrainingProduct, _QuantizedWeight] | None:
+    """With whatever the node does to the weight; None where there are no codes, or the bias does not fit."""
+    values = node(weight)
+    quantized = node.codes_on_grid(values)
+    if quantized is None:
+        return None
+    scale, bias_codes = codes.scale * quantized.scale, None
+    if bias is not None:
+        if not bool(arithmetic.bias_fits(bias.detach(), scale).all()):
+            return None
+        bias_codes = arithmetic.quantize_bias(bias.detach(), scale)
+    product = kernels.pack_training_product(
+        quantized.codes, bias_codes, scale, geometry, int(codes.zero_point), codes.codes.dtype
+    )
+    return product, _QuantizedWeight(weight.detach(), values, quantized.scale, node.scheme)
 
 
 def _geometry_of(layer: nn.Module) -> ConvolutionGeometry | None:

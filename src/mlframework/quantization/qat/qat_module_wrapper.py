@@ -184,12 +184,11 @@ class QATModuleWrapper(nn.Module):
         batch_norm, node = self._batch_norm[0], self.output_fake_quantize
         activation = self.following[-1] if self.following and self.following[-1] is not batch_norm else None
         if node is not None:
+            recomputed = product if self.recompute and product is not None and product.takes_less_again else None
             fused = (
                 clipped_and_quantized(output, None, activation, self._clip, node)
                 if batch_norm is None
-                else normalized_and_quantized(
-                    product if self.recompute else None, output, batch_norm, activation, self._clip, node
-                )
+                else normalized_and_quantized(recomputed, output, batch_norm, activation, self._clip, node)
             )
             if fused is not None:
                 return fused

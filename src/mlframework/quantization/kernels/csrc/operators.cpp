@@ -60,6 +60,10 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
               " ScalarType dtype) -> Tensor");
   library.def("convolution(Tensor codes, Tensor layer) -> Tensor");
   library.def("linear(Tensor codes, Tensor layer) -> Tensor");
+  library.def("train_weight(Tensor weight, Tensor? bias, int axis, Tensor(a!) minimum, Tensor(b!) maximum,"
+              " Tensor(c!) batches, Tensor(d!) scale, Tensor(e!) zero_point, float momentum, int lowest, int highest,"
+              " bool observes, bool wants_mask, float input_scale, int input_zero_point, ScalarType input_dtype,"
+              " int[] stride, int[] padding, int[] dilation, int groups) -> (Tensor, Tensor, Tensor)");
   library.def("batch_statistics(Tensor values, Tensor(a!)? running_mean, Tensor(b!)? running_variance, float momentum,"
               " float epsilon) -> (Tensor, Tensor)");
   library.def("normalize(Tensor values, Tensor mean, Tensor inverse_deviation, Tensor? weight, Tensor? bias, Tensor scale,"
@@ -89,6 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CPU, library) {
   library.impl("pack_layer", TORCH_BOX(&kernels::pack_layer));
   library.impl("convolution", TORCH_BOX(&kernels::convolution));
   library.impl("linear", TORCH_BOX(&kernels::linear));
+  library.impl("train_weight", TORCH_BOX(&kernels::train_weight));
   library.impl("batch_statistics", TORCH_BOX(&kernels::batch_statistics));
   library.impl("normalize", TORCH_BOX(&kernels::normalize));
   library.impl("normalize_backward", TORCH_BOX(&kernels::normalize_backward));

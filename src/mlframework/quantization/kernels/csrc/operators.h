@@ -60,6 +60,12 @@ Tensor convolution(const Tensor& codes, const Tensor& layer);
 
 Tensor linear(const Tensor& codes, const Tensor& layer);
 
+std::tuple<Tensor, Tensor, Tensor> train_weight(
+    const Tensor& weight, const std::optional<Tensor>& bias, int64_t axis, const Tensor& minimum,
+    const Tensor& maximum, const Tensor& batches, const Tensor& scale, const Tensor& zero_point, double momentum,
+    int64_t lowest, int64_t highest, bool observes, bool wants_mask, double input_scale, int64_t input_zero_point,
+    ScalarType input_dtype, Shape stride, Shape padding, Shape dilation, int64_t groups);
+
 std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values, const std::optional<Tensor>& running_mean,
                                             const std::optional<Tensor>& running_variance, double momentum,
                                             double epsilon);
