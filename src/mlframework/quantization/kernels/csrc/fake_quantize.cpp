@@ -86,7 +86,7 @@ class Forward {
     if (piece.addend) piece.addend = static_cast<const char*>(piece.addend) + start * size;
     if (piece.values) piece.values = static_cast<char*>(piece.values) + start * size;
     if (piece.codes) piece.codes += start;
-    int64_t place = row_.length ? start % row_.length : start / layout_.inner % layout_.channels;
+    const int64_t place = row_.length ? start % row_.length : start / layout_.inner % layout_.channels;
     if (row_.length) {
       piece.grid = nullptr;
       piece.scale = row_.scale.data() + place;
