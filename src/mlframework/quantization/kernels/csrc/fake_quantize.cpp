@@ -1,6 +1,7 @@
 // Fake quantization, forward: values on the grid and, of the same reading of the input, their codes, the mask of what
 // did not saturate, and extremes.
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <mutex>
 #include <optional>
