@@ -21,6 +21,7 @@ from mlframework.quantization import (
     QuantizationScheme,
     StraightThroughEstimator,
     fake_quantize,
+    kernels,
 )
 
 AFFINE = QuantizationScheme(bits=4, signed=False, symmetric=False)
@@ -452,3 +453,42 @@ def test_repr_says_what_it_is() -> None:
     layer = FakeQuantizeLayer(AFFINE, learnable=True)
     layer.fake_quantize_enabled = False
     assert "uint4 [0, 15] affine, per tensor, learnable, disabled" in repr(layer)
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+@pytest.mark.parametrize("scheme", [AFFINE, PER_CHANNEL], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_update_is_that_of_the_formulas(
+    scheme: QuantizationScheme, update_every: int, dtype: torch.dtype
+) -> None:
+    channels = 1 if scheme.channel_axis is None else 5
+    layers = [
+        FakeQuantizeLayer(
+            scheme,
+            MovingAverageObserver(
+                0.3, channel_axis=scheme.channel_axis, num_channels=channels, update_every=update_every
+            ),
+            num_channels=channels,
+        )
+        for _ in range(2)
+    ]
+    for step in range(10):
+        batch = torch.randn(8, 5, dtype=dtype) * (step + 1)
+        if step == 4:
+            batch[0, 2] = torch.nan
+        values = layers[0](batch)
+        with kernels.reference_kernels():
+            expected = layers[1](batch)
+        assert torch.equal(values.nan_to_num(7.0), expected.nan_to_num(7.0))
+        states = [layer.state_dict() for layer in layers]
+        for name in states[0]:
+            assert torch.equal(states[0][name], states[1][name]), name
+    assert layers[0].is_initialized
+
+
+def test_an_update_counts_as_a_change_of_the_state() -> None:
+    layer = trained_layer()
+    versions = layer.scale._version, layer.zero_point._version
+    layer(torch.randn(50, 1))
+    assert layer.scale._version > versions[0]
+    assert layer.zero_point._version > versions[1]

@@ -18,6 +18,7 @@ from mlframework.quantization import (
     fake_quantize,
     quantize,
 )
+from mlframework.quantization.qat.fake_quantize_operation import fake_quantize_tensor
 
 SIGNED_4 = QuantizationScheme(bits=4)
 PER_TENSOR_AFFINE = QuantizationScheme(bits=4, symmetric=False)
@@ -467,3 +468,84 @@ def test_two_backwards_through_one_graph() -> None:
     (first,) = torch.autograd.grad(values.sum(), input, retain_graph=True)
     (second,) = torch.autograd.grad(values.sum(), input)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fixed_scale_leaves_one_bit_an_element_for_backward(dtype: torch.dtype) -> None:
+    parameters = QuantizationParameters(torch.tensor([0.1]), torch.tensor([0]), SIGNED_4)
+    input = torch.randn(40, 20).to(dtype).requires_grad_()
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        values = fake_quantize(input, parameters)
+    assert [tensor.nbytes for tensor in saved] == [100]
+    upstream = torch.randn(40, 20).to(dtype)
+    values.backward(upstream)
+    codes = (input.detach().float() / parameters.scale).round()
+    assert input.grad is not None
+    assert torch.equal(input.grad, torch.where((codes >= -8) & (codes <= 7), upstream, 0.0))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_fixed_scale_may_change_before_backward(native: bool) -> None:
+    """As an observer changes it at the end of a model's forward."""
+    input = torch.randn(100).to(torch.float32 if native else torch.float64).requires_grad_()
+    scale, zero_point = torch.tensor([0.1]), torch.zeros(1)
+    values = fake_quantize_tensor(input, scale, zero_point, SIGNED_4, StraightThroughEstimator(), None)
+    (expected,) = torch.autograd.grad(values.sum(), input, retain_graph=True)
+    scale.fill_(1e-3)
+    assert torch.equal(torch.autograd.grad(values.sum(), input)[0], expected)
+    assert 0 < int(expected.count_nonzero()) < 100
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_codes_come_with_the_values_and_take_no_gradient(learned: bool) -> None:
+    scale = torch.tensor([0.1], requires_grad=learned)
+    for input in (torch.randn(7, 5, requires_grad=True), torch.randn(7, 5), torch.randn(7, 5).half()):
+        arguments = (scale, torch.zeros(1), SIGNED_4, StraightThroughEstimator(), None)
+        values, codes = fake_quantize_tensor(input, *arguments, codes=True)
+        assert codes is not None
+        assert codes.dtype is torch.int8
+        assert not codes.requires_grad
+        assert torch.equal(values.float(), (codes * scale).to(input.dtype).float())
+        assert torch.equal(values, fake_quantize_tensor(input, *arguments))
+        if values.requires_grad:
+            values.sum().backward()  # type: ignore[no-untyped-call]
+        broken = input.detach().clone().index_fill_(0, torch.tensor([3]), math.nan).requires_grad_(input.requires_grad)
+        values, codes = fake_quantize_tensor(broken, *arguments, codes=True)
+        assert codes is None
+        assert torch.equal(values.isnan(), broken.isnan())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("gradient_clip", [None, 0.5])
+def test_a_gradient_of_a_gradient(learned: bool, gradient_clip: float | None) -> None:
+    """The compiled kernels' first gradient is as differentiable as that of PyTorch's operations."""
+    ste = StraightThroughEstimator(gradient_clip=gradient_clip)
+
+    def second(input: Tensor) -> tuple[Tensor, ...]:
+        input = input.detach().requires_grad_()
+        scale = torch.tensor(
+            [0.1], dtype=torch.float64 if input.dtype is torch.float64 else None, requires_grad=learned
+        )
+        zero_point = torch.zeros_like(scale).detach()
+        values = fake_quantize_tensor(input, scale, zero_point, SIGNED_4, ste, None)
+        leaves = (input, scale) if learned else (input,)
+        first = torch.autograd.grad((values**2).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
+
+    input = torch.randn(50)
+    for one, other in zip(second(input), second(input.double()), strict=True):
+        assert torch.allclose(one.double(), other, rtol=1e-4)  # float32 against float64
+    assert second(input)[0].count_nonzero() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch, in make_dual
+def test_forward_mode_is_refused_and_not_silently_dropped() -> None:
+    parameters = QuantizationParameters(torch.tensor([0.1]), torch.tensor([0]), SIGNED_4)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        fake_quantize(torch.autograd.forward_ad.make_dual(torch.randn(3), torch.ones(3)), parameters)

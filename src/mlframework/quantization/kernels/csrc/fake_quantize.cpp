@@ -1,6 +1,7 @@
 // Fake quantization, forward: values on the grid and, of the same reading of the input, their codes, the mask of what
 // did not saturate, and extremes.
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <mutex>
 #include <optional>
@@ -86,7 +87,7 @@ class Forward {
     if (piece.addend) piece.addend = static_cast<const char*>(piece.addend) + start * size;
     if (piece.values) piece.values = static_cast<char*>(piece.values) + start * size;
     if (piece.codes) piece.codes += start;
-    int64_t place = row_.length ? start % row_.length : start / layout_.inner % layout_.channels;
+    const int64_t place = row_.length ? start % row_.length : start / layout_.inner % layout_.channels;
     if (row_.length) {
       piece.grid = nullptr;
       piece.scale = row_.scale.data() + place;

@@ -83,9 +83,11 @@ class Backward {
       piece.row_to_zero_point = to_zero_point.data();
       fake_quantize_backward_piece(piece, is_bfloat16_);
     }
-    for (int64_t i = 0; i < width; ++i)
+    for (int64_t i = 0; i < width; ++i) {
+      const size_t element = static_cast<size_t>(i);
       add(sums[static_cast<size_t>((first + i) / layout_.inner % layout_.channels)],
-          {static_cast<double>(to_scale[static_cast<size_t>(i)]), static_cast<double>(to_zero_point[static_cast<size_t>(i)])});
+          {static_cast<double>(to_scale[element]), static_cast<double>(to_zero_point[element])});
+    }
   }
 
   BackwardPiece piece_at(int64_t start, int64_t count) const {

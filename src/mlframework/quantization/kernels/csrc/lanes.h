@@ -25,7 +25,6 @@ namespace baseline {
 
 struct Lanes {
   static constexpr int kWidth = 8;
-  static constexpr bool kFused = false;
   struct Float {
     float lane[kWidth];
   };
@@ -99,7 +98,6 @@ namespace avx2 {
 
 struct Lanes {
   static constexpr int kWidth = 8;
-  static constexpr bool kFused = true;
   using Float = __m256;
   using Mask = __m256;
 
@@ -153,7 +151,6 @@ namespace avx512 {
 
 struct Lanes {
   static constexpr int kWidth = 16;
-  static constexpr bool kFused = true;
   using Float = __m512;
   using Mask = __mmask16;
 
