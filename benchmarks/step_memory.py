@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qat_peers import set_up
-from workloads import WORKLOADS, TrainingStep
+from workloads import WORKLOADS, TrainingStep, reason
 
 THREADS = 2
 FORWARD_IS_DONE = "forward is done"
@@ -58,7 +58,7 @@ def main() -> None:
             step()
         result = {**memory_of(step)}
     except Exception as error:
-        result = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+        result = {"error": reason(error)}
     print(json.dumps(result))
 
 

@@ -31,7 +31,7 @@ from timing import Timing, time_in_turns
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qat_peers import CONTENDERS, EAGER, FLOAT, set_up
-from workloads import WORKLOADS, TrainingStep
+from workloads import WORKLOADS, TrainingStep, reason
 
 THREADS = 2
 ROUNDS = 5
@@ -83,20 +83,25 @@ def measure_memory(network: str, contender: str) -> Memory | str:
     return str(result["error"]) if "error" in result else Memory(**result)
 
 
-def measure_times(network: str, contenders: list[str], rounds: int) -> dict[str, Timing]:
-    """Steps of these contenders in turns."""
+def measure_times(network: str, contenders: list[str], rounds: int) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Steps of these contenders in turns; and why one does not run beside the others, where that is so."""
     workload = WORKLOADS[network]
     inputs, targets = workload.data()
     steps = {}
+    failures = {}
     for contender in contenders:
-        steps[contender] = TrainingStep(set_up(contender, workload.model(), inputs), inputs, targets)
-        for _ in range(3):  # statistics, momentum, compilation
-            steps[contender]()
+        try:
+            step = TrainingStep(set_up(contender, workload.model(), inputs), inputs, targets)
+            for _ in range(3):  # statistics, momentum, compilation
+                step()
+            steps[contender] = step
+        except Exception as error:
+            failures[contender] = reason(error)
     timings = time_in_turns(steps, rounds, BLOCK_SECONDS, BLOCK_CALLS)
     del steps
     torch.compiler.reset()
     gc.collect()
-    return timings
+    return timings, failures
 
 
 def measure(networks: list[str], contenders: list[str], rounds: int, console: Console) -> Results:
@@ -123,8 +128,9 @@ def measure(networks: list[str], contenders: list[str], rounds: int, console: Co
         for network in networks:
             progress.update(bar, description=f"time: {network}")
             running = [contender for name, contender in results.memory if name == network]
-            timings = measure_times(network, running, rounds)
+            timings, failures = measure_times(network, running, rounds)
             results.times.update({(network, contender): timing for contender, timing in timings.items()})
+            results.failures.update({(network, contender): why for contender, why in failures.items()})
             progress.advance(bar)
     return results
 

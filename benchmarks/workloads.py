@@ -85,3 +85,8 @@ class TrainingStep:
 
     def __call__(self) -> None:
         self.finish(self.forward())
+
+
+def reason(error: Exception) -> str:
+    """An error as one cell of a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].replace("|", "/")
