@@ -77,20 +77,21 @@ def normalize(
         scale, zero_point: of shape (1,).
         scheme: the grid.
     """
-    on_grid, codes, mask, extremes = operators["normalize"](
-        values,
-        mean,
-        inverse_deviation,
-        weight,
-        bias,
-        scale,
-        zero_point,
-        scheme.quant_min,
-        scheme.quant_max,
-        *clip,
-        scheme.dtype,
+    return Normalized(
+        *operators["normalize"](
+            values,
+            mean,
+            inverse_deviation,
+            weight,
+            bias,
+            scale,
+            zero_point,
+            scheme.quant_min,
+            scheme.quant_max,
+            *clip,
+            scheme.dtype,
+        )
     )
-    return Normalized(on_grid, codes if codes.numel() else None, mask, extremes)
 
 
 def normalize_backward(

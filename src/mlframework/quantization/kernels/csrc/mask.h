@@ -31,20 +31,7 @@ struct BitWriter {
 
 inline int64_t mask_bytes(int64_t elements) { return (elements + 7) / 8; }
 
-// Flags are bytes of 0 or 1. The last byte is filled up with zeros.
-ALWAYS_INLINE void pack_mask(const uint8_t* __restrict flags, int64_t count, uint8_t* __restrict bits) {
-  const int64_t whole = count / 8;
-  for (int64_t i = 0; i < whole; ++i) {
-    uint64_t eight;
-    std::memcpy(&eight, flags + 8 * i, 8);
-    // The product's highest byte collects the eight lowest bits; no two of its terms meet.
-    bits[i] = static_cast<uint8_t>(eight * 0x0102040810204080ull >> 56);
-  }
-  if (count % 8 != 0) bits[whole] = 0;
-  for (int64_t i = 8 * whole; i < count; ++i) bits[whole] |= static_cast<uint8_t>(flags[i] << i % 8);
-}
-
-// The reverse, but flags that are set are any byte but 0. Writes up to the next multiple of eight flags.
+// Bits as bytes, of which those that are not 0 are set. Writes up to the next multiple of eight.
 ALWAYS_INLINE void unpack_mask(const uint8_t* __restrict bits, int64_t count, uint8_t* __restrict flags) {
   for (int64_t i = 0; i < mask_bytes(count); ++i) {
     const uint64_t eight = bits[i] * 0x0101010101010101ull & 0x8040201008040201ull;

@@ -9,9 +9,8 @@
 #include <limits>
 #include <tuple>
 
-#include "codes.h"
+#include "fake_quantize_loops.h"
 #include "instruction_set.h"
-#include "mask.h"
 #include "operators.h"
 
 namespace kernels {
@@ -103,74 +102,10 @@ struct SumDifferences {
   }
 };
 
-struct Quantization {
-  float scale, zero_point, lowest, highest, clip_low, clip_high;
-};
-
-// The least and the greatest of what passes, kept for each of a few lanes: the compiler reduces no floats on its own.
-struct Extremes {
-  static constexpr int64_t kLanesOfExtremes = 64;
-  float least[kLanesOfExtremes], most[kLanesOfExtremes];
-  bool has_nan = false;
-};
-
-// y = clip(x a + b).
-struct Normalize {
+struct ScaleAndShift {
   ALWAYS_INLINE static void run(const float* __restrict values, const float* __restrict factor,
-                                const float* __restrict addend, int64_t count, float clip_low, float clip_high,
-                                float* __restrict clipped, uint8_t* __restrict passes) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float normalized = values[i] * factor[i] + addend[i];
-      // NaN, of which every comparison is false, passes the clip.
-      const float above = normalized < clip_low ? clip_low : normalized;
-      clipped[i] = above > clip_high ? clip_high : above;
-      passes[i] = (normalized > clip_low) & (normalized < clip_high);
-    }
-  }
-};
-
-struct FindExtremes {
-  ALWAYS_INLINE static void run(const float* __restrict values, int64_t count, Extremes* __restrict extremes) {
-    constexpr int64_t kStep = Extremes::kLanesOfExtremes;
-    float least[kStep], most[kStep];
-    int32_t nan[kStep];
-    for (int64_t j = 0; j < kStep; ++j) {
-      least[j] = extremes->least[j];
-      most[j] = extremes->most[j];
-      nan[j] = 0;
-    }
-    for (int64_t i = 0; i < count; i += kStep) {
-      // The last step reads some elements once more.
-      const float* at = values + std::max<int64_t>(std::min(i, count - kStep), 0);
-      const int64_t lanes = std::min(count, kStep);
-      for (int64_t j = 0; j < lanes; ++j) {
-        least[j] = at[j] < least[j] ? at[j] : least[j];
-        most[j] = at[j] > most[j] ? at[j] : most[j];
-        nan[j] |= at[j] != at[j];
-      }
-    }
-    for (int64_t j = 0; j < kStep; ++j) {
-      extremes->least[j] = least[j];
-      extremes->most[j] = most[j];
-      extremes->has_nan |= nan[j] != 0;
-    }
-  }
-};
-
-// To codes and to values on the grid. `inside` comes with what passes the clip and keeps of it what is on the grid.
-template <class Code>
-struct QuantizeClipped {
-  ALWAYS_INLINE static void run(const float* __restrict clipped, int64_t count, const Quantization& grid,
-                                float* __restrict quantized, Code* __restrict codes, uint8_t* __restrict inside) {
-    const Quantization g = grid;
-    for (int64_t i = 0; i < count; ++i) {
-      const float unsaturated = std::nearbyintf(clipped[i] / g.scale) + g.zero_point;
-      const float above = unsaturated < g.lowest ? g.lowest : unsaturated;
-      const float code = above > g.highest ? g.highest : above;
-      quantized[i] = (code - g.zero_point) * g.scale;
-      codes[i] = to_code<Code>(code);
-      inside[i] &= static_cast<uint8_t>((unsaturated >= g.lowest) & (unsaturated <= g.highest));
-    }
+                                const float* __restrict addend, int64_t count, float* __restrict result) {
+    for (int64_t i = 0; i < count; ++i) result[i] = values[i] * factor[i] + addend[i];
   }
 };
 
@@ -278,50 +213,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const
     addend[c] -= means[c] * factor[c];
   }
   const std::vector<float> factors = repeated(factor, rows), addends = repeated(addend, rows);
-  const Quantization grid{number_in(scale, "scale"),        number_in(zero_point, "zero_point"),
-                          static_cast<float>(lowest),       static_cast<float>(highest),
-                          static_cast<float>(clip_low), static_cast<float>(clip_high)};
+  const std::vector<Grid> grid =
+      grids_of(scale, zero_point, 1, static_cast<float>(lowest), static_cast<float>(highest));
   const Tensor quantized = empty_like(values, ScalarType::Float);
   const Tensor codes = empty_like(values, dtype);
   const Tensor mask = empty({mask_bytes(rows.elements())}, {1}, ScalarType::Byte);
   const float* from = static_cast<const float*>(values.const_data_ptr());
   float* to = static_cast<float*>(quantized.mutable_data_ptr());
+  uint8_t* code_at = static_cast<uint8_t*>(codes.mutable_data_ptr());
   uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  std::vector<Extremes> of_chunks(static_cast<size_t>(rows.chunks()));
-  with_code_type(dtype, [&](auto code) {
-    using Code = decltype(code);
-    Code* code_at = static_cast<Code*>(codes.mutable_data_ptr());
-    for_chunks(rows, [&](int64_t begin, int64_t end) {
-      std::vector<uint8_t> inside(static_cast<size_t>(rows.tile_elements()));
-      std::vector<float> clipped(inside.size());
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        Extremes& extremes = of_chunks[static_cast<size_t>(chunk)];
-        std::fill_n(extremes.least, Extremes::kLanesOfExtremes, kInfinity);
-        std::fill_n(extremes.most, Extremes::kLanesOfExtremes, -kInfinity);
-        for_tiles(rows, chunk, [&](int64_t first, int64_t count) {
-          run_vectorized<Normalize>(from + first, factors.data(), addends.data(), count, grid.clip_low, grid.clip_high,
-                                    clipped.data(), inside.data());
-          run_vectorized<FindExtremes>(clipped.data(), count, &extremes);
-          run_vectorized<QuantizeClipped<Code>>(clipped.data(), count, grid, to + first, code_at + first,
-                                                inside.data());
-          pack_mask(inside.data(), count, bits + first / 8);
-        });
-      }
-    });
+  // Of every chunk; NaN where a value is NaN.
+  std::vector<float> minima(static_cast<size_t>(rows.chunks()), kInfinity), maxima(minima.size(), -kInfinity);
+  for_chunks(rows, [&](int64_t begin, int64_t end) {
+    std::vector<float> normalized(static_cast<size_t>(rows.tile_elements()));
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      ForwardPiece piece{};
+      piece.lowest_code = static_cast<float>(lowest);
+      piece.clip_low = static_cast<float>(clip_low);
+      piece.clip_high = static_cast<float>(clip_high);
+      piece.clips = piece.clip_low != -kInfinity || piece.clip_high != kInfinity;
+      piece.wants_extremes = true;
+      piece.grid = grid.data();
+      piece.minimum = &minima[static_cast<size_t>(chunk)];
+      piece.maximum = &maxima[static_cast<size_t>(chunk)];
+      for_tiles(rows, chunk, [&](int64_t first, int64_t count) {
+        run_vectorized<ScaleAndShift>(from + first, factors.data(), addends.data(), count, normalized.data());
+        BitWriter writer{bits + first / 8};
+        piece.input = normalized.data();
+        piece.values = to + first;
+        piece.codes = code_at + first;
+        piece.mask = &writer;
+        piece.count = count;
+        fake_quantize_piece(piece, false);
+        writer.finish();
+      });
+    }
   });
   float least = kInfinity, most = -kInfinity;
   bool has_nan = false;
-  for (const Extremes& chunk : of_chunks) {
-    least = std::min(least, *std::min_element(chunk.least, chunk.least + Extremes::kLanesOfExtremes));
-    most = std::max(most, *std::max_element(chunk.most, chunk.most + Extremes::kLanesOfExtremes));
-    has_nan |= chunk.has_nan;
+  for (size_t chunk = 0; chunk < minima.size(); ++chunk) {
+    has_nan |= std::isnan(minima[chunk]);
+    least = std::min(least, minima[chunk]);
+    most = std::max(most, maxima[chunk]);
   }
   const Tensor extremes = empty({2, 1}, {1, 1}, ScalarType::Float);
   float* end = static_cast<float*>(extremes.mutable_data_ptr());
   end[0] = !has_nan && std::isfinite(least) ? -least : -kInfinity;
   end[1] = !has_nan && std::isfinite(most) ? most : -kInfinity;
-  return {quantized, !has_nan ? codes : empty({0}, {1}, dtype), mask, extremes};
+  return {quantized, has_nan ? Tensor() : codes, mask, extremes};
 }
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
