@@ -189,7 +189,7 @@ def test_it_falls_back(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wrapper, input = wrapper_of("conv2d")
     input.requires_grad_()
     change(wrapper)
-    calls = count_operators(monkeypatch, "pack_layer")
+    calls = count_operators(monkeypatch, "convolution")
     wrapper(input)
     assert not calls
     # A deep copy of a hook or of a bound forward is the original's; so both steps run on the wrapper itself.

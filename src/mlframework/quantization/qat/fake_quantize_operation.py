@@ -12,6 +12,7 @@ from .. import arithmetic, kernels
 from ..kernels.fake_quantization import native_fake_quantize, operands
 from ..parameters import QuantizationParameters, check_input
 from ..scheme import QuantizationScheme
+from .native_function import apply_of
 from .snapshot import snapshot
 from .straight_through_estimator import StraightThroughEstimator
 
@@ -94,8 +95,7 @@ class _NativeFakeQuantize(torch.autograd.Function):
         return kernels.mask_gradient(gradient, mask, ctx.strides, gradient_clip), None, None, None, None
 
 
-# Past what Function.apply asks about functorch's transforms, which is_native has asked.
-_apply: Any = super(torch.autograd.Function, _NativeFakeQuantize).apply
+_apply = apply_of(_NativeFakeQuantize)
 
 
 def _passes_unchanged(ctx: Any) -> bool:

@@ -14,6 +14,7 @@ from ..scheme import QuantizationScheme
 from .activation_observer import MovingAverageObserver
 from .attached_codes import Codes
 from .fake_quantize_layer import FakeQuantizeLayer
+from .native_function import apply_of
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -98,6 +99,8 @@ class _IntegerProduct(torch.autograd.Function):
         return to_input, to_weight, to_bias, *[None] * 4
 
 
+_apply = apply_of(_IntegerProduct)
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Needs = tuple[bool, bool, bool]
 
@@ -160,9 +163,7 @@ def integer_product(
     if packed is None:
         return None
     product, quantized = packed
-    output = _IntegerProduct.apply(  # type: ignore[no-untyped-call]
-        input, quantized.values, bias, codes, quantized, product, geometry
-    )
+    output = _apply(input, quantized.values, bias, codes, quantized, product, geometry)
     return IntegerProduct(output, product, codes.codes)
 
 

@@ -22,6 +22,7 @@ from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import is_watched
 from .integer_product import IntegerProduct
 from .layer_types import Clip
+from .native_function import apply_of
 
 # Of nn.BatchNorm1d and nn.BatchNorm2d; SyncBatchNorm has its own.
 _FORWARD = nn.BatchNorm2d.forward
@@ -138,6 +139,11 @@ class _LookUp(torch.autograd.Function):
         return kernels.lookup_gradient(gradient, codes, slopes, ctx.gradient_clip), None, None, None, None
 
 
+_normalize_and_quantize = apply_of(_NormalizeAndQuantize)
+_clip_and_quantize = apply_of(_ClipAndQuantize)
+_look_up = apply_of(_LookUp)
+
+
 def normalized_and_quantized(
     product: IntegerProduct | None,
     input: Tensor,
@@ -166,7 +172,7 @@ def normalized_and_quantized(
     mean, inverse_deviation = kernels.batch_statistics(
         input.detach(), batch_norm.running_mean, batch_norm.running_var, _momentum(batch_norm), batch_norm.eps
     )
-    values, codes, extremes = _NormalizeAndQuantize.apply(  # type: ignore[no-untyped-call]
+    values, codes, extremes = _normalize_and_quantize(
         input, batch_norm.weight, batch_norm.bias, mean, inverse_deviation, clip, node, product
     )
     return _observed(node, values, codes, extremes)
@@ -182,7 +188,7 @@ def clipped_and_quantized(
         addend is not None and (addend.shape != input.shape or addend.dtype != input.dtype)
     ):
         return None
-    values, codes, extremes = _ClipAndQuantize.apply(input, addend, clip, node, node.observes)  # type: ignore[no-untyped-call]
+    values, codes, extremes = _clip_and_quantize(input, addend, clip, node, node.observes)
     return _observed(node, values, codes, extremes)
 
 
@@ -207,7 +213,7 @@ def looked_up(input: Tensor, source: FakeQuantizeLayer, operation: Lookup, node:
     if table.codes is None or table.mask is None:
         return None
     slopes = kernels.mask_gradient(slopes, table.mask, (1,))
-    values, result_codes = _LookUp.apply(input, codes.codes, table.codes, slopes, node)  # type: ignore[no-untyped-call]
+    values, result_codes = _look_up(input, codes.codes, table.codes, slopes, node)
     extremes = None
     if node.observes:
         extremes = kernels.extremes(results[kernels.occurring(codes.codes).bool()], None)
