@@ -111,7 +111,7 @@ def _convolution_backward(
     stride, padding, dilation, groups = geometry
     channels = [weight.shape[0]]
     no_output_padding = [0] * len(stride)
-    to_input, to_weight, to_bias = torch.ops.aten.convolution_backward(
+    to_input, to_weight, to_bias = torch.ops.aten.convolution_backward.default(
         gradient, input, weight, channels, stride, padding, dilation, False, no_output_padding, groups, list(needs)
     )
     return to_input, to_weight, to_bias

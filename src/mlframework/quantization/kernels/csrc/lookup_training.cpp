@@ -6,19 +6,49 @@
 #include "instruction_set.h"
 #include "operators.h"
 
+#if HAS_X86_LEVELS
+#include <immintrin.h>
+#endif
+
 namespace kernels {
 namespace {
 
-struct MultiplySlopes {
-  ALWAYS_INLINE static void run(const float* __restrict gradient, const uint8_t* __restrict codes, uint8_t flip,
-                                const float* __restrict slopes, float clip, int64_t count, float* __restrict result) {
-    for (int64_t i = 0; i < count; ++i) {
-      float passed = gradient[i] < -clip ? -clip : gradient[i];
-      passed = passed > clip ? clip : passed;
-      result[i] = passed * slopes[codes[i] ^ flip];
-    }
+void multiply_slopes_each(const float* gradient, const uint8_t* codes, uint8_t flip, const float* slopes, float clip,
+                          int64_t count, float* result) {
+  for (int64_t i = 0; i < count; ++i) {
+    float passed = gradient[i] < -clip ? -clip : gradient[i];
+    passed = passed > clip ? clip : passed;
+    result[i] = passed * slopes[codes[i] ^ flip];
   }
-};
+}
+
+#if HAS_X86_LEVELS
+// The same for sixteen at a time; the number done, and the rest is left.
+TARGET_AVX512 int64_t multiply_slopes_16(const float* gradient, const uint8_t* codes, uint8_t flip,
+                                         const float* slopes, float clip, int64_t count, float* result) {
+  const __m512i flips = _mm512_set1_epi32(flip);
+  const __m512 highest = _mm512_set1_ps(clip), lowest = _mm512_set1_ps(-clip);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+    const __m512i places = _mm512_xor_si512(_mm512_cvtepu8_epi32(bytes), flips);
+    // Of NaN, the second operand is taken.
+    const __m512 passed = _mm512_min_ps(highest, _mm512_max_ps(lowest, _mm512_loadu_ps(gradient + i)));
+    _mm512_storeu_ps(result + i, _mm512_mul_ps(passed, _mm512_i32gather_ps(places, slopes, 4)));
+  }
+  return i;
+}
+#endif
+
+void multiply_slopes(const float* gradient, const uint8_t* codes, uint8_t flip, const float* slopes, float clip,
+                     int64_t count, float* result) {
+  int64_t done = 0;
+#if HAS_X86_LEVELS
+  if (instruction_set() >= InstructionSet::avx512)
+    done = multiply_slopes_16(gradient, codes, flip, slopes, clip, count, result);
+#endif
+  multiply_slopes_each(gradient + done, codes + done, flip, slopes, clip, count - done, result + done);
+}
 
 // An int8 code has its place 128 further on, which is its byte with the highest bit changed.
 uint8_t flip_of(const Tensor& codes) { return codes.scalar_type() == ScalarType::Char ? 128 : 0; }
@@ -42,7 +72,7 @@ Tensor lookup_gradient(const Tensor& gradient, const Tensor& codes, const Tensor
   const auto* slope = static_cast<const float*>(slopes.const_data_ptr());
   auto* to = static_cast<float*>(result.mutable_data_ptr());
   torch::stable::parallel_for(0, source.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
-    run_vectorized<MultiplySlopes>(from + begin, at + begin, flip, slope, clip, end - begin, to + begin);
+    multiply_slopes(from + begin, at + begin, flip, slope, clip, end - begin, to + begin);
   });
   return result;
 }
