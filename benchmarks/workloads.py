@@ -48,10 +48,13 @@ WORKLOADS = {
         description="16 images of 96x96, 1000 classes",
     ),
     "mlp": Workload(
-        zoo.FULL_SIZE["mlp"],
+        zoo.Network(
+            partial(zoo.MLP, inputs=3 * 16 * 16, hidden=(1024, 1024), batch_norm=False),
+            partial(pictures, image_size=16, classes=10),
+        ),
         batch=256,
         title="MLP",
-        description="256 images of 32x32, two hidden layers of 512",
+        description="256 images of 16x16, two hidden layers of 1024 with ReLU",
         memory_format=torch.contiguous_format,
     ),
     "gpt": Workload(
