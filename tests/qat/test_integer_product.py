@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,21 @@ def test_the_bias_is_rounded_on_either_path(target: str) -> None:
     # Grids of two bits: what is not rounded would stand out by far more than the sums' float32 rounding.
     torch.testing.assert_close(simulated, exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(wrapper(input), exact, rtol=0, atol=0)
+
+
+def test_a_weight_that_is_part_of_another_tensor() -> None:
+    """Its elements do not fill a block of memory, as a mask of them does."""
+    wrapper, input = wrapper_of("linear")
+    for weight in (torch.randn(42, 33)[::2], torch.randn(21, 66)[:, ::2], torch.randn(33, 21).t()):
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            model = copy.deepcopy(wrapper).to(dtype)
+            model.weight = nn.Parameter(weight.to(dtype) if dtype is torch.float64 else weight)
+            output = model(input.to(dtype))
+            (output * torch.linspace(-1, 1, output.numel(), dtype=dtype).reshape(output.shape)).sum().backward()
+            results.append((output.detach(), model.weight.grad))
+        torch.testing.assert_close(results[0][0].double(), results[1][0], rtol=1e-5, atol=1e-5)
+        assert_gradients_agree(results[0][1], results[1][1])
 
 
 def test_frozen_parameters_and_inputs_get_no_gradient() -> None:

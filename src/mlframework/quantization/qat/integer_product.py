@@ -192,6 +192,8 @@ def _packed_by_kernel(
     observer, state, estimator = node.observer, node._buffers, node.estimator
     if node.learnable or type(observer) is not MovingAverageObserver or observer.update_every != 1:
         return None
+    if not (weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))):
+        return None  # a mask is in the order of a dense tensor
     averages, scale, zero_point = observer.state, state["scale"], state["zero_point"]
     if scale is None or zero_point is None or scale.is_inference() or not scale.is_cpu:
         return None

@@ -23,6 +23,8 @@ float outermost(float end, float scale, float side) {
   }
 }
 
+}  // namespace
+
 Grid grid_of(float scale, float zero_point, float lowest, float highest) {
   zero_point = clamp(std::nearbyintf(zero_point), lowest, highest);
   Grid grid{scale, zero_point, lowest - zero_point, highest - zero_point, 0, 0, 0, 0, false};
@@ -36,8 +38,6 @@ Grid grid_of(float scale, float zero_point, float lowest, float highest) {
   grid.last = outermost(grid.highest, scale, 1.0f);
   return grid;
 }
-
-}  // namespace
 
 std::vector<Grid> grids_of(const Tensor& scale, const Tensor& zero_point, int64_t channels, float lowest,
                            float highest) {

@@ -15,6 +15,8 @@ struct Grid {
   bool is_ordinary;              // whether the four above hold; otherwise divide, and then clamp
 };
 
+Grid grid_of(float scale, float zero_point, float lowest, float highest);
+
 // Codes go from `lowest` to `highest`; a fractional zero point is rounded to one of them.
 std::vector<Grid> grids_of(const Tensor& scale, const Tensor& zero_point, int64_t channels, float lowest,
                            float highest);

@@ -4,6 +4,7 @@
 
 #include "codes.h"
 #include "instruction_set.h"
+#include "moving_average.h"
 #include "operators.h"
 
 namespace kernels {
@@ -23,11 +24,6 @@ float averaged(float running, float batch, float momentum) {
   return std::isfinite(running) ? lerp(running, batch, momentum) : batch;
 }
 
-struct Codes {
-  float lowest, highest, zero;  // the ends of the grid, and the zero point of a symmetric one
-  bool symmetric;
-};
-
 void set_parameters(float minimum, float maximum, const Codes& codes, float& scale, float& zero_point) {
   minimum = std::isfinite(minimum) ? std::min(minimum, 0.0f) : 0.0f;
   maximum = std::isfinite(maximum) ? std::max(maximum, 0.0f) : 0.0f;
@@ -44,14 +40,27 @@ void set_parameters(float minimum, float maximum, const Codes& codes, float& sca
                    : clamp(std::nearbyintf(codes.lowest - minimum / scale), codes.lowest, codes.highest);
 }
 
-float* numbers_of(const Tensor& tensor, int64_t channels, const char* name) {
+}  // namespace
+
+bool Averages::update(int64_t channel, float negated_minimum, float batch_maximum, bool due) const {
+  minimum[channel] = averaged(minimum[channel], -negated_minimum, momentum);
+  maximum[channel] = averaged(maximum[channel], batch_maximum, momentum);
+  if (due) set_parameters(minimum[channel], maximum[channel], codes, scale[channel], zero_point[channel]);
+  return std::isfinite(negated_minimum) || std::isfinite(batch_maximum);
+}
+
+float* numbers_in(const Tensor& tensor, int64_t channels, const char* name) {
   check_floats(tensor, name);
   STD_TORCH_CHECK(tensor.numel() == channels && tensor.is_contiguous(), name, " must hold ", channels,
                   " numbers side by side, got ", tensor.numel());
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-}  // namespace
+int64_t* count_in(const Tensor& batches) {
+  STD_TORCH_CHECK(batches.numel() == 1 && batches.is_cpu() && batches.scalar_type() == ScalarType::Long,
+                  "batches must be one int64, on the CPU");
+  return static_cast<int64_t*>(batches.mutable_data_ptr());
+}
 
 void update_moving_average(const Tensor& batch, bool is_measured, int64_t axis, const Tensor& minimum,
                            const Tensor& maximum, const Tensor& batches, const Tensor& scale,
@@ -59,24 +68,16 @@ void update_moving_average(const Tensor& batch, bool is_measured, int64_t axis, 
                            int64_t symmetric_zero, bool due) {
   const Tensor both = is_measured ? batch : extremes(batch, axis);
   const int64_t channels = minimum.numel();
-  const Codes codes{static_cast<float>(lowest), static_cast<float>(highest), static_cast<float>(symmetric_zero),
-                    symmetric};
-  const float* negated_minima = numbers_of(both, 2 * channels, "extremes");
-  const float* maxima = negated_minima + channels;
-  float* minima_seen = numbers_of(minimum, channels, "minimum");
-  float* maxima_seen = numbers_of(maximum, channels, "maximum");
-  float* scales = numbers_of(scale, channels, "scale");
-  float* zero_points = numbers_of(zero_point, channels, "zero_point");
-  STD_TORCH_CHECK(batches.numel() == 1 && batches.is_cpu() && batches.scalar_type() == ScalarType::Long,
-                  "batches must be one int64, on the CPU");
+  const float* negated_minima = numbers_in(both, 2 * channels, "extremes");
+  const Averages averages{numbers_in(minimum, channels, "minimum"), numbers_in(maximum, channels, "maximum"),
+                          numbers_in(scale, channels, "scale"),     numbers_in(zero_point, channels, "zero_point"),
+                          static_cast<float>(momentum),
+                          {static_cast<float>(lowest), static_cast<float>(highest), static_cast<float>(symmetric_zero),
+                           symmetric}};
+  int64_t* count = count_in(batches);
   bool any = false;
-  for (int64_t i = 0; i < channels; ++i) {
-    any |= std::isfinite(negated_minima[i]) || std::isfinite(maxima[i]);
-    minima_seen[i] = averaged(minima_seen[i], -negated_minima[i], static_cast<float>(momentum));
-    maxima_seen[i] = averaged(maxima_seen[i], maxima[i], static_cast<float>(momentum));
-    if (due) set_parameters(minima_seen[i], maxima_seen[i], codes, scales[i], zero_points[i]);
-  }
-  if (any) ++*static_cast<int64_t*>(batches.mutable_data_ptr());
+  for (int64_t i = 0; i < channels; ++i) any |= averages.update(i, negated_minima[i], negated_minima[channels + i], due);
+  if (any) ++*count;
 }
 
 }  // namespace kernels
