@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from example_codes import DTYPES, UNSIGNED, layouts, random_codes
-from mlframework.quantization import kernels
+from mlframework.quantization import QuantizationScheme, kernels
 from mlframework.quantization.kernels import ConvolutionGeometry
 from mlframework.quantization.kernels.native import has_integer_layers
 
@@ -127,3 +127,89 @@ def test_an_empty_batch_has_an_empty_output() -> None:
         product = kernels.pack_training_product(weight, bias, torch.ones(1), geometry, 0, UNSIGNED)
         codes = torch.zeros((0, *shape[1:]), dtype=UNSIGNED)
         assert product(codes).shape == exact_sums(codes, weight, geometry, 0).shape
+
+
+@needs_integer_layers
+@pytest.mark.parametrize("momentum", [1.0, 0.3])
+@pytest.mark.parametrize("axis", [0, None], ids=["per channel", "per tensor"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["linear", "one feature", "conv1d", "uneven", "depthwise"])
+def test_a_weight_in_one_call_is_observed_quantized_and_packed(
+    name: str, channels_last: bool, axis: int | None, momentum: float
+) -> None:
+    _, shape, geometry = CASES[name]
+    scheme = QuantizationScheme(narrow_range=True, channel_axis=axis)
+    input_scale, channels = torch.tensor([0.1]), 1 if axis is None else shape[0]
+    states = [
+        (
+            (
+                torch.full((channels,), torch.inf),
+                torch.full((channels,), -torch.inf),
+                torch.zeros(1, dtype=torch.int64),
+            ),
+            torch.ones(channels),
+            torch.zeros(channels),
+        )
+        for _ in range(2)
+    ]
+    (averages, scale, zero_point), (other_averages, other_scale, other_zero_point) = states
+    for factor in (1.0, 0.5, 3.0):  # the last saturates where the averages lag behind
+        weight = torch.randn(shape) * factor
+        if channels_last and weight.dim() == 4:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        version = scale._version
+        trained = kernels.train_weight(
+            weight,
+            None,
+            averages,
+            scale,
+            zero_point,
+            momentum,
+            scheme,
+            observes=True,
+            mask=True,
+            geometry=geometry,
+            input_scale=input_scale,
+            input_zero_point=3,
+            dtype=torch.uint8,
+        )
+        assert trained is not None
+        assert scale._version > version
+        assert kernels.update_moving_average(
+            weight, False, axis, *other_averages, other_scale, other_zero_point, momentum, scheme, True
+        )
+        ends = scheme.quant_min, scheme.quant_max
+        quantized = kernels.fake_quantize(
+            weight, scale, zero_point, *ends, axis, values=False, codes=torch.int8, mask=True
+        )
+        product = kernels.pack_training_product(quantized.codes, None, scale * input_scale, geometry, 3, torch.uint8)
+        for one, other in zip((*averages, scale), (*other_averages, other_scale), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(trained.scale, scale)
+        assert torch.equal(trained.mask, quantized.mask)
+        assert torch.equal(trained.product.packed, product.packed)
+
+
+@needs_integer_layers
+@pytest.mark.parametrize("axis", [0, None], ids=["per channel", "per tensor"])
+def test_a_weight_of_nan_has_no_product(axis: int | None) -> None:
+    weight = torch.randn(4, 9)
+    weight[2, 3] = torch.nan
+    channels = 1 if axis is None else 4
+    state = torch.zeros(channels), torch.zeros(channels), torch.zeros(1, dtype=torch.int64)
+    trained = kernels.train_weight(
+        weight,
+        None,
+        state,
+        torch.ones(channels),
+        torch.zeros(channels),
+        1.0,
+        QuantizationScheme(channel_axis=axis),
+        observes=True,
+        mask=True,
+        geometry=None,
+        input_scale=torch.ones(1),
+        input_zero_point=0,
+        dtype=torch.uint8,
+    )
+    assert trained is None
