@@ -50,8 +50,8 @@ class BuildKernels(build_ext):
 
     def skip(self, reason: str) -> None:
         print(
-            f"\nThe compiled kernels are left out: {reason}. Integer layers will run several times slower. To have "
-            "them, install torch and a C++ compiler, then: pip install --no-build-isolation -e .\n",
+            f"\nThe compiled kernels are left out: {reason}. Training and integer layers will run several times "
+            "slower. To have them, install torch and a C++ compiler, then: pip install --no-build-isolation -e .\n",
             file=sys.stderr,
         )
         self.extensions = []

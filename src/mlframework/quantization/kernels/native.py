@@ -62,9 +62,9 @@ def native_is_available() -> bool:
         operators.update({name: getattr(namespace, name).default for name in _OPERATORS})
     except (OSError, AttributeError, RuntimeError) as error:
         warnings.warn(
-            "the compiled kernels of mlframework.quantization could not be loaded, so that integer layers run several "
-            "times slower (with the same results). To build them, have a C++ compiler and torch installed and run "
-            f"`pip install --no-build-isolation` on the project's source. The reason: {error}",
+            "the compiled kernels of mlframework.quantization could not be loaded, so that training and integer layers "
+            "run several times slower (with the same results). To build them, have a C++ compiler and torch installed "
+            f"and run `pip install --no-build-isolation` on the project's source. The reason: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
