@@ -52,9 +52,9 @@ WORKLOADS = {
             partial(zoo.MLP, inputs=3 * 16 * 16, hidden=(1024, 1024), batch_norm=False),
             partial(pictures, image_size=16, classes=10),
         ),
-        batch=256,
+        batch=512,
         title="MLP",
-        description="256 images of 16x16, two hidden layers of 1024 with ReLU",
+        description="512 images of 16x16, two hidden layers of 1024 with ReLU",
         memory_format=torch.contiguous_format,
     ),
     "gpt": Workload(

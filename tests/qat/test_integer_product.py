@@ -20,7 +20,14 @@ from example_steps import (
     reference_step,
     step_of,
 )
-from mlframework.quantization import QATConfig, QATModuleWrapper, StraightThroughEstimator, kernels
+from mlframework.quantization import (
+    FakeQuantizeLayer,
+    QATConfig,
+    QATModuleWrapper,
+    QuantizationScheme,
+    StraightThroughEstimator,
+    kernels,
+)
 from mlframework.quantization.qat.targets import TARGETS
 
 pytestmark = needs_integer_layers
@@ -281,9 +288,57 @@ def test_a_shape_that_does_not_fit_is_an_error() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     wrapper, input = wrapper_of("linear")
-    (gradient,) = torch.autograd.grad(wrapper(input.requires_grad_()).square().sum(), input, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    # Of a sum, whose own gradient asks for none: the error must come all the same.
+    with pytest.raises(RuntimeError, match="create_graph must be False"):
+        torch.autograd.grad(wrapper(input.requires_grad_()).sum(), input, create_graph=True)
+
+
+def test_a_frozen_zero_point_is_rounded_all_the_same() -> None:
+    wrapper, input = wrapper_of("linear", QATConfig.for_target("openvino", learnable=True))
+    node = wrapper.input_fake_quantize
+    assert node is not None
+    with torch.no_grad():
+        node.zero_point.add_(0.6)
+    outputs = []
+    for frozen in (False, True):
+        node.zero_point.requires_grad_(not frozen)
+        outputs.append(wrapper(input).detach())
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("momentum", [1.0, 0.3])
+def test_a_weight_without_a_product_is_observed_as_by_the_reference(momentum: float) -> None:
+    counts = []
+    for reference in (False, True):
+        torch.manual_seed(0)
+        wrapper, input = wrapper_of("conv2d")
+        node = wrapper.weight_fake_quantize
+        assert node is not None
+        node.observer.statistics.momentum = momentum
+        wrapper.bias.data.fill_(1e9)
+        with kernels.reference_kernels() if reference else torch.enable_grad():
+            wrapper(input)
+        counts.append((int(node.observer.batches), node.scale.clone()))
+    assert counts[0][0] == counts[1][0]
+    assert torch.equal(counts[0][1], counts[1][1])
+
+
+def test_a_bias_that_is_a_view_is_taken() -> None:
+    layer = nn.Linear(16, 8)
+    layer.bias = nn.Parameter(torch.randn(8, 2)[:, 0])
+    wrapper, input = seen(layer, (4, 16)), torch.randn(4, 16)
+    assert_steps_agree(step_of(wrapper, input), reference_step(wrapper, input))
+
+
+def test_weights_on_grids_along_another_axis_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(8, 8)
+    wrapper, input = seen(layer, (4, 8)), torch.randn(4, 8)
+    scheme = QuantizationScheme(narrow_range=True, channel_axis=1)
+    wrapper.weight_fake_quantize = FakeQuantizeLayer(scheme, num_channels=8)
+    wrapper(input)
+    calls = count_operators(monkeypatch, "linear")
+    assert_steps_agree(step_of(wrapper, input), reference_step(wrapper, input))
+    assert not calls
 
 
 def test_a_weight_that_changed_before_backward_is_an_error() -> None:

@@ -1,8 +1,9 @@
 """The compiled kernels: where they are, whether they run here, and when they are asked.
 
 They stand beside this file as a library that speaks to PyTorch through its stable ABI (``csrc/``, built by the
-project's ``setup.py``). Everything they compute, :mod:`.operations` and :mod:`.integer_products` compute without them,
-bit for bit the same and slower.
+project's ``setup.py``). What evaluation computes with them, :mod:`.operations` and :mod:`.integer_products` compute
+without them, bit for bit the same and slower. So does :mod:`.fake_quantization`, but for the last bits of its sums over
+elements. Where a training step without them takes other steps (:mod:`.normalization`), its file says so.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def has_integer_layers() -> bool:
 
 
 def active_path() -> Literal["native", "reference"]:
-    """What computes on codes on the CPU: the compiled kernels, or PyTorch's operations as ``arithmetic`` writes them.
+    """What computes on the CPU: the compiled kernels, or PyTorch's operations as ``arithmetic`` writes them.
 
     Example:
         >>> with reference_kernels():

@@ -25,7 +25,7 @@ class Normalized(NamedTuple):
 
     Attributes:
         values: float32, on the grid.
-        codes: of the scheme's dtype; None where a value is NaN, which has no code.
+        codes: of the scheme's dtype; None where not asked for, and where a value is NaN, which has no code.
         mask: uint8, a bit to an element in memory order: whether the gradient passes, neither clipped nor saturated.
         extremes: float32 (2, 1), ``[-minimum, maximum]`` before rounding; minus infinity where not finite.
     """
@@ -66,6 +66,8 @@ def normalize(
     scale: Tensor,
     zero_point: Tensor,
     scheme: QuantizationScheme,
+    *,
+    codes: bool = True,
 ) -> Normalized:
     r"""Normalizes, clips and quantizes.
 
@@ -76,6 +78,7 @@ def normalize(
         clip: the range of an activation that only clips; infinite ends clip nothing.
         scale, zero_point: of shape (1,).
         scheme: the grid.
+        codes: whether to return them.
     """
     return Normalized(
         *operators["normalize"](
@@ -89,7 +92,7 @@ def normalize(
             scheme.quant_min,
             scheme.quant_max,
             *clip,
-            scheme.dtype,
+            scheme.dtype if codes else None,
         )
     )
 

@@ -58,13 +58,17 @@ def lookup(codes: Tensor, table: Tensor) -> Tensor:
 
 
 def lookup_gradient(gradient: Tensor, codes: Tensor, slopes: Tensor, gradient_clip: float | None) -> Tensor:
-    """A gradient through a table: times ``slopes`` (256 float32, the lowest code first) at codes of its shape."""
+    """A gradient through a table: times ``slopes`` (256 float32, the lowest code first) at codes of its shape.
+
+    Where the slope is 0 so is the result, even of a gradient that is infinite or NaN.
+    """
     if gradient.dtype is torch.float32 and use_native(gradient):
         passed: Tensor = operators["lookup_gradient"](gradient, codes, slopes, gradient_clip)
         return passed
     if gradient_clip is not None:
         gradient = gradient.clamp(-gradient_clip, gradient_clip)
-    return gradient * arithmetic.look_up(codes, slopes)
+    slope = arithmetic.look_up(codes, slopes)
+    return torch.where(slope == 0, 0.0, gradient * slope)
 
 
 def occurring(codes: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def train_weight(
 
     Args:
         weight: float32, (O, I / groups, *kernel) of a convolution in one or two dimensions, or (O, I).
-        bias: float32 (O,), to be rounded to units of the accumulator; None for none.
+        bias: float32 (O,), contiguous, to be rounded to units of the accumulator; None for none.
         averages: running minimum and maximum, float32 (C,), and the number of batches, int64 (1,).
         scale, zero_point: float32 (C,), of the weight; the zero point is 0.
         momentum: of the averages.
@@ -95,7 +95,7 @@ def train_weight(
         input_zero_point, dtype: of the input's codes.
 
     Returns:
-        None where the weight holds NaN, which has no code, or a bias does not fit the accumulator.
+        None where the weight holds NaN, which has no code, or a bias does not fit the accumulator; nothing has changed.
     """
     matrix, (stride, padding, dilation, groups) = _as_convolution_2d(weight, geometry)
     packed, passes, own_scale = operators["train_weight"](
@@ -118,9 +118,11 @@ def train_weight(
         dilation,
         groups,
     )
+    if packed is None:
+        return None
     if observes:
         torch.autograd.graph.increment_version((*averages, scale, zero_point))
-    return None if packed is None else TrainedWeight(TrainingProduct(packed, geometry is not None), passes, own_scale)
+    return TrainedWeight(TrainingProduct(packed, geometry is not None), passes, own_scale)
 
 
 def _as_convolution_2d(weight: Tensor, geometry: ConvolutionGeometry | None) -> tuple[Tensor, ConvolutionGeometry]:

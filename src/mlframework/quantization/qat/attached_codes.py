@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
@@ -48,6 +48,6 @@ def codes_of(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: Quantiza
 
 def _on_grid_of_now(codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Codes:
     """With copies, since scale and zero point are updated in place."""
-    learned = zero_point.requires_grad  # and else on the grid
+    learned = isinstance(zero_point, nn.Parameter)  # and else on the grid
     zero_point = arithmetic.grid_zero_point(zero_point.detach(), scheme) if learned else zero_point.detach().clone()
     return Codes(codes, scale.detach().clone(), zero_point)

@@ -164,29 +164,25 @@ def fake_quantize_tensor(
     A scale or a zero point that does not require grad may be updated in place before backward runs.
 
     Args:
-        codes: also return the codes, in the dtype of the scheme and without a gradient. They are None where there are
-            none: a value is NaN, or PyTorch traces, which cannot know.
+        codes: also return the codes, in the dtype of the scheme and without a gradient. They are None where a value is
+            NaN, and where no compiled kernel runs, so that nobody asks for them.
     """
     code_dtype = scheme.dtype if codes else None
     options = (scheme.quant_min, scheme.quant_max, axis, ste.saturated == "identity", ste.gradient_clip)
-    if kernels.is_native(input, scale, zero_point) and forward_ad._current_level < 0:
-        if torch.is_grad_enabled() and (input.requires_grad or scale.requires_grad or zero_point.requires_grad):
-            return _apply(input, scale, zero_point, options, code_dtype)  # type: ignore[no-any-return]
+    learns = scale.requires_grad or zero_point.requires_grad
+    native = kernels.is_native(input, scale, zero_point) and forward_ad._current_level < 0
+    if native and not (torch.is_grad_enabled() and (learns or input.requires_grad)):
         both: tuple[Tensor, Tensor | None] = native_fake_quantize(
             input, scale, zero_point, *options[:3], codes=code_dtype
         )[:2]
         return both if codes else both[0]
-    if not scale.requires_grad:
-        scale = snapshot(scale)
-    if not zero_point.requires_grad:
-        zero_point = snapshot(zero_point)
+    if learns or not native:  # backward reads them
+        scale = scale if scale.requires_grad else snapshot(scale)
+        zero_point = zero_point if zero_point.requires_grad else snapshot(zero_point)
+    if native:
+        return _apply(input, scale, zero_point, options, code_dtype)  # type: ignore[no-any-return]
     values: Tensor = _FakeQuantize.apply(input, scale, zero_point, *options)  # type: ignore[no-untyped-call]
-    if not codes:
-        return values
-    if torch.compiler.is_compiling():
-        return values, None
-    quantized = kernels.fake_quantize(input, scale, zero_point, *options[:3], values=False, codes=code_dtype)
-    return values, quantized.codes
+    return (values, None) if codes else values
 
 
 def fake_quantize(

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import arithmetic, kernels
 from ..kernels import ConvolutionGeometry, TrainingProduct
@@ -14,7 +13,7 @@ from ..scheme import QuantizationScheme
 from .activation_observer import MovingAverageObserver
 from .attached_codes import Codes
 from .fake_quantize_layer import FakeQuantizeLayer
-from .native_function import apply_of
+from .native_function import apply_of, refuse_gradient_of_gradient
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -65,16 +64,18 @@ class _IntegerProduct(torch.autograd.Function):
         return product(codes.codes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_gradient_of_gradient()
         codes, scale, zero_point, own_weight, weight_scale, mask = ctx.saved_tensors
         needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
         dtype = ctx.dtype
         gradient = gradient.to(dtype)
         # The gradient of each takes the values of the other.
-        input, weight = codes, own_weight
         if needs_weight:
             input = kernels.dequantize(codes, scale, zero_point, None)
+        else:
+            input = torch.empty(1).expand(codes.shape)
+        weight = own_weight
         if needs_input:
             scheme = ctx.scheme
             values = kernels.fake_quantize(
@@ -150,16 +151,18 @@ def integer_product(
         return None
     if (geometry is not None and input.dim() != weight.dim()) or source.scheme.channel_axis is not None:
         return None
-    if not weight_node.scheme.symmetric or weight_node.scheme.dtype is not torch.int8 or weight_node.layer is not None:
+    scheme = weight_node.scheme
+    if not scheme.symmetric or scheme.dtype is not torch.int8 or scheme.channel_axis not in (None, 0):
+        return None
+    if type(weight_node) is not FakeQuantizeLayer or weight_node.layer is not None:
         return None
     if not kernels.takes_training_product(weight, 1 if geometry is None else geometry.groups):
         return None
     codes = source.codes_on_grid(input)
     if codes is None:
         return None
-    packed = _packed_by_kernel(weight, weight_node, bias, codes, geometry)
-    if packed is None:
-        packed = _packed(weight, weight_node, bias, codes, geometry)
+    pack = _packed_by_kernel if _is_observed_by_kernel(weight, weight_node, bias) else _packed
+    packed = pack(weight, weight_node, bias, codes, geometry)
     if packed is None:
         return None
     product, quantized = packed
@@ -185,25 +188,30 @@ class _QuantizedWeight(NamedTuple):
     gradient_clip: float | None = None
 
 
+def _is_observed_by_kernel(weight: Tensor, node: FakeQuantizeLayer, bias: Tensor | None) -> bool:
+    """Whether one kernel does to the weight what the node does: it is one as :func:`.prepare` makes them, with fixed
+    scales."""
+    observer = node.observer
+    if node.learnable or type(observer) is not MovingAverageObserver or observer.update_every != 1:
+        return False
+    if node.scale.is_inference() or (bias is not None and not bias.is_contiguous()):
+        return False
+    # A mask is in the order of a dense tensor.
+    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+
+
 def _packed_by_kernel(
     weight: Tensor, node: FakeQuantizeLayer, bias: Tensor | None, codes: Codes, geometry: ConvolutionGeometry | None
 ) -> tuple[TrainingProduct, _QuantizedWeight] | None:
-    """Without the node being called, if it is one as :func:`.prepare` makes them, with fixed scales."""
-    observer, state, estimator = node.observer, node._buffers, node.estimator
-    if node.learnable or type(observer) is not MovingAverageObserver or observer.update_every != 1:
-        return None
-    if not (weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))):
-        return None  # a mask is in the order of a dense tensor
-    averages, scale, zero_point = observer.state, state["scale"], state["zero_point"]
-    if scale is None or zero_point is None or scale.is_inference() or not scale.is_cpu:
-        return None
-    own, observes = weight.detach(), node.observes
+    """Without the node being called; None where there are no codes, or the bias does not fit."""
+    observer: Any = node.observer
+    own, observes, estimator = weight.detach(), node.observes, node.estimator
     trained = kernels.train_weight(
         own,
-        bias,
-        averages,
-        scale,
-        zero_point,
+        None if bias is None else bias.detach(),
+        observer.state,
+        node.scale,
+        node.zero_point,
         observer.statistics.momentum,
         node.scheme,
         observes=observes,
@@ -213,10 +221,10 @@ def _packed_by_kernel(
         input_zero_point=int(codes.zero_point),
         dtype=codes.codes.dtype,
     )
-    if observes:
-        observer.count_batch()
     if trained is None:
         return None
+    if observes:
+        observer.count_batch()
     quantized = _QuantizedWeight(own, weight, trained.scale, node.scheme, trained.mask, estimator.gradient_clip)
     return trained.product, quantized
 

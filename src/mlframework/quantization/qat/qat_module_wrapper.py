@@ -18,7 +18,7 @@ from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import has_user_hooks, is_watched
 from .integer_product import IntegerProduct, integer_product
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
-from .quantized_output import are_active, clipped_and_quantized, normalized_and_quantized
+from .quantized_output import any_dropout_is_active, clipped_and_quantized, normalized_and_quantized
 
 
 class QATModuleWrapper(nn.Module):
@@ -110,7 +110,7 @@ class QATModuleWrapper(nn.Module):
         self.output_fake_quantize = activation_node(config, non_negative=clip[0] >= 0)
         for node in (self.input_fake_quantize, self.weight_fake_quantize):
             if node is not None:
-                node.serves_integers = True
+                self._have_codes_kept(node)
         self.to(layer.weight.device)  # type: ignore[arg-type]
         self.train(layer.training)
 
@@ -124,7 +124,11 @@ class QATModuleWrapper(nn.Module):
         the dropouts between them, which take values off the grid in training."""
         self._input_source = (source,)
         self._dropouts = dropouts
-        source.serves_integers = True
+        self._have_codes_kept(source)
+
+    def _have_codes_kept(self, node: FakeQuantizeLayer) -> None:
+        if self.integer_forward and kernels.has_integer_layers():
+            node.serves_integers = True
 
     @property
     def computes_integers(self) -> bool:
@@ -177,7 +181,7 @@ class QATModuleWrapper(nn.Module):
     def _input_is_on_grid(self) -> bool:
         """Whether what reaches the layer now is what a node quantized, moved about at the most."""
         source = self.input_source
-        return source is not None and source.quantizes and not are_active(self._dropouts)
+        return source is not None and source.quantizes and not any_dropout_is_active(self._dropouts)
 
     def _run_following(self, output: Tensor, product: IntegerProduct | None) -> Tensor:
         """Batch normalization, activation and output node: in one step where that can be."""

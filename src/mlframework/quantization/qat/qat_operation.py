@@ -16,7 +16,7 @@ from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import has_user_hooks
 from .layer_types import Clip, clip_of
 from .qat_module_wrapper import activation_node, in_dtype_of
-from .quantized_output import are_active, clipped_and_quantized, looked_up
+from .quantized_output import any_dropout_is_active, clipped_and_quantized, looked_up
 
 
 class QATOperation(nn.Module):
@@ -58,6 +58,8 @@ class QATOperation(nn.Module):
         # In tuples, because other rooms of the model own (and name) these modules.
         self.sources = tuple(sources)
         self.dropouts = tuple(dropouts)
+        if isinstance(operation, Lookup):
+            self.sources[0].serves_integers = True
         self._activation = (activation,)
         self._clip: Clip = clip
         node = activation_node(config, non_negative or clip[0] >= 0)
@@ -92,7 +94,11 @@ class QATOperation(nn.Module):
         if isinstance(self.operation, Addition):
             left, right = operands
             return clipped_and_quantized(left, right, self._activation[0], self._clip, node)
-        if isinstance(self.operation, Lookup) and self.sources[0].quantizes and not are_active(self.dropouts):
+        if (
+            isinstance(self.operation, Lookup)
+            and self.sources[0].quantizes
+            and not any_dropout_is_active(self.dropouts)
+        ):
             return looked_up(operands[0], self.sources[0], self.operation, node)
         return None
 

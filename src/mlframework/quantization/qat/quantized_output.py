@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import arithmetic, kernels
 from ..int8.lookup import Lookup
@@ -22,7 +21,7 @@ from .fake_quantize_layer import FakeQuantizeLayer
 from .hooks import is_watched
 from .integer_product import IntegerProduct
 from .layer_types import Clip
-from .native_function import apply_of
+from .native_function import apply_of, refuse_gradient_of_gradient
 
 # Of nn.BatchNorm1d and nn.BatchNorm2d; SyncBatchNorm has its own.
 _FORWARD = nn.BatchNorm2d.forward
@@ -44,7 +43,9 @@ class _NormalizeAndQuantize(torch.autograd.Function):
         recomputed: IntegerProduct | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         grid = node.scale, node.zero_point, node.scheme
-        result = kernels.normalize(input, mean, inverse_deviation, weight, bias, clip, *grid)
+        result = kernels.normalize(
+            input, mean, inverse_deviation, weight, bias, clip, *grid, codes=node.serves_integers
+        )
         kept: tuple[Tensor | None, ...] = (input,)
         ctx.convolves = None
         if recomputed is not None:
@@ -60,8 +61,8 @@ class _NormalizeAndQuantize(torch.autograd.Function):
         return result.values, result.codes, result.extremes
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_gradient_of_gradient()
         if gradient is None:
             return (None,) * 8
         mask, mean, inverse_deviation, weight, *kept = ctx.saved_tensors
@@ -94,7 +95,7 @@ class _ClipAndQuantize(torch.autograd.Function):
             None,
             addend=addend,
             clip=clip,
-            codes=scheme.dtype,
+            codes=scheme.dtype if node.serves_integers else None,
             mask=True,
             extremes=observes,
         )
@@ -107,8 +108,8 @@ class _ClipAndQuantize(torch.autograd.Function):
         return result.values, result.codes, result.extremes
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_gradient_of_gradient()
         if gradient is None:
             return (None,) * 5
         (mask,) = ctx.saved_tensors
@@ -131,8 +132,8 @@ class _LookUp(torch.autograd.Function):
         return kernels.dequantize(results, node.scale, node.zero_point, None), results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_gradient_of_gradient()
         if gradient is None:
             return (None,) * 5
         codes, slopes = ctx.saved_tensors
@@ -169,6 +170,9 @@ def normalized_and_quantized(
         return None
     if is_watched(batch_norm, activation) or not _fuses(node):
         return None
+    state = batch_norm.weight, batch_norm.bias, batch_norm.running_mean, batch_norm.running_var
+    if not all(each is None or (each.dtype is torch.float32 and each.is_contiguous()) for each in state):
+        return None
     mean, inverse_deviation = kernels.batch_statistics(
         input.detach(), batch_norm.running_mean, batch_norm.running_var, _momentum(batch_norm), batch_norm.eps
     )
@@ -194,7 +198,12 @@ def clipped_and_quantized(
 
 def looked_up(input: Tensor, source: FakeQuantizeLayer, operation: Lookup, node: FakeQuantizeLayer) -> Tensor | None:
     """A function of each value on the grid of ``source``, quantized by ``node``: from a table, or None."""
-    if not kernels.use_native(input) or input.numel() == 0 or is_watched(*operation.modules()) or not _fuses(node):
+    if (
+        not kernels.use_native(input)
+        or input.numel() == 0
+        or is_watched(source, *operation.modules())
+        or not _fuses(node)
+    ):
         return None
     codes = source.codes_on_grid(input) if input.dtype is torch.float32 else None
     if codes is None or codes.scale.numel() > 1:
@@ -222,7 +231,13 @@ def looked_up(input: Tensor, source: FakeQuantizeLayer, operation: Lookup, node:
 
 def _fuses(node: FakeQuantizeLayer) -> bool:
     """Whether a node only observes extremes and quantizes, with parameters that stay as they are in this forward."""
-    if is_watched(node) or node.learnable or node.estimator.saturated != "zero" or node.layer is not None:
+    if (
+        type(node) is not FakeQuantizeLayer
+        or is_watched(node)
+        or node.learnable
+        or node.estimator.saturated != "zero"
+        or node.layer is not None
+    ):
         return False
     if not node.quantizes or node.scheme.channel_axis is not None:
         return False
@@ -232,7 +247,7 @@ def _fuses(node: FakeQuantizeLayer) -> bool:
 def _observed(node: FakeQuantizeLayer, values: Tensor, codes: Tensor | None, extremes: Tensor | None) -> Tensor:
     if node.observes and node.synchronizer is not None and extremes is not None:
         node.synchronizer.defer(node.synchronizer_index, BatchStatistics(extremes))
-    if codes is not None:
+    if codes is not None and node.serves_integers:
         attach_codes(values, codes, node.scale, node.zero_point, node.scheme)
     return values
 
@@ -247,6 +262,6 @@ def _momentum(batch_norm: nn.BatchNorm1d | nn.BatchNorm2d) -> float:
     return 0.0 if momentum is None else momentum
 
 
-def are_active(dropouts: Sequence[nn.Module]) -> bool:
+def any_dropout_is_active(dropouts: Sequence[nn.Module]) -> bool:
     """Whether any of these changes values now."""
     return any(module.training and module.p != 0 for module in dropouts)

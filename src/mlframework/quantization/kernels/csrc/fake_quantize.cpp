@@ -216,6 +216,7 @@ Tensor mask_gradient(const Tensor& gradient, const Tensor& mask, Shape strides, 
                   "mask must hold ", mask_bytes(gradient.numel()), " bytes, got ", mask.numel());
   const bool is_bfloat16 = gradient.scalar_type() == ScalarType::BFloat16;
   const Tensor result = empty(sizes, strides, gradient.scalar_type());
+  STD_TORCH_CHECK(is_dense(result), "strides must be those of a dense tensor");
   const Tensor source = laid_out_as(gradient, result, "gradient");
   const int64_t size = is_bfloat16 ? 2 : 4, count = gradient.numel();
   const char* from = static_cast<const char*>(source.const_data_ptr());

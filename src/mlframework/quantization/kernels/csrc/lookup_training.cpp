@@ -18,7 +18,8 @@ void multiply_slopes_each(const float* gradient, const uint8_t* codes, uint8_t f
   for (int64_t i = 0; i < count; ++i) {
     float passed = gradient[i] < -clip ? -clip : gradient[i];
     passed = passed > clip ? clip : passed;
-    result[i] = passed * slopes[codes[i] ^ flip];
+    const float slope = slopes[codes[i] ^ flip];
+    result[i] = slope == 0.0f ? 0.0f : passed * slope;  // even of a gradient that is infinite
   }
 }
 
@@ -34,7 +35,9 @@ TARGET_AVX512 int64_t multiply_slopes_16(const float* gradient, const uint8_t* c
     const __m512i places = _mm512_xor_si512(_mm512_cvtepu8_epi32(bytes), flips);
     // Of NaN, the second operand is taken.
     const __m512 passed = _mm512_min_ps(highest, _mm512_max_ps(lowest, _mm512_loadu_ps(gradient + i)));
-    _mm512_storeu_ps(result + i, _mm512_mul_ps(passed, _mm512_i32gather_ps(places, slopes, 4)));
+    const __m512 slope = _mm512_i32gather_ps(places, slopes, 4);
+    const __mmask16 slopes_up_or_down = _mm512_cmp_ps_mask(slope, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    _mm512_storeu_ps(result + i, _mm512_maskz_mul_ps(slopes_up_or_down, passed, slope));
   }
   return i;
 }

@@ -24,20 +24,20 @@ float averaged(float running, float batch, float momentum) {
   return std::isfinite(running) ? lerp(running, batch, momentum) : batch;
 }
 
-void set_parameters(float minimum, float maximum, const Codes& codes, float& scale, float& zero_point) {
+void set_parameters(float minimum, float maximum, const GridEnds& ends, float& scale, float& zero_point) {
   minimum = std::isfinite(minimum) ? std::min(minimum, 0.0f) : 0.0f;
   maximum = std::isfinite(maximum) ? std::max(maximum, 0.0f) : 0.0f;
   float step;
-  if (codes.symmetric) {
-    step = maximum / (codes.highest - codes.zero);
-    if (codes.lowest < codes.zero) step = std::max(step, minimum / (codes.lowest - codes.zero));
+  if (ends.symmetric) {
+    step = maximum / (ends.highest - ends.zero);
+    if (ends.lowest < ends.zero) step = std::max(step, minimum / (ends.lowest - ends.zero));
   } else {
-    step = (maximum * 0.5f - minimum * 0.5f) / ((codes.highest - codes.lowest) * 0.5f);
+    step = (maximum * 0.5f - minimum * 0.5f) / ((ends.highest - ends.lowest) * 0.5f);
   }
   scale = step > 0 ? std::min(std::max(step, kSmallestScale), kLargestScale) : 1.0f;
-  zero_point = codes.symmetric
-                   ? codes.zero
-                   : clamp(std::nearbyintf(codes.lowest - minimum / scale), codes.lowest, codes.highest);
+  zero_point = ends.symmetric
+                   ? ends.zero
+                   : clamp(std::nearbyintf(ends.lowest - minimum / scale), ends.lowest, ends.highest);
 }
 
 }  // namespace
@@ -45,7 +45,7 @@ void set_parameters(float minimum, float maximum, const Codes& codes, float& sca
 bool Averages::update(int64_t channel, float negated_minimum, float batch_maximum, bool due) const {
   minimum[channel] = averaged(minimum[channel], -negated_minimum, momentum);
   maximum[channel] = averaged(maximum[channel], batch_maximum, momentum);
-  if (due) set_parameters(minimum[channel], maximum[channel], codes, scale[channel], zero_point[channel]);
+  if (due) set_parameters(minimum[channel], maximum[channel], ends, scale[channel], zero_point[channel]);
   return std::isfinite(negated_minimum) || std::isfinite(batch_maximum);
 }
 

@@ -5,7 +5,7 @@
 
 namespace kernels {
 
-struct Codes {
+struct GridEnds {
   float lowest, highest, zero;  // the ends of the grid, and the zero point of a symmetric one
   bool symmetric;
 };
@@ -13,7 +13,7 @@ struct Codes {
 struct Averages {
   float *minimum, *maximum, *scale, *zero_point;  // one number to a channel
   float momentum;
-  Codes codes;
+  GridEnds ends;
 
   // Folds the extremes of a channel in, minus infinity where not finite; where due, makes scale and zero point of what
   // comes out. Returns whether an extreme was finite.

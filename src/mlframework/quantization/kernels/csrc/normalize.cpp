@@ -36,7 +36,8 @@ Rows rows_of(const Tensor& values) {
   const Shape sizes = sizes_of(values);
   STD_TORCH_CHECK(same_layout(sizes, strides_of(values), channels_last_strides(sizes)),
                   "values must lie in memory with their channels innermost");
-  return {sizes[1] == 0 ? 0 : values.numel() / sizes[1], sizes[1]};
+  STD_TORCH_CHECK(values.numel() > 0, "values must not be empty");
+  return {values.numel() / sizes[1], sizes[1]};
 }
 
 // Calls `compute(first element, elements)` for each tile of a chunk.
@@ -178,7 +179,6 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values, const std::opt
                                             const std::optional<Tensor>& running_variance, double momentum,
                                             double epsilon) {
   const Rows rows = rows_of(values);
-  STD_TORCH_CHECK(rows.elements() > 0, "values must not be empty");
   const float* from = static_cast<const float*>(values.const_data_ptr());
   const std::vector<float> first(from, from + rows.channels), near = repeated(first, rows);
   const std::vector<double> sums = sum_twice(rows, [&](int64_t start, int64_t count, float* a, float* b) {
@@ -202,9 +202,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const
                                                      const std::optional<Tensor>& weight,
                                                      const std::optional<Tensor>& bias, const Tensor& scale,
                                                      const Tensor& zero_point, int64_t lowest, int64_t highest,
-                                                     double clip_low, double clip_high, ScalarType dtype) {
+                                                     double clip_low, double clip_high, std::optional<ScalarType> code_dtype) {
   const Rows rows = rows_of(values);
-  check_code_dtype(dtype);
+  if (code_dtype) check_code_dtype(*code_dtype);
   const std::vector<float> means = numbers_of(mean, rows, "mean"), gammas = numbers_of(weight, rows, "weight", 1.0f);
   std::vector<float> factor = numbers_of(inverse_deviation, rows, "inverse_deviation");
   std::vector<float> addend = numbers_of(bias, rows, "bias", 0.0f);
@@ -216,11 +216,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const
   const std::vector<Grid> grid =
       grids_of(scale, zero_point, 1, static_cast<float>(lowest), static_cast<float>(highest));
   const Tensor quantized = empty_like(values, ScalarType::Float);
-  const Tensor codes = empty_like(values, dtype);
+  const Tensor codes = code_dtype ? empty_like(values, *code_dtype) : Tensor();
   const Tensor mask = empty({mask_bytes(rows.elements())}, {1}, ScalarType::Byte);
   const float* from = static_cast<const float*>(values.const_data_ptr());
   float* to = static_cast<float*>(quantized.mutable_data_ptr());
-  uint8_t* code_at = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  uint8_t* code_at = code_dtype ? static_cast<uint8_t*>(codes.mutable_data_ptr()) : nullptr;
   uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   // Of every chunk; NaN where a value is NaN.
@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const
         BitWriter writer{bits + first / 8};
         piece.input = normalized.data();
         piece.values = to + first;
-        piece.codes = code_at + first;
+        piece.codes = code_at ? code_at + first : nullptr;
         piece.mask = &writer;
         piece.count = count;
         fake_quantize_piece(piece, false);

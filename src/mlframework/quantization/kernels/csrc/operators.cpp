@@ -67,7 +67,7 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
   library.def("batch_statistics(Tensor values, Tensor(a!)? running_mean, Tensor(b!)? running_variance, float momentum,"
               " float epsilon) -> (Tensor, Tensor)");
   library.def("normalize(Tensor values, Tensor mean, Tensor inverse_deviation, Tensor? weight, Tensor? bias, Tensor scale,"
-              " Tensor zero_point, int lowest, int highest, float clip_low, float clip_high, ScalarType dtype)"
+              " Tensor zero_point, int lowest, int highest, float clip_low, float clip_high, ScalarType? code_dtype)"
               " -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("normalize_backward(Tensor gradient, Tensor mask, Tensor values, Tensor mean, Tensor inverse_deviation,"
               " Tensor? weight, float gradient_clip) -> (Tensor, Tensor, Tensor)");

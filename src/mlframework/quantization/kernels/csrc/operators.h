@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const
                                                      const std::optional<Tensor>& weight,
                                                      const std::optional<Tensor>& bias, const Tensor& scale,
                                                      const Tensor& zero_point, int64_t lowest, int64_t highest,
-                                                     double clip_low, double clip_high, ScalarType dtype);
+                                                     double clip_low, double clip_high, std::optional<ScalarType> code_dtype);
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
                                                       const Tensor& mean, const Tensor& inverse_deviation,

@@ -27,6 +27,30 @@ Tensor copy_of(const Tensor& numbers) {
   return result;
 }
 
+// What to return to where nothing is to have changed.
+class SavedState {
+ public:
+  SavedState(std::vector<Tensor> tensors, int64_t* batches)
+      : tensors_(std::move(tensors)), batches_(batches), count_(*batches) {
+    for (const Tensor& tensor : tensors_) {
+      const float* numbers = numbers_of(tensor, "state");
+      values_.emplace_back(numbers, numbers + tensor.numel());
+    }
+  }
+
+  void restore() const {
+    for (size_t i = 0; i < tensors_.size(); ++i)
+      std::copy(values_[i].begin(), values_[i].end(), static_cast<float*>(tensors_[i].mutable_data_ptr()));
+    *batches_ = count_;
+  }
+
+ private:
+  std::vector<Tensor> tensors_;
+  std::vector<std::vector<float>> values_;
+  int64_t* batches_;
+  int64_t count_;
+};
+
 // In units of the accumulator; undefined where a bias does not fit.
 Tensor bias_codes(const Tensor& bias, const Tensor& multiplier) {
   const float *values = numbers_of(bias, "bias"), *scales = numbers_of(multiplier, "multiplier");
@@ -65,7 +89,7 @@ Quantized observe_and_quantize(const Tensor& weight, const Averages& averages, i
       ForwardPiece piece{};
       piece.input = from + channel * length;
       piece.count = length;
-      piece.lowest_code = averages.codes.lowest;
+      piece.lowest_code = averages.ends.lowest;
       piece.grid = &none;
       piece.wants_extremes = true;
       piece.minimum = &least;
@@ -75,7 +99,7 @@ Quantized observe_and_quantize(const Tensor& weight, const Averages& averages, i
                           true))
         any = true;
       const Grid grid =
-          grid_of(averages.scale[channel], averages.zero_point[channel], averages.codes.lowest, averages.codes.highest);
+          grid_of(averages.scale[channel], averages.zero_point[channel], averages.ends.lowest, averages.ends.highest);
       piece.grid = &grid;
       piece.wants_extremes = false;
       piece.codes = to + channel * length;
@@ -102,9 +126,12 @@ std::tuple<Tensor, Tensor, Tensor> train_weight(
     const Tensor& maximum, const Tensor& batches, const Tensor& scale, const Tensor& zero_point, double momentum,
     int64_t lowest, int64_t highest, bool observes, bool wants_mask, double input_scale, int64_t input_zero_point,
     ScalarType input_dtype, Shape stride, Shape padding, Shape dilation, int64_t groups) {
+  check_floats(weight, "weight");
+  STD_TORCH_CHECK(weight.numel() > 0, "weight must not be empty");
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const SavedState before({minimum, maximum, scale, zero_point}, count_in(batches));
   Quantized quantized;
-  if (observes && axis == 0 && weight.scalar_type() == ScalarType::Float && has_channels_in_order(weight)) {
+  if (observes && axis == 0 && has_channels_in_order(weight)) {
     const int64_t channels = weight.size(0);
     const Averages averages{numbers_in(minimum, channels, "minimum"), numbers_in(maximum, channels, "maximum"),
                             numbers_in(scale, channels, "scale"),     numbers_in(zero_point, channels, "zero_point"),
@@ -125,7 +152,10 @@ std::tuple<Tensor, Tensor, Tensor> train_weight(
   for (int64_t i = 0; i < multiplier.numel(); ++i) multipliers[i] *= static_cast<float>(input_scale);
   std::optional<Tensor> biases;
   if (bias) biases = bias_codes(*bias, multiplier);
-  if (!codes.defined() || (biases && !biases->defined())) return {Tensor(), mask, own_scale};
+  if (!codes.defined() || (biases && !biases->defined())) {
+    before.restore();
+    return {Tensor(), Tensor(), Tensor()};
+  }
   const Tensor packed = pack_layer(codes, biases, multiplier, stride, padding, dilation, groups, input_zero_point,
                                    input_dtype, 0, -kInfinity, kInfinity, ScalarType::Float);
   return {packed, mask, own_scale};
