@@ -107,7 +107,9 @@ def _patterns(model: nn.Module) -> list[list[str]]:
         if isinstance(modules[name], nn.Conv2d):
             kinds = (nn.BatchNorm2d, nn.ReLU)
         elif isinstance(modules[name], nn.Linear):
-            kinds = (nn.BatchNorm1d,)  # and no ReLU: there is no module of the three
+            # There is no module of the three.
+            normalized = isinstance(modules[names[start + 1]], nn.BatchNorm1d) if start + 1 < len(names) else False
+            kinds = (nn.BatchNorm1d,) if normalized else (nn.ReLU,)
         else:
             continue
         for following, kind in zip(names[start + 1 :], kinds, strict=False):
