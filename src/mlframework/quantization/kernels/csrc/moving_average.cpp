@@ -49,13 +49,6 @@ bool Averages::update(int64_t channel, float negated_minimum, float batch_maximu
   return std::isfinite(negated_minimum) || std::isfinite(batch_maximum);
 }
 
-float* numbers_in(const Tensor& tensor, int64_t channels, const char* name) {
-  check_floats(tensor, name);
-  STD_TORCH_CHECK(tensor.numel() == channels && tensor.is_contiguous(), name, " must hold ", channels,
-                  " numbers side by side, got ", tensor.numel());
-  return static_cast<float*>(tensor.mutable_data_ptr());
-}
-
 int64_t* count_in(const Tensor& batches) {
   STD_TORCH_CHECK(batches.numel() == 1 && batches.is_cpu() && batches.scalar_type() == ScalarType::Long,
                   "batches must be one int64, on the CPU");

@@ -20,8 +20,7 @@ struct Averages {
   bool update(int64_t channel, float negated_minimum, float batch_maximum, bool due) const;
 };
 
-// Float32 numbers side by side, and the single int64, that a tensor holds.
-float* numbers_in(const Tensor& tensor, int64_t channels, const char* name);
+// The single int64 that a tensor holds.
 int64_t* count_in(const Tensor& batches);
 
 }  // namespace kernels

@@ -143,10 +143,7 @@ struct GradientOfNormalized {
 };
 
 std::vector<float> numbers_of(const Tensor& tensor, const Rows& rows, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
-                      tensor.numel() == rows.channels,
-                  name, " must be float32 and hold one number to a channel");
-  const float* numbers = static_cast<const float*>(tensor.const_data_ptr());
+  const float* numbers = numbers_in(tensor, rows.channels, name);
   return {numbers, numbers + rows.channels};
 }
 
@@ -165,10 +162,7 @@ Tensor vector_of(const std::vector<double>& numbers) {
 
 // r <- (1 - m) r + m (factor b), as ATen's batch normalization does in float32.
 void average_in(const Tensor& running, const std::vector<double>& batch, double momentum, double factor) {
-  STD_TORCH_CHECK(running.is_cpu() && running.scalar_type() == ScalarType::Float && running.is_contiguous() &&
-                      running.numel() == static_cast<int64_t>(batch.size()),
-                  "running statistics must be float32 and hold one number to a channel");
-  float* to = static_cast<float*>(running.mutable_data_ptr());
+  float* to = numbers_in(running, static_cast<int64_t>(batch.size()), "running statistics");
   for (size_t c = 0; c < batch.size(); ++c)
     to[c] = static_cast<float>(momentum * factor * batch[c] + (1.0 - momentum) * static_cast<double>(to[c]));
 }

@@ -132,6 +132,14 @@ inline float number_in(const Tensor& tensor, const char* name) {
   return static_cast<float>(*static_cast<const int32_t*>(tensor.const_data_ptr()));
 }
 
+// The float32 numbers, so many side by side, that a tensor holds.
+inline float* numbers_in(const Tensor& tensor, int64_t count, const char* name) {
+  check_floats(tensor, name);
+  STD_TORCH_CHECK(tensor.numel() == count && tensor.is_contiguous(), name, " must hold ", count,
+                  " numbers side by side, got ", tensor.numel());
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
 // Below this many elements to a thread, waking it costs more than it does.
 constexpr int64_t kElementsPerThread = 1 << 15;
 

@@ -14,14 +14,8 @@ namespace {
 // As arithmetic.LARGEST_BIAS_CODE.
 constexpr float kLargestBiasCode = 1 << 30;
 
-const float* numbers_of(const Tensor& tensor, const char* name) {
-  check_floats(tensor, name);
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  return static_cast<const float*>(tensor.const_data_ptr());
-}
-
 Tensor copy_of(const Tensor& numbers) {
-  const float* from = numbers_of(numbers, "scale");
+  const float* from = numbers_in(numbers, numbers.numel(), "scale");
   const Tensor result = empty({numbers.numel()}, {1}, ScalarType::Float);
   std::copy_n(from, numbers.numel(), static_cast<float*>(result.mutable_data_ptr()));
   return result;
@@ -33,7 +27,7 @@ class SavedState {
   SavedState(std::vector<Tensor> tensors, int64_t* batches)
       : tensors_(std::move(tensors)), batches_(batches), count_(*batches) {
     for (const Tensor& tensor : tensors_) {
-      const float* numbers = numbers_of(tensor, "state");
+      const float* numbers = numbers_in(tensor, tensor.numel(), "state");
       values_.emplace_back(numbers, numbers + tensor.numel());
     }
   }
@@ -53,7 +47,8 @@ class SavedState {
 
 // In units of the accumulator; undefined where a bias does not fit.
 Tensor bias_codes(const Tensor& bias, const Tensor& multiplier) {
-  const float *values = numbers_of(bias, "bias"), *scales = numbers_of(multiplier, "multiplier");
+  const float* values = numbers_in(bias, bias.numel(), "bias");
+  const float* scales = numbers_in(multiplier, multiplier.numel(), "multiplier");
   const Tensor result = empty({bias.numel()}, {1}, ScalarType::Int);
   auto* codes = static_cast<int32_t*>(result.mutable_data_ptr());
   for (int64_t o = 0; o < bias.numel(); ++o) {
