@@ -14,7 +14,7 @@ from mlframework.quantization import kernels
 from mlframework.quantization.kernels import native
 
 needs_integer_layers = pytest.mark.skipif(
-    not native.has_integer_layers(), reason="needs compiled kernels and AVX-512 VNNI"
+    not native.has_integer_layers(), reason="needs integer layers compiled for this processor"
 )
 
 

@@ -26,7 +26,9 @@ from mlframework.quantization.kernels.native import has_integer_layers, operator
 
 FLOATS = torch.float32
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-needs_integer_layers = pytest.mark.skipif(not has_integer_layers(), reason="needs compiled kernels and AVX-512 VNNI")
+needs_integer_layers = pytest.mark.skipif(
+    not has_integer_layers(), reason="needs integer layers compiled for this processor"
+)
 
 
 class Grid(NamedTuple):
@@ -260,7 +262,10 @@ def test_codes_come_out_channels_last() -> None:
     layer = product.followed_by(
         Epilogue(torch.zeros(5, dtype=torch.int32), torch.ones(1), dtype=SIGNED, lowest=-128, highest=127)
     )
-    assert layer(random_codes((2, 3, 4, 4), UNSIGNED)).is_contiguous(memory_format=torch.channels_last)
+    codes = random_codes((2, 3, 4, 4), UNSIGNED)
+    assert layer(codes).is_contiguous(memory_format=torch.channels_last)
+    with kernels.reference_kernels():
+        assert layer(codes).is_contiguous(memory_format=torch.channels_last)
 
 
 # What sums may be
@@ -287,6 +292,47 @@ def test_the_largest_products(code: int, dtype: torch.dtype, zero_point: int, va
     sums = convolution_sums(codes, weight, zero_point, geometry)
     assert abs(int(sums[0, 0])) == 255 * abs(value) * 6300
     assert_layer(PackedConvolution(weight, zero_point, dtype, geometry), codes, sums, GRIDS[4])
+
+
+# Around the largest pair whose products by 255 stay within 16 bits.
+EXTREME_WEIGHTS = st.sampled_from([-128, -127, -65, -64, -1, 0, 1, 63, 64, 65, 127])
+
+
+@given(st.data())
+def test_pairs_of_products_that_exceed_16_bits(data: st.DataObject) -> None:
+    """Instructions that add two products in 16 bits saturate there; layers are packed so that they do not."""
+    depthwise = data.draw(st.booleans())
+    inputs, outputs = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    kernel = data.draw(st.sampled_from([1, 2, 3]))
+    outputs, groups = (inputs, inputs) if depthwise else (outputs, 1)
+    shape = (outputs, inputs // groups, kernel, kernel)
+    count = math.prod(shape)
+    few = data.draw(st.lists(EXTREME_WEIGHTS, min_size=1, max_size=12))
+    weight = torch.tensor((few * count)[:count], dtype=torch.int8).reshape(shape)
+    codes = torch.tensor([255, data.draw(st.integers(0, 255))], dtype=UNSIGNED).repeat(inputs * 25)[: inputs * 25]
+    codes = codes.reshape(1, inputs, 5, 5)
+    geometry = ConvolutionGeometry((1, 1), (0, 0), (1, 1), groups)
+    sums = convolution_sums(codes, weight, 0, geometry)
+    assert_layer(PackedConvolution(weight, 0, UNSIGNED, geometry), codes, sums, GRIDS[4])
+
+
+@needs_integer_layers
+@pytest.mark.parametrize("groups", [1, 64])
+def test_weights_of_seven_bits_are_packed_in_a_byte_each(groups: int) -> None:
+    """Whatever the processor: no pair of them exceeds 16 bits. Of eight bits, AVX2 needs up to twice as many."""
+    geometry = ConvolutionGeometry((1, 1), (0, 0), (1, 1), groups)
+
+    def packed_bytes(value: int) -> int:
+        weight = torch.full((64, 64 // groups, 3, 3), value, dtype=torch.int8)
+        layer = PackedConvolution(weight, 0, UNSIGNED, geometry).followed_by(
+            Epilogue(torch.zeros(64, dtype=torch.int32), torch.ones(64))
+        )
+        assert layer.native is not None
+        return layer.native.nbytes
+
+    assert packed_bytes(63) == packed_bytes(64) == packed_bytes(-64) == packed_bytes(0)
+    grows = operators["instruction_set"]() in ("avx2", "avx512")
+    assert (packed_bytes(65) > 1.5 * packed_bytes(64)) is grows
 
 
 def test_sums_that_may_exceed_int32_are_refused() -> None:

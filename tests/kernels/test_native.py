@@ -100,32 +100,47 @@ def test_tensors_that_only_stand_for_others_go_the_reference_way() -> None:
 
 def test_they_use_the_best_instructions_that_pytorch_uses() -> None:
     best = native.operators["instruction_set"]()
-    assert best in ("baseline", "avx2", "avx512", "avx512_vnni")
+    assert best in INSTRUCTION_SETS
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         assert best == "avx2"
-    assert native.has_integer_layers() == (best == "avx512_vnni")
+    assert native.has_integer_layers() == (best != "baseline")
 
 
-INSTRUCTION_SETS = {"default": "baseline", "avx2": "avx2"}
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni")
+OWN_VARIABLE = "MLFRAMEWORK_QUANTIZATION_INSTRUCTION_SET"
 TESTS = [
     str(Path(__file__).with_name(name))
-    for name in ("test_operations.py", "test_integer_layer.py", "test_fake_quantization.py")
+    for name in ("test_operations.py", "test_integer_layer.py", "test_training_product.py", "test_fake_quantization.py")
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", INSTRUCTION_SETS)
-def test_every_instruction_set_computes_the_same(capability: str) -> None:
-    """PyTorch's own variable holds its kernels, and ours, to fewer instructions."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+def used_under(**variables: str) -> list[str]:
+    """The instruction set that a process with these variables uses, and whether it has integer layers."""
     program = (
         "from mlframework.quantization.kernels import native; native.native_is_available();"
         "print(native.operators['instruction_set'](), native.has_integer_layers())"
     )
-    result = run([sys.executable, "-c", program], environment)
-    assert result.stdout.split() == [INSTRUCTION_SETS[capability], "False"], result.stderr
+    result = run([sys.executable, "-c", program], {**os.environ, **variables})
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_every_instruction_set_computes_the_same(name: str) -> None:
+    if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(native.operators["instruction_set"]()):
+        pytest.skip(f"this processor does not have {name}")
+    assert used_under(**{OWN_VARIABLE: name}) == [name, str(name != "baseline")]
+    environment = {**os.environ, OWN_VARIABLE: name}
     result = run([sys.executable, "-m", "pytest", *TESTS, "-m", "not slow", "-p", "no:cacheprovider"], environment)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_pytorchs_own_variable_holds_them_to_fewer() -> None:
+    assert used_under(ATEN_CPU_CAPABILITY="default") == ["baseline", "False"]
+    if native.operators["instruction_set"]() != "baseline":
+        assert used_under(ATEN_CPU_CAPABILITY="avx2") == ["avx2", "True"]
 
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,9 @@ from mlframework.quantization import QuantizationScheme, kernels
 from mlframework.quantization.kernels import ConvolutionGeometry
 from mlframework.quantization.kernels.native import has_integer_layers
 
-needs_integer_layers = pytest.mark.skipif(not has_integer_layers(), reason="needs compiled kernels and AVX-512 VNNI")
+needs_integer_layers = pytest.mark.skipif(
+    not has_integer_layers(), reason="needs integer layers compiled for this processor"
+)
 
 # The shape of the codes, that of the weight, and the geometry.
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], ConvolutionGeometry | None]] = {

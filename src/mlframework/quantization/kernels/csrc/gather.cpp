@@ -61,9 +61,10 @@ void copy_quads(const Columns& columns, int64_t begin) {
 void gather_channels(Columns columns, int64_t channels) {
   int64_t channel = 0;
 #if HAS_X86_LEVELS
+  const bool wide = instruction_set() >= InstructionSet::avx512;
   for (; channel + 16 <= channels; channel += 16, columns.source += 16, columns.target += 4 * columns.quad_step) {
     int64_t column = 0;
-    for (; column + 16 <= columns.count; column += 16)
+    for (; wide && column + 16 <= columns.count; column += 16)
       transpose_16_columns(columns.source + column * columns.step, columns.step, columns.target + column * kQuad,
                            columns.quad_step);
     for (; column + 4 <= columns.count; column += 4)

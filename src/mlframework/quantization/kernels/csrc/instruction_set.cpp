@@ -1,10 +1,14 @@
 #include "instruction_set.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
 namespace kernels {
 namespace {
+
+// PyTorch's variable has one "avx512", with and without VNNI.
+constexpr const char* kOwnVariable = "MLFRAMEWORK_QUANTIZATION_INSTRUCTION_SET";
 
 InstructionSet of_processor() {
 #if HAS_X86_LEVELS
@@ -17,18 +21,20 @@ InstructionSet of_processor() {
   return InstructionSet::baseline;
 }
 
-InstructionSet allowed() {
-  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string name = capability ? capability : "";
-  if (name == "default") return InstructionSet::baseline;
+// The most that a variable of the environment allows.
+InstructionSet allowed(const char* variable) {
+  const char* value = std::getenv(variable);
+  const std::string name = value ? value : "";
+  if (name == "default" || name == "baseline") return InstructionSet::baseline;
   if (name == "avx2") return InstructionSet::avx2;
+  if (name == "avx512" && std::string(variable) == kOwnVariable) return InstructionSet::avx512;
   return InstructionSet::avx512_vnni;
 }
 
 }  // namespace
 
 InstructionSet instruction_set() {
-  static const InstructionSet best = of_processor() < allowed() ? of_processor() : allowed();
+  static const InstructionSet best = std::min({of_processor(), allowed("ATEN_CPU_CAPABILITY"), allowed(kOwnVariable)});
   return best;
 }
 

@@ -19,8 +19,8 @@ namespace kernels {
 
 enum class InstructionSet { baseline, avx2, avx512, avx512_vnni };
 
-// What this processor has, no more than what PyTorch's own variable ATEN_CPU_CAPABILITY ("default", "avx2", ...)
-// allows.
+// What this processor has, no more than what the environment allows: PyTorch's own variable ATEN_CPU_CAPABILITY
+// ("default", "avx2", ...), or MLFRAMEWORK_QUANTIZATION_INSTRUCTION_SET with one of the names above.
 InstructionSet instruction_set();
 
 // Whether fused multiply-add is an instruction, rather than a slow function.

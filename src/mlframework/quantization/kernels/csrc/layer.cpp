@@ -1,20 +1,20 @@
 // Operators that run packed layers: they check, and say where codes are read and outputs written.
-#include "instruction_set.h"
+#include "microkernels/microkernel.h"
 #include "operators.h"
 #include "run_layer.h"
-#include "tile.h"
 
 namespace kernels {
 namespace {
 
 const Layer& layer_in(const Tensor& block, const Tensor& codes) {
-  STD_TORCH_CHECK(has_integer_layers(), "packed layers need a processor with AVX-512 VNNI");
+  STD_TORCH_CHECK(has_integer_layers(), "packed layers need a processor with AVX2 or AVX-512 VNNI");
   const bool readable = block.is_cpu() && block.scalar_type() == ScalarType::Byte && block.is_contiguous() &&
                         block.numel() >= static_cast<int64_t>(sizeof(Layer)) &&
                         reinterpret_cast<uintptr_t>(block.const_data_ptr()) % alignof(Layer) == 0;
   STD_TORCH_CHECK(readable, "layer must come from pack_layer");
   const Layer& layer = *static_cast<const Layer*>(block.const_data_ptr());
   STD_TORCH_CHECK(layer.mark == Layer::kMark && layer.bytes == block.numel(), "layer must come from pack_layer");
+  STD_TORCH_CHECK(layer.packed_for == microkernel()->instruction_set, "layer was packed on another kind of processor");
   check_codes(codes, "codes");
   STD_TORCH_CHECK((codes.scalar_type() == ScalarType::Char) == static_cast<bool>(layer.input_signed), "codes must be ",
                   layer.input_signed ? "int8" : "uint8", ", as the layer was packed for");
@@ -28,7 +28,9 @@ Tensor output_of(const Layer& layer, const Shape& sizes, const Shape& strides) {
 
 // A layer that reads one position to each output: their order is free, so they are cut into rows that fill tiles.
 void run_on_positions(const Layer& layer, const uint8_t* codes, int64_t count, uint8_t* output) {
-  const int64_t most = most_positions(std::min<int64_t>(layer.blocks(), 2)), tiles = (count + most - 1) / most;
+  const Microkernel& kernel = *microkernel();
+  const int64_t most = kernel.most_positions[static_cast<size_t>(std::min(layer.blocks(), kernel.interleaved))];
+  const int64_t tiles = (count + most - 1) / most;
   const int64_t width = (count + tiles - 1) / tiles;
   const int64_t height = (count + width - 1) / width, last_width = count - (height - 1) * width;
   const int64_t channels = layer.input_channels;
@@ -38,7 +40,7 @@ void run_on_positions(const Layer& layer, const uint8_t* codes, int64_t count, u
 
 }  // namespace
 
-bool has_integer_layers() { return instruction_set() == InstructionSet::avx512_vnni; }
+bool has_integer_layers() { return microkernel() != nullptr; }
 
 Tensor linear(const Tensor& codes, const Tensor& block) {
   const Layer& layer = layer_in(block, codes);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "instruction_set.h"
 #include "tensors.h"
 
 namespace kernels {
@@ -11,6 +12,7 @@ namespace kernels {
 // Output channels to a vector of sums, and how many products of four bytes each one instruction adds to one.
 constexpr int64_t kLanes = 16;
 constexpr int64_t kQuad = 4;
+constexpr int64_t kStepBytes = kLanes * kQuad;
 // Channels that a depthwise layer computes at once.
 constexpr int64_t kChunk = 64;
 
@@ -20,6 +22,7 @@ struct alignas(64) Layer {
   static constexpr int64_t kMark = 0x6c617965722d3031;  // tells a layer from any other bytes
 
   int64_t mark, bytes;
+  InstructionSet packed_for;  // of the microkernel that reads the weights in this order
   int64_t depthwise;  // each output channel reads the input channel of its own number; otherwise, all of them
   int64_t input_channels, output_channels;
   int64_t kernel[2], stride[2], padding[2], dilation[2];
@@ -28,6 +31,8 @@ struct alignas(64) Layer {
   Output output;
   int64_t zero_point;
   float lowest, highest;  // of codes: relative to the zero point
+  int64_t weight_size;    // in bytes: 1, or 2 where a depthwise layer's products are to be added in 32 bits
+  int64_t extra_steps;    // of all blocks
 
   int64_t taps() const { return kernel[0] * kernel[1]; }
   // Vectors of output channels.
@@ -38,19 +43,32 @@ struct alignas(64) Layer {
   // Instructions to a vector of sums: groups of four input channels at each tap, or groups of four taps.
   int64_t quads() const { return (input_channels + kQuad - 1) / kQuad; }
   int64_t steps() const { return depthwise ? (taps() + kQuad - 1) / kQuad : taps() * quads(); }
-  int64_t block_bytes() const { return steps() * kLanes * kQuad; }
+  int64_t block_bytes() const { return steps() * kStepBytes * weight_size; }
   int64_t weight_bytes() const { return blocks() * block_bytes(); }
   int64_t element_size() const { return output == Output::floats ? 4 : 1; }
 
   // Then follow, for each output channel (rounded up to whole vectors), the bias, which also makes up for the input's
   // zero point; the multiplier; and the weights (pack_layer.cpp says in which order).
+  //
+  // Where a pair of products might exceed 16 bits, and the processor adds them in no more, a step has two halves of its
+  // weights: one of them in an extra step. Extra steps come block after block: their weights; for each block the number
+  // of extra steps before it, and at last of all; and for each the step that it belongs to.
   int32_t* bias() { return reinterpret_cast<int32_t*>(this + 1); }
   float* multiplier() { return reinterpret_cast<float*>(bias() + blocks() * kLanes); }
   int8_t* weights() { return reinterpret_cast<int8_t*>(multiplier() + blocks() * kLanes); }
+  int8_t* extra_weights() { return weights() + weight_bytes(); }
+  int32_t* extra_steps_before() { return reinterpret_cast<int32_t*>(extra_weights() + extra_steps * kStepBytes); }
+  int32_t* step_of_extra() { return extra_steps_before() + blocks() + 1; }
   const int32_t* bias() const { return const_cast<Layer*>(this)->bias(); }
   const float* multiplier() const { return const_cast<Layer*>(this)->multiplier(); }
   const int8_t* weights() const { return const_cast<Layer*>(this)->weights(); }
-  int64_t size() const { return static_cast<int64_t>(sizeof(Layer)) + blocks() * kLanes * 8 + weight_bytes(); }
+  const int8_t* extra_weights() const { return const_cast<Layer*>(this)->extra_weights(); }
+  const int32_t* extra_steps_before() const { return const_cast<Layer*>(this)->extra_steps_before(); }
+  const int32_t* step_of_extra() const { return const_cast<Layer*>(this)->step_of_extra(); }
+  int64_t size() const {
+    return static_cast<int64_t>(sizeof(Layer)) + blocks() * kLanes * 8 + weight_bytes() + extra_steps * kStepBytes +
+           (blocks() + 1 + extra_steps) * 4;
+  }
 };
 
 // Where a depthwise layer keeps a channel: the order in which bytes come to lie when those of four taps are interleaved

@@ -1,7 +1,7 @@
 // Puts a layer's weights, bias and multipliers into the one block that layer.h describes.
 #include <cstring>
 
-#include "layer.h"
+#include "microkernels/microkernel.h"
 #include "operators.h"
 
 namespace kernels {
@@ -16,7 +16,7 @@ class Packing {
  public:
   Packing(Layer& layer, const int8_t* weight) : layer_(layer), weight_(weight) {}
 
-  // [pair of blocks][tap][quad of input channels][block][lane][4]; the last pair may be one block.
+  // [group of interleaved blocks][tap][quad of input channels][block][lane][4]; the last group may be smaller.
   void dense() {
     const int64_t grain = std::max<int64_t>(kElementsPerThread / layer_.block_bytes(), 1);
     torch::stable::parallel_for(0, layer_.blocks(), grain, [this](int64_t begin, int64_t end) {
@@ -24,14 +24,23 @@ class Packing {
     });
   }
 
-  // [chunk][quad of taps][place in chunk][4].
+  // [chunk][quad of taps][place in chunk][4], or of two bytes each [chunk][quad of taps][even, odd][place in chunk][2].
   void depthwise() {
     std::memset(layer_.weights(), 0, static_cast<size_t>(layer_.weight_bytes()));
-    const int64_t taps = layer_.taps(), chunk_bytes = layer_.steps() * kChunk * kQuad;
+    const int64_t taps = layer_.taps(), quad_of_chunk = kChunk * kQuad * layer_.weight_size;
     for (int64_t o = 0; o < layer_.output_channels; ++o) {
       const int64_t place = depthwise_place(o);
-      int8_t* to = layer_.weights() + o / kChunk * chunk_bytes + place % kChunk * kQuad;
-      for (int64_t tap = 0; tap < taps; ++tap) to[tap / kQuad * kChunk * kQuad + tap % kQuad] = weight_[o * taps + tap];
+      int8_t* to = layer_.weights() + o / kChunk * layer_.steps() * quad_of_chunk + place % kChunk * kQuad;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int8_t weight = weight_[o * taps + tap];
+        int8_t* quad = to + tap / kQuad * quad_of_chunk;
+        if (layer_.weight_size == 1) {
+          quad[tap % kQuad] = weight;
+        } else {
+          const int16_t wide = weight;
+          std::memcpy(quad + tap % 2 * kChunk * kQuad + tap % kQuad / 2 * 2, &wide, sizeof(wide));
+        }
+      }
       correct_bias(place, o);
     }
   }
@@ -39,10 +48,11 @@ class Packing {
  private:
   void dense_block(int64_t block) {
     const int64_t taps = layer_.taps(), quads = layer_.quads(), channels = layer_.input_channels;
-    const int64_t pair = block / 2, blocks_of_pair = std::min<int64_t>(layer_.blocks() - 2 * pair, 2);
+    const int64_t interleaved = microkernel()->interleaved, first_of_group = block / interleaved * interleaved;
     const int64_t lanes = std::min(layer_.output_channels - block * kLanes, kLanes);
-    const int64_t quad_bytes = blocks_of_pair * kLanes * kQuad;
-    int8_t* const start = layer_.weights() + 2 * pair * layer_.block_bytes() + block % 2 * kLanes * kQuad;
+    const int64_t quad_bytes = std::min(layer_.blocks() - first_of_group, interleaved) * kStepBytes;
+    int8_t* const start =
+        layer_.weights() + first_of_group * layer_.block_bytes() + (block - first_of_group) * kStepBytes;
     for (int64_t lane = 0; lane < lanes; ++lane) correct_bias(block * kLanes + lane, block * kLanes + lane);
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t first = 0; first < quads; first += kQuadsAtOnce) {
@@ -80,6 +90,66 @@ class Packing {
   const int8_t* weight_;
 };
 
+// Halves the weights of every step of which a pair of products might saturate, as `Layer` describes it: the larger half
+// stays, the smaller one goes into an extra step.
+class Halving {
+ public:
+  explicit Halving(Layer& layer) : layer_(layer), blocks_(static_cast<size_t>(layer.blocks())) {
+    const int64_t grain = std::max<int64_t>(kElementsPerThread / layer.block_bytes(), 1);
+    torch::stable::parallel_for(0, layer.blocks(), grain, [this](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) halve(block);
+    });
+    for (const Block& block : blocks_) count_ += static_cast<int64_t>(block.steps.size());
+  }
+
+  int64_t count() const { return count_; }
+
+  // Writes the extra steps to a layer that has room for them.
+  void write(Layer& layer) const {
+    int32_t before = 0;
+    for (size_t block = 0; block < blocks_.size(); ++block) {
+      const Block& extra = blocks_[block];
+      layer.extra_steps_before()[block] = before;
+      std::copy(extra.steps.begin(), extra.steps.end(), layer.step_of_extra() + before);
+      std::copy(extra.weights.begin(), extra.weights.end(), layer.extra_weights() + before * kStepBytes);
+      before += static_cast<int32_t>(extra.steps.size());
+    }
+    layer.extra_steps_before()[blocks_.size()] = before;
+  }
+
+ private:
+  struct Block {
+    std::vector<int32_t> steps;
+    std::vector<int8_t> weights;
+  };
+
+  void halve(int64_t block) {
+    Block& extra = blocks_[static_cast<size_t>(block)];
+    int8_t* weights = layer_.weights() + block * layer_.block_bytes();
+    for (int64_t step = 0; step < layer_.steps(); ++step, weights += kStepBytes) {
+      if (!microkernel()->may_saturate(weights)) continue;
+      extra.steps.push_back(static_cast<int32_t>(step));
+      for (int64_t i = 0; i < kStepBytes; ++i) {
+        const auto half = static_cast<int8_t>(weights[i] / 2);
+        extra.weights.push_back(half);
+        weights[i] = static_cast<int8_t>(weights[i] - half);
+      }
+    }
+  }
+
+  Layer& layer_;
+  std::vector<Block> blocks_;
+  int64_t count_ = 0;
+};
+
+// Whether a pair of taps' products might saturate in a depthwise layer, with weights (O, taps).
+bool pairs_may_saturate(const int8_t* weight, int64_t channels, int64_t taps) {
+  for (int64_t o = 0; o < channels; ++o, weight += taps)
+    for (int64_t tap = 0; tap + 1 < taps; tap += 2)
+      if (std::abs(weight[tap] + weight[tap + 1]) > 128) return true;
+  return false;
+}
+
 // Codes (O, I / groups, height, width) as (O, height, width, I / groups): where they lie, or copied to `copy`.
 const int8_t* channels_innermost(const Tensor& weight, std::vector<int8_t>& copy) {
   const auto* from = static_cast<const int8_t*>(weight.const_data_ptr());
@@ -99,6 +169,23 @@ const int8_t* channels_innermost(const Tensor& weight, std::vector<int8_t>& copy
   return copy.data();
 }
 
+Tensor with_extra_steps(const Tensor& packed) {
+  Layer& layer = *static_cast<Layer*>(packed.mutable_data_ptr());
+  const Halving halving(layer);
+  if (halving.count() == 0) return packed;
+  Layer header = layer;
+  header.extra_steps = halving.count();
+  header.bytes = header.size();
+  const Tensor result = empty({header.bytes}, {1}, ScalarType::Byte);
+  Layer& larger = *static_cast<Layer*>(result.mutable_data_ptr());
+  std::memcpy(&larger, &layer, static_cast<size_t>(reinterpret_cast<uint8_t*>(layer.extra_weights()) -
+                                                   reinterpret_cast<uint8_t*>(&layer)));
+  larger.extra_steps = header.extra_steps;
+  larger.bytes = header.bytes;
+  halving.write(larger);
+  return result;
+}
+
 }  // namespace
 
 Tensor pack_layer(const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& multiplier, Shape stride, Shape padding,
@@ -111,7 +198,9 @@ Tensor pack_layer(const Tensor& weight, const std::optional<Tensor>& bias, const
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Byte || dtype == ScalarType::Char,
                   "dtype must be uint8, int8 or float32");
   Layer header{};
+  STD_TORCH_CHECK(has_integer_layers(), "packed layers need a processor with AVX2 or AVX-512 VNNI");
   header.mark = Layer::kMark;
+  header.packed_for = microkernel()->instruction_set;
   header.output_channels = weight.size(0);
   header.depthwise = groups > 1;
   STD_TORCH_CHECK(groups == 1 || (groups == weight.size(0) && weight.size(1) == 1),
@@ -136,7 +225,6 @@ Tensor pack_layer(const Tensor& weight, const std::optional<Tensor>& bias, const
   const bool floats = header.output == Output::floats;
   header.lowest = static_cast<float>(floats ? lowest : lowest - static_cast<double>(zero_point));
   header.highest = static_cast<float>(floats ? highest : highest - static_cast<double>(zero_point));
-  header.bytes = header.size();
 
   const Tensor multipliers = torch::stable::contiguous(multiplier);
   STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->scalar_type() == ScalarType::Int && bias->is_contiguous() &&
@@ -146,6 +234,13 @@ Tensor pack_layer(const Tensor& weight, const std::optional<Tensor>& bias, const
                       (multipliers.numel() == weight.size(0) || multipliers.numel() == 1),
                   "multiplier must be float32 and hold one number, or one to an output channel");
 
+  std::vector<int8_t> copy;
+  const int8_t* const codes = channels_innermost(weight, copy);
+  const bool exact = microkernel()->may_saturate == nullptr;
+  const bool widens =
+      header.depthwise && !exact && pairs_may_saturate(codes, header.output_channels, header.taps());
+  header.weight_size = widens ? 2 : 1;
+  header.bytes = header.size();
   const Tensor packed = empty({header.bytes}, {1}, ScalarType::Byte);
   Layer& layer = *static_cast<Layer*>(packed.mutable_data_ptr());
   layer = header;
@@ -158,14 +253,14 @@ Tensor pack_layer(const Tensor& weight, const std::optional<Tensor>& bias, const
     if (bias_of) layer.bias()[place] = bias_of[o];
     layer.multiplier()[place] = multiplier_of[multipliers.numel() == 1 ? 0 : o];
   }
-  std::vector<int8_t> copy;
-  Packing packing(layer, channels_innermost(weight, copy));
+  std::fill_n(layer.extra_steps_before(), layer.blocks() + 1, 0);
+  Packing packing(layer, codes);
   if (layer.depthwise) {
     packing.depthwise();
-  } else {
-    packing.dense();
+    return packed;
   }
-  return packed;
+  packing.dense();
+  return exact ? packed : with_extra_steps(packed);
 }
 
 }  // namespace kernels

@@ -1,5 +1,5 @@
+#include "microkernels/microkernel.h"
 #include "run_layer.h"
-#include "tile.h"
 
 namespace kernels {
 namespace {
@@ -8,13 +8,14 @@ namespace {
 class Run {
  public:
   Run(const Layer& layer, const Input& input, const Positions& positions, uint8_t* output)
-      : layer_(layer),
+      : kernel_(*microkernel()),
+        layer_(layer),
         input_(input),
         positions_(positions),
         output_(output),
         layout_(row_layout(layer, positions.width)),
         row_bytes_(layout_.bytes(layer)),
-        shares_(layer, positions, row_bytes_, (layer.blocks() + 1) / 2) {
+        shares_(layer, positions, row_bytes_, (layer.blocks() + kernel_.interleaved - 1) / kernel_.interleaved) {
     step_offsets_.reserve(static_cast<size_t>(layer.steps()));
     for (int64_t i = 0; i < layer.kernel[0]; ++i)
       for (int64_t j = 0; j < layer.kernel[1]; ++j) {
@@ -22,6 +23,8 @@ class Run {
         for (int64_t quad = 0; quad < layer.quads(); ++quad)
           step_offsets_.push_back(static_cast<int32_t>(tap + quad * layout_.quad_step()));
       }
+    for (int64_t extra = 0; extra < layer.extra_steps; ++extra)
+      extra_offsets_.push_back(step_offsets_[static_cast<size_t>(layer.step_of_extra()[extra])]);
   }
 
   void operator()() const {
@@ -34,10 +37,10 @@ class Run {
     uint8_t* const gathered = scratch(shares_.gathered_images() * image_bytes);
     for (int64_t image = share.first_image; image < share.last_image; ++image)
       gather(share, image, gathered + (image - share.first_image) * image_bytes);
-    // The groups are pairs of blocks, the last of which may be a single one.
-    const int64_t last_block = std::min(2 * share.last_group, layer_.blocks());
-    for (int64_t block = 2 * share.first_group, blocks; block < last_block; block += blocks) {
-      blocks = blocks_of_tile(last_block - block, positions_.width);
+    // The groups are blocks that are interleaved; the last may have fewer.
+    const int64_t last_block = std::min(kernel_.interleaved * share.last_group, layer_.blocks());
+    for (int64_t block = kernel_.interleaved * share.first_group, blocks; block < last_block; block += blocks) {
+      blocks = kernel_.blocks_of_tile(last_block - block, positions_.width);
       for (int64_t image = share.first_image; image < share.last_image; ++image) {
         const uint8_t* rows = gathered + (image - share.first_image) * image_bytes;
         for (int64_t row = share.first_row; row < share.last_row; ++row)
@@ -56,17 +59,18 @@ class Run {
   }
 
   void compute_row(const uint8_t* gathered, int64_t block, int64_t blocks, int64_t image, int64_t row) const {
-    const TileContext context{&layer_, step_offsets_.data(), layer_.steps()};
-    const int64_t width = positions_.in_row(row);
-    const int64_t tiles = (width + most_positions(blocks) - 1) / most_positions(blocks);
+    const TileContext context{&layer_, step_offsets_.data(), extra_offsets_.data()};
+    const int64_t width = positions_.in_row(row), most = kernel_.most_positions[static_cast<size_t>(blocks)];
+    const int64_t tiles = (width + most - 1) / most;
     const int64_t position_bytes = layer_.output_channels * layer_.element_size();
     uint8_t* output = output_ + (image * positions_.in_image() + row * positions_.width) * position_bytes;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = width * i / tiles, end = width * (i + 1) / tiles;
-      tile_for(blocks, end - begin)(context, gathered + begin * kQuad, block, output + begin * position_bytes);
+      kernel_.tile(blocks, end - begin)(context, gathered + begin * kQuad, block, output + begin * position_bytes);
     }
   }
 
+  const Microkernel& kernel_;
   const Layer& layer_;
   const Input& input_;
   const Positions positions_;
@@ -74,7 +78,7 @@ class Run {
   const RowLayout layout_;
   const int64_t row_bytes_;
   const Shares shares_;
-  std::vector<int32_t> step_offsets_;
+  std::vector<int32_t> step_offsets_, extra_offsets_;
 };
 
 }  // namespace

@@ -1,6 +1,5 @@
-#include "tile.h"
-
-#include "instruction_set.h"
+// AVX-512 VNNI: one instruction multiplies four pairs of bytes and adds them to a sum, exactly.
+#include "microkernels/microkernel.h"
 
 #if HAS_X86_LEVELS
 #include <immintrin.h>
@@ -88,12 +87,15 @@ TARGET_AVX512_VNNI ALWAYS_INLINE void finish(const __m512i* sums, const Layer& l
     epilogue.store_one(sums[position], codes + position * epilogue.stride);
 }
 
+// The most positions that a tile of so many blocks computes: as many as there are registers to sum in.
+constexpr std::array<int64_t, 5> kMostPositions = {0, 16, 14, 0, 6};
+
 template <int kBlocks, int kPositions>
 TARGET_AVX512_VNNI void tile(const TileContext& context, const uint8_t* codes, int64_t first_block, void* output) {
   const Layer& layer = *context.layer;
   constexpr int64_t kBytes = kLanes * kQuad;
   const int8_t* weights = layer.weights() + first_block * layer.block_bytes();
-  const int64_t next_pair = 2 * layer.block_bytes();
+  const int64_t steps = layer.steps(), next_pair = 2 * layer.block_bytes();
   __m512i sums[kBlocks][kPositions];
 #pragma GCC unroll 4
   for (int block = 0; block < kBlocks; ++block) {
@@ -102,7 +104,7 @@ TARGET_AVX512_VNNI void tile(const TileContext& context, const uint8_t* codes, i
     for (int position = 0; position < kPositions; ++position) sums[block][position] = bias;
   }
 
-  for (int64_t step = 0; step < context.steps; ++step, weights += std::min(kBlocks, 2) * kBytes) {
+  for (int64_t step = 0; step < steps; ++step, weights += std::min(kBlocks, 2) * kBytes) {
     const uint8_t* quads = codes + context.step_offsets[step];
     __m512i weight[kBlocks];
 #pragma GCC unroll 4
@@ -130,10 +132,8 @@ constexpr std::array<Tile, sizeof...(kIndex)> tiles(std::integer_sequence<int, k
 
 template <int kBlocks>
 constexpr auto tiles() {
-  return tiles<kBlocks>(std::make_integer_sequence<int, static_cast<int>(most_positions(kBlocks))>());
+  return tiles<kBlocks>(std::make_integer_sequence<int, static_cast<int>(kMostPositions[kBlocks])>());
 }
-
-}  // namespace
 
 Tile tile_for(int64_t blocks, int64_t positions) {
   static constexpr auto singles = tiles<1>();
@@ -142,13 +142,89 @@ Tile tile_for(int64_t blocks, int64_t positions) {
   return blocks == 1 ? singles[positions - 1] : blocks == 2 ? pairs[positions - 1] : fours[positions - 1];
 }
 
-}  // namespace kernels
+// Outputs of one chunk of channels at one position.
+class Chunk {
+ public:
+  TARGET_AVX512_VNNI Chunk(const Layer& layer, int64_t chunk)
+      : layer_(layer),
+        first_(chunk * kChunk),
+        count_(std::min(layer.output_channels - first_, kChunk)),
+        weights_(layer.weights() + chunk * layer.steps() * kChunk * kQuad) {}
 
-#else
+  // The channels' bytes at tap t lie at `codes + tap_offsets[t]`; offsets come in fours.
+  TARGET_AVX512_VNNI void compute(const uint8_t* codes, const int32_t* tap_offsets, uint8_t* output) const {
+    __m512i sums[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[i] = _mm512_loadu_si512(layer_.bias() + first_ + i * kLanes);
+    const int8_t* weights = weights_;
+    for (int64_t step = 0; step < layer_.steps(); ++step, tap_offsets += kQuad, weights += kChunk * kQuad) {
+      const __m512i a = _mm512_loadu_si512(codes + first_ + tap_offsets[0]);
+      const __m512i b = _mm512_loadu_si512(codes + first_ + tap_offsets[1]);
+      const __m512i c = _mm512_loadu_si512(codes + first_ + tap_offsets[2]);
+      const __m512i d = _mm512_loadu_si512(codes + first_ + tap_offsets[3]);
+      const __m512i low_ab = _mm512_unpacklo_epi8(a, b), high_ab = _mm512_unpackhi_epi8(a, b);
+      const __m512i low_cd = _mm512_unpacklo_epi8(c, d), high_cd = _mm512_unpackhi_epi8(c, d);
+      const __m512i taps[4] = {_mm512_unpacklo_epi16(low_ab, low_cd), _mm512_unpackhi_epi16(low_ab, low_cd),
+                               _mm512_unpacklo_epi16(high_ab, high_cd), _mm512_unpackhi_epi16(high_ab, high_cd)};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        sums[i] = _mm512_dpbusd_epi32(sums[i], taps[i], _mm512_loadu_si512(weights + i * kLanes * kQuad));
+    }
+    finish(sums, output);
+  }
 
-namespace kernels {
+ private:
+  TARGET_AVX512_VNNI ALWAYS_INLINE void finish(const __m512i* sums, uint8_t* output) const {
+    const __m512 lowest = _mm512_set1_ps(layer_.lowest), highest = _mm512_set1_ps(layer_.highest);
+    __m512 scaled[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512 multiplier = _mm512_loadu_ps(layer_.multiplier() + first_ + i * kLanes);
+      scaled[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i]), multiplier);
+      scaled[i] = _mm512_min_ps(_mm512_max_ps(scaled[i], lowest), highest);
+    }
+    if (layer_.output == Output::floats) {
+      float values[kChunk];
+      for (int i = 0; i < 4; ++i) _mm512_storeu_ps(values + i * kLanes, scaled[i]);
+      float* to = reinterpret_cast<float*>(output) + first_;
+      for (int64_t channel = 0; channel < count_; ++channel) to[channel] = values[depthwise_place(channel)];
+      return;
+    }
+    __m512i codes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      codes[i] = _mm512_add_epi32(_mm512_cvt_roundps_epi32(scaled[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                                  _mm512_set1_epi32(static_cast<int>(layer_.zero_point)));
+    const __m512i a = _mm512_packs_epi32(codes[0], codes[1]), b = _mm512_packs_epi32(codes[2], codes[3]);
+    const __m512i bytes =
+        layer_.output == Output::signed_codes ? _mm512_packs_epi16(a, b) : _mm512_packus_epi16(a, b);
+    const __mmask64 channels = count_ == kChunk ? ~__mmask64{0} : (__mmask64{1} << count_) - 1;
+    _mm512_mask_storeu_epi8(output + first_, channels, bytes);
+  }
 
-Tile tile_for(int64_t, int64_t) { return nullptr; }
+  const Layer& layer_;
+  const int64_t first_, count_;
+  const int8_t* const weights_;
+};
+
+TARGET_AVX512_VNNI void depthwise_row(const DepthwiseContext& context, const uint8_t* codes, int64_t chunk_index,
+                                      int64_t positions, uint8_t* output) {
+  const Chunk chunk(*context.layer, chunk_index);
+  for (int64_t position = 0; position < positions; ++position)
+    chunk.compute(codes + position * context.code_step, context.tap_offsets,
+                  output + position * context.output_step);
+}
+
+}  // namespace
+
+const Microkernel kAvx512Vnni = {
+    InstructionSet::avx512_vnni,
+    2,
+    kMostPositions,
+    tile_for,
+    nullptr,
+    depthwise_row,
+};
 
 }  // namespace kernels
 
