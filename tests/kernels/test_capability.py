@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlframework.quantization.kernels import capability, int_mm_is_exact, onednn_is_exact
+from mlframework.quantization.kernels import capability, int_mm_is_best, int_mm_is_exact, onednn_is_exact
 
 
 @pytest.fixture(autouse=True)
 def _forget_answers() -> Iterator[None]:
     """The answers are kept for the life of the process."""
-    onednn_is_exact.cache_clear()
-    int_mm_is_exact.cache_clear()
+    for probe in (onednn_is_exact, int_mm_is_exact, int_mm_is_best):
+        probe.cache_clear()
     yield
-    onednn_is_exact.cache_clear()
-    int_mm_is_exact.cache_clear()
+    for probe in (onednn_is_exact, int_mm_is_exact, int_mm_is_best):
+        probe.cache_clear()
 
 
 def test_answers_are_kept() -> None:
@@ -54,3 +54,13 @@ def test_onednn_that_is_wrong_in_one_sum_is_refused(monkeypatch: pytest.MonkeyPa
     onednn_is_exact.cache_clear()
     sums[0, 3, 1, 0] -= 2
     assert not onednn_is_exact()
+
+
+@pytest.mark.parametrize(("exact", "onednn", "best"), [(1, 1, True), (1, 0, False), (0, 1, False)])
+def test_int_mm_is_a_slow_loop_where_onednn_is_not_exact(
+    monkeypatch: pytest.MonkeyPatch, exact: int, onednn: int, best: bool
+) -> None:
+    monkeypatch.setattr(capability, "int_mm_is_exact", lambda device_type: bool(exact))
+    monkeypatch.setattr(capability, "onednn_is_exact", lambda: bool(onednn))
+    assert int_mm_is_best("cpu") is best
+    assert int_mm_is_best("cuda") is bool(exact)

@@ -20,11 +20,10 @@ from mlframework.quantization.kernels import (
     PackedConvolution,
     PackedLinear,
     PackedTransposedConvolution,
-    int_mm_is_exact,
     integer_products,
     onednn_is_exact,
 )
-from mlframework.quantization.kernels.integer_products import EXACT_IN_FLOAT32, largest_sum
+from mlframework.quantization.kernels.exact_floats import EXACT_IN_FLOAT32, largest_sum
 
 UNSIGNED, SIGNED = torch.uint8, torch.int8
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -35,7 +34,7 @@ def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Runs a test with the kernels of this machine and again as on a machine that has none."""
     if request.param == "fallback":
         monkeypatch.setattr(integer_products, "onednn_is_exact", lambda: False)
-        monkeypatch.setattr(integer_products, "int_mm_is_exact", lambda device_type: False)
+        monkeypatch.setattr(integer_products, "int_mm_is_best", lambda device_type: False)
 
 
 on_both_paths = pytest.mark.usefixtures("_path")
@@ -345,16 +344,6 @@ def test_transposed_convolution_of_an_empty_batch() -> None:
 # What all have in common
 
 
-@pytest.mark.parametrize(
-    ("dtype", "zero_point", "magnitude"),
-    [(UNSIGNED, 0, 255), (UNSIGNED, 255, 255), (UNSIGNED, 100, 155), (SIGNED, 0, 128), (SIGNED, -128, 255)],
-)
-def test_bound_on_any_sum(dtype: torch.dtype, zero_point: int, magnitude: int) -> None:
-    # -128 has no magnitude in int8.
-    weight = torch.tensor([[-128, -128], [127, 127]], dtype=torch.int8)
-    assert largest_sum(weight, zero_point, dtype) == 256 * magnitude
-
-
 @on_both_paths
 @pytest.mark.parametrize("lower_precision", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(lower_precision: torch.dtype) -> None:
@@ -385,7 +374,7 @@ def test_probes_refuse_kernels_that_saturate() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not int_mm_is_exact("cpu"), reason="the instruction set can only be lowered from one that is exact")
+@pytest.mark.skipif(not onednn_is_exact(), reason="the instruction set can only be lowered from one that is exact")
 def test_sums_are_exact_without_vnni() -> None:
     result = run_without_vnni("-m", "pytest", __file__, "-m", "not slow", "-p", "no:cacheprovider")
     assert result.returncode == 0, result.stdout[-3000:]

@@ -1,6 +1,6 @@
 """Integer arithmetic on tensors: which kernel computes it on this machine, and a fallback that is exact everywhere."""
 
-from .capability import int_mm_is_exact, onednn_is_exact
+from .capability import int_mm_is_best, int_mm_is_exact, onednn_is_exact
 from .fake_quantization import (
     FakeQuantized,
     extremes,
@@ -58,6 +58,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_backward",
     "has_integer_layers",
+    "int_mm_is_best",
     "int_mm_is_exact",
     "is_native",
     "lookup",

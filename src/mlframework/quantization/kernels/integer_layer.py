@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import arithmetic
+from .exact_floats import EXACT_IN_FLOAT32
 from .native import has_integer_layers, operators, use_native
 from .onednn import ConvolutionGeometry
 from .operations import along_channels, requantize, with_bias
-
-# Integers up to here are float32 numbers.
-EXACT_IN_FLOAT32 = 2**24
 
 
 @dataclass(frozen=True)

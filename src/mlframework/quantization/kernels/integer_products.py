@@ -1,8 +1,7 @@
 r"""Exact sums :math:`\sum (q_x - z_x)\, q_w` of linear layers and convolutions, with weights packed once.
 
 Each class takes the weights at construction and maps codes to sums, on the fastest path that is exact on their device:
-float32 where every sum is known to lie below :math:`2^{24}` (and so is exact), int32 otherwise. The fallback computes
-in floating point wide enough to be exact, on any device; ``torch.compile`` traces the fallback too.
+an integer kernel that a probe approves, else exact floats (:mod:`.exact_floats`), which ``torch.compile`` traces too.
 
 With ``followed_by(epilogue)`` they become whole layers, which compiled kernels may run in one step.
 """
@@ -10,14 +9,14 @@ With ``followed_by(epilogue)`` they become whole layers, which compiled kernels 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capability import int_mm_is_exact, onednn_is_exact
-from .integer_layer import EXACT_IN_FLOAT32, Convolution2d, Epilogue, IntegerLayer
+from .capability import int_mm_is_best, onednn_is_exact
+from .exact_floats import exact_blocks, largest_sum, sums_in_floating_point
+from .integer_layer import Convolution2d, Epilogue, IntegerLayer
 from .onednn import ConvolutionGeometry, OnednnConvolution
 
 
@@ -37,12 +36,13 @@ class PackedLinear:
         self.zero_point = zero_point
         self.dtype = dtype
         self.bound = largest_sum(weight, zero_point, dtype)
+        self.blocks = exact_blocks(weight, zero_point, dtype, self.bound)
         # The kernel multiplies int8 by int8: uint8 codes are lowered by 128, and the rows of the weight make up
         # for that together with the zero point.
         self.unsigned = dtype is torch.uint8
         offset = (128 if self.unsigned else 0) - zero_point
         self.correction = weight.sum(dim=1, dtype=torch.int32) * offset if offset else None
-        self.use_int_mm = int_mm_is_exact(weight.device.type)
+        self.use_int_mm = int_mm_is_best(weight.device.type)
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Codes (*, in_features) to sums (*, out_features)."""
@@ -53,7 +53,7 @@ class PackedLinear:
             if self.correction is not None:
                 sums += self.correction
         else:
-            sums = in_floating_point(F.linear, rows, self.zero_point, self.weight, self.bound)
+            sums = sums_in_floating_point(F.linear, rows, self.zero_point, self.weight, self.blocks)
         return sums.reshape(*codes.shape[:-1], sums.shape[-1])
 
     def _kernel_takes(self, rows: Tensor) -> bool:
@@ -88,27 +88,18 @@ class PackedConvolution:
         self.dtype = dtype
         self.geometry = geometry
         self.bound = largest_sum(weight, zero_point, dtype)
+        blocks = exact_blocks(weight, zero_point, dtype, self.bound)
+        self.blocks = blocks if len(blocks) == 1 or geometry.groups == 1 else []
         # oneDNN takes uint8 activations only; an int8 code becomes the uint8 code 128 above it.
         self.signed = dtype is torch.int8
 
     @functools.cached_property
     def packed(self) -> list[tuple[slice, OnednnConvolution]]:
-        """Blocks of input channels whose sums are exact in oneDNN's float32; nothing where there are none."""
+        """The blocks in oneDNN, which sums in float32; empty where there are none, or its sums are inexact."""
         if self.weight.device.type != "cpu" or self.weight.dim() != 4 or not onednn_is_exact():
             return []
-        channels = self.weight.shape[1]
-        blocks = 1 + self.bound // EXACT_IN_FLOAT32
-        size = -(-channels // blocks)
-        slices = [slice(start, start + size) for start in range(0, channels, size)]
-        parts = [self.weight[:, part] for part in slices]
-        exact = all(largest_sum(part, self.zero_point, self.dtype) < EXACT_IN_FLOAT32 for part in parts)
-        if not exact or (len(slices) > 1 and self.geometry.groups > 1):
-            return []
         zero_point = self.zero_point + 128 if self.signed else self.zero_point
-        return [
-            (part, OnednnConvolution(weight, zero_point, self.geometry))
-            for part, weight in zip(slices, parts, strict=True)
-        ]
+        return [(block, OnednnConvolution(self.weight[:, block], zero_point, self.geometry)) for block in self.blocks]
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Codes (N, I, *size) to sums (N, O, *size)."""
@@ -116,15 +107,15 @@ class PackedConvolution:
             unsigned = codes.view(torch.uint8) ^ 128 if self.signed else codes
             if len(self.packed) == 1:
                 return self.packed[0][1](unsigned)
-            sums = [convolution(unsigned[:, part]).to(torch.int32) for part, convolution in self.packed]
+            sums = [convolution(unsigned[:, block]).to(torch.int32) for block, convolution in self.packed]
             return torch.stack(sums).sum(dim=0, dtype=torch.int32)
         convolution = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
-        return in_floating_point(
+        return sums_in_floating_point(
             lambda values, weight: convolution(values, weight, None, *self.geometry),
             codes,
             self.zero_point,
             self.weight,
-            self.bound,
+            self.blocks,
         )
 
     def as_convolution(self) -> Convolution2d | None:
@@ -138,30 +129,3 @@ class PackedConvolution:
     def followed_by(self, epilogue: Epilogue) -> IntegerLayer:
         """The layer that does this to the sums."""
         return IntegerLayer(self, epilogue)
-
-
-def largest_sum(weight: Tensor, zero_point: int, dtype: torch.dtype) -> int:
-    """A bound on the magnitude of any sum: weight codes with outputs first, input codes of that dtype."""
-    codes = torch.iinfo(dtype)
-    offset = max(codes.max - zero_point, zero_point - codes.min)
-    # Widened first: the magnitude of -128 is not an int8.
-    return int(weight.flatten(1).to(torch.int32).abs().sum(dim=1).max()) * offset
-
-
-def in_floating_point(
-    operation: Callable[[Tensor, Tensor], Tensor], codes: Tensor, zero_point: int, weight: Tensor, bound: int
-) -> Tensor:
-    """Sums of an operation on ``codes - zero_point`` and ``weight``, wide enough to be exact, also under autocast."""
-    wide = _wide_enough(bound, codes)
-    with torch.autocast(codes.device.type, enabled=False):
-        return _narrowed(operation(codes.to(wide) - zero_point, weight.to(wide)))
-
-
-def _wide_enough(bound: int, codes: Tensor) -> torch.dtype:
-    """float32 where it is exact: on a CPU (a GPU may convolve by inexact transforms) and below 2**24."""
-    return torch.float32 if codes.device.type == "cpu" and bound < EXACT_IN_FLOAT32 else torch.float64
-
-
-def _narrowed(sums: Tensor) -> Tensor:
-    """float64 sums as int32 (rounded: a GPU's transforms leave them a hair off); exact float32 sums as they are."""
-    return sums.round().to(torch.int32) if sums.dtype is torch.float64 else sums

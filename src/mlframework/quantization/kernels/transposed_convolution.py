@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exact_floats import EXACT_IN_FLOAT32, WHOLE, largest_sum, sums_in_floating_point
 from .integer_layer import Convolution2d, Epilogue, IntegerLayer
-from .integer_products import PackedConvolution, in_floating_point, largest_sum
+from .integer_products import PackedConvolution
 from .native import use_native
 from .onednn import ConvolutionGeometry
 from .subpixel import SubpixelConvolution, subpixel_convolution
@@ -66,14 +67,14 @@ class PackedTransposedConvolution:
             if convolution.packed:
                 return subpixel.shuffled(convolution(codes))
         stride, padding, dilation, groups = self.geometry
-        return in_floating_point(
+        return sums_in_floating_point(
             lambda values, weight: F.conv_transpose2d(
                 values, weight, None, stride, padding, self.output_padding, groups, dilation
             ),
             codes,
             self.zero_point,
             self.weight,
-            self.bound,
+            WHOLE if self.bound < EXACT_IN_FLOAT32 else [],
         )
 
     def as_convolution(self) -> Convolution2d | None:
