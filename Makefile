@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Files of tests side by side: each keeps what its tests share in its own process.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 KERNELS := src/mlframework/quantization/kernels
+WITHOUT_AVX512 := $(VENV)/without_avx512.so
 
-.PHONY: demo test test-fast bench lint format clean
+.PHONY: demo test test-fast test-avx2 bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -18,6 +19,13 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow"
+
+# On a processor with AVX-512, the tests as on one without; it takes an Intel processor that lets CPUID fault.
+test-avx2: $(WITHOUT_AVX512)
+	LD_PRELOAD=$(abspath $(WITHOUT_AVX512)) $(PYTEST)
+
+$(WITHOUT_AVX512): tests/processors/without_avx512.c $(INSTALLED)
+	$(CC) -O2 -Wall -shared -fPIC -o $@ $< -ldl
 
 # About 25 minutes, on a machine that does nothing else.
 bench: $(PEERS_INSTALLED)
@@ -39,7 +47,7 @@ clean:
 	rm -rf $(VENV) build out $(KERNELS)/_native*.so
 
 # torch goes first: building the kernels takes its headers, which an isolated build environment would not have.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard $(KERNELS)/csrc/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard $(KERNELS)/csrc/*.* $(KERNELS)/csrc/*/*)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch "setuptools>=77"

@@ -1,10 +1,14 @@
-"""Determinism for every test."""
+"""Determinism for every test; and at the end of a run, on what processor it was, and what was skipped there."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import hypothesis
 import pytest
 import torch
+
+from mlframework.quantization.kernels import native
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
@@ -16,3 +20,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A machine runs the tests that its processor can run: says which instructions those had, and what was left out."""
+    native.native_is_available()
+    best = native.operators["instruction_set"]() if native.operators else "no compiled kernels"
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ")
+        for report in terminalreporter.getreports("skipped")
+        if isinstance(report.longrepr, tuple)
+    )
+    terminalreporter.section(f"processor: {best}; {sum(reasons.values())} skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")

@@ -20,6 +20,7 @@ from mlframework.quantization.kernels import Epilogue, PackedLinear, native
 @pytest.fixture
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has not asked for the kernels yet."""
+    native.native_is_available()  # what other modules have imported of the library is filled before it is replaced
     monkeypatch.setattr(native, "operators", {})
     native.native_is_available.cache_clear()
     native.has_integer_layers.cache_clear()
