@@ -87,7 +87,7 @@ def use_native(tensor: Tensor) -> bool:
 
 @functools.cache
 def has_integer_layers() -> bool:
-    """Whether the compiled kernels run whole integer layers on this machine's CPU (it takes AVX-512 VNNI)."""
+    """Whether the compiled kernels run whole integer layers on this machine's CPU (AVX2, or AVX-512 VNNI)."""
     return native_is_available() and bool(operators["has_integer_layers"]())
 
 

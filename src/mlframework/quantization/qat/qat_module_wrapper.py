@@ -30,7 +30,7 @@ class QATModuleWrapper(nn.Module):
     weight in place of its own.
 
     In training, compiled kernels compute the layer on integer codes and return floats; what is kept for backward is the
-    codes. Where they do not (no AVX-512 VNNI, a layer or a padding they do not know, a hook that would not fire, under
+    codes. Where they do not (an older processor or another kind, a layer or a padding they do not know, a hook that would not fire, under
     ``torch.compile``), the layer runs on the floats that the codes stand for: the same but for float32 rounding. A bias
     that no batch normalization follows is rounded to what evaluation adds.
 
