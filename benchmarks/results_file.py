@@ -19,6 +19,13 @@ def environment() -> str:
     )
 
 
+def read_section(name: str) -> str:
+    """What stands between the markers of that name; empty where there are none."""
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
+    begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
+    return text.split(begin)[1].split(end)[0] if begin in text else ""
+
+
 def write_section(name: str, section: str) -> None:
     """Puts the section between the markers of that name, at the end of the file where there are none yet."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

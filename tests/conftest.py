@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from mlframework.quantization.kernels import native
+from mlframework.quantization import kernels
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
@@ -24,13 +24,11 @@ def _seed() -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A machine runs the tests that its processor can run: says which instructions those had, and what was left out."""
-    native.native_is_available()
-    best = native.operators["instruction_set"]() if native.operators else "no compiled kernels"
     reasons = Counter(
         str(report.longrepr[2]).removeprefix("Skipped: ")
         for report in terminalreporter.getreports("skipped")
         if isinstance(report.longrepr, tuple)
     )
-    terminalreporter.section(f"processor: {best}; {sum(reasons.values())} skipped")
+    terminalreporter.section(f"instruction set: {kernels.instruction_set()}; {sum(reasons.values())} skipped")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count} skipped: {reason}")

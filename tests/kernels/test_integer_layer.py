@@ -331,7 +331,7 @@ def test_weights_of_seven_bits_are_packed_in_a_byte_each(groups: int) -> None:
         return layer.native.nbytes
 
     assert packed_bytes(63) == packed_bytes(64) == packed_bytes(-64) == packed_bytes(0)
-    grows = operators["instruction_set"]() in ("avx2", "avx512")
+    grows = kernels.instruction_set() in ("avx2", "avx512")
     assert (packed_bytes(65) > 1.5 * packed_bytes(64)) is grows
 
 

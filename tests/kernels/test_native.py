@@ -100,7 +100,7 @@ def test_tensors_that_only_stand_for_others_go_the_reference_way() -> None:
 
 
 def test_they_use_the_best_instructions_that_pytorch_uses() -> None:
-    best = native.operators["instruction_set"]()
+    best = kernels.instruction_set()
     assert best in INSTRUCTION_SETS
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         assert best == "avx2"
@@ -129,7 +129,7 @@ def used_under(**variables: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_computes_the_same(name: str) -> None:
-    if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(native.operators["instruction_set"]()):
+    if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(kernels.instruction_set()):
         pytest.skip(f"this processor does not have {name}")
     assert used_under(**{OWN_VARIABLE: name}) == [name, str(name != "baseline")]
     environment = {**os.environ, OWN_VARIABLE: name}
@@ -140,7 +140,7 @@ def test_every_instruction_set_computes_the_same(name: str) -> None:
 @pytest.mark.slow
 def test_pytorchs_own_variable_holds_them_to_fewer() -> None:
     assert used_under(ATEN_CPU_CAPABILITY="default") == ["baseline", "False"]
-    if native.operators["instruction_set"]() != "baseline":
+    if kernels.instruction_set() != "baseline":
         assert used_under(ATEN_CPU_CAPABILITY="avx2") == ["avx2", "True"]
 
 

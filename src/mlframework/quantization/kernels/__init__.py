@@ -13,7 +13,7 @@ from .fake_quantization import (
 from .integer_layer import Epilogue, IntegerLayer
 from .integer_products import PackedConvolution, PackedLinear
 from .moving_average import update_moving_average
-from .native import active_path, has_integer_layers, reference_kernels, use_native
+from .native import active_path, has_integer_layers, instruction_set, reference_kernels, use_native
 from .normalization import batch_statistics, can_normalize, normalize, normalize_backward
 from .onednn import ConvolutionGeometry
 from .operations import (
@@ -58,6 +58,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_backward",
     "has_integer_layers",
+    "instruction_set",
     "int_mm_is_best",
     "int_mm_is_exact",
     "is_native",

@@ -91,6 +91,15 @@ def has_integer_layers() -> bool:
     return native_is_available() and bool(operators["has_integer_layers"]())
 
 
+def instruction_set() -> str:
+    """What the compiled kernels use of this processor, or may: ``"avx512_vnni"``, ``"avx512"``, ``"avx2"``,
+    ``"baseline"``; ``"none"`` without compiled kernels.
+
+    The environment variable ``MLFRAMEWORK_QUANTIZATION_INSTRUCTION_SET`` names the most that a process may use.
+    """
+    return str(operators["instruction_set"]()) if native_is_available() else "none"
+
+
 def active_path() -> Literal["native", "reference"]:
     """What computes on the CPU: the compiled kernels, or PyTorch's operations as ``arithmetic`` writes them.
 

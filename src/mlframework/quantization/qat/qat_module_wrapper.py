@@ -30,9 +30,9 @@ class QATModuleWrapper(nn.Module):
     weight in place of its own.
 
     In training, compiled kernels compute the layer on integer codes and return floats; what is kept for backward is the
-    codes. Where they do not (an older processor or another kind, a layer or a padding they do not know, a hook that would not fire, under
-    ``torch.compile``), the layer runs on the floats that the codes stand for: the same but for float32 rounding. A bias
-    that no batch normalization follows is rounded to what evaluation adds.
+    codes. Where they do not (an older processor or another kind, a layer or a padding they do not know, a hook that
+    would not fire, under ``torch.compile``), the layer runs on the floats that the codes stand for: the same but for
+    float32 rounding. A bias that no batch normalization follows is rounded to what evaluation adds.
 
     In evaluation mode without gradients the wrapper computes on integers, with the very layer that ``convert`` puts in
     its place (:meth:`to_integer`), and returns the result as floats on the grid. Hooks inside then see simulated

@@ -28,9 +28,9 @@ TARGET_AVX2 ALWAYS_INLINE __m256 scaled(__m256i sums, const float* multiplier, c
   return _mm256_min_ps(_mm256_max_ps(values, _mm256_set1_ps(layer.lowest)), _mm256_set1_ps(layer.highest));
 }
 
+// Rounds to even, as every thread does that has not changed its rounding.
 TARGET_AVX2 ALWAYS_INLINE __m256i codes_of(__m256 scaled, const Layer& layer) {
-  const __m256 rounded = _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm256_add_epi32(_mm256_cvttps_epi32(rounded), _mm256_set1_epi32(static_cast<int>(layer.zero_point)));
+  return _mm256_add_epi32(_mm256_cvtps_epi32(scaled), _mm256_set1_epi32(static_cast<int>(layer.zero_point)));
 }
 
 // Numbers in 16 bits to codes, which saturate nowhere: they have been clamped.
