@@ -117,6 +117,7 @@ class Inner(nn.Module):
         return self.strange(x)
 
 
+@pytest.mark.slow
 def test_an_operator_without_counterpart_is_named_with_its_layer(tmp_path: Path) -> None:
     prepared = prepared_model(nn.Sequential(nn.Linear(6, 4), Inner(), nn.Linear(4, 2)), (6,))
     with pytest.raises(NotExportableError, match=r"1\.strange calls prims\.bessel_i0.*, which has no ONNX counterpart"):
@@ -182,6 +183,7 @@ def test_no_path() -> None:
         export_onnx(model(), EXAMPLE, 3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_module, "_LARGEST", 100)
     with pytest.raises(ValueError, match=r"model must fit one ONNX file of 2 GiB, got [0-9]+ bytes"):

@@ -18,7 +18,7 @@ from mlframework.quantization import QATConfig, QATModuleWrapper, convert, kerne
 from mlframework.quantization.qat.fake_quantize_layer import FakeQuantizeLayer
 from zoo import MLP, NETWORKS, Network, loss_of, train_steps
 
-pytestmark = needs_integer_layers
+pytestmark = [needs_integer_layers, pytest.mark.slow]  # trains networks of the zoo
 
 BATCH = 8
 
@@ -345,7 +345,6 @@ def test_what_is_trained_is_what_is_deployed() -> None:
 # Long runs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps", "tolerance"), [("mlp", 40, 1e-3), ("gpt", 100, 1e-3), ("resnet20", 5, 2e-2)])
 def test_two_hundred_steps_end_alike(name: str, steps: int, tolerance: float) -> None:
     """A code that rounds the other way changes what follows, so runs part as two machines' would, and learn the same.
