@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlframework.quantization import QATConfig, parameter_groups, prepare, quantization_parameters
+from mlframework.quantization import QATConfig, QATSchedule, parameter_groups, prepare, quantization_parameters
 
 Make = Callable[[Iterable[Any], float], Optimizer]
 
@@ -24,12 +24,7 @@ OPTIMIZERS: dict[str, tuple[Make, float]] = {
     "AdamW fused": (lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True), 0.01),
     "AdamW foreach": (lambda groups, lr: torch.optim.AdamW(groups, lr=lr, foreach=True), 0.01),
     "RMSprop": (lambda groups, lr: torch.optim.RMSprop(groups, lr=lr), 0.005),
-    "LBFGS": (lambda groups, lr: torch.optim.LBFGS(_one_group(groups), lr=lr, line_search_fn="strong_wolfe"), 1.0),
 }
-
-
-def _one_group(groups: Iterable[Any]) -> list[nn.Parameter]:
-    return [parameter for group in groups for parameter in group["params"]]
 
 
 def _task() -> tuple[Tensor, Tensor]:
@@ -78,6 +73,21 @@ def test_a_short_run_lowers_the_loss(name: str, learnable: bool) -> None:
 
 
 @pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_lbfgs_never_raises_the_loss(seed: int, learnable: bool) -> None:
+    """Its line search keeps the best of what it has tried, so a rise would mean that what it tried was not kept: a
+    scale projected only afterwards, or statistics that the trials themselves have moved (hence they are frozen)."""
+    torch.manual_seed(seed)
+    model = _prepared(learnable)
+    schedule = QATSchedule(model, observe_until=1)
+    model(torch.randn(64, 8))
+    schedule.step()
+    losses = _train(model, [torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")], 5)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.5 * losses[0]  # 0.27 was the most of 20 seeds on each kind of processor
+
+
+@pytest.mark.parametrize("learnable", [False, True])
 def test_muon_trains_the_matrices_beside_another_optimizer(learnable: bool) -> None:
     model = _prepared(learnable)
     model(torch.randn(64, 8))
@@ -87,7 +97,7 @@ def test_muon_trains_the_matrices_beside_another_optimizer(learnable: bool) -> N
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "LBFGS"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_scales_stay_positive_and_finite_at_a_learning_rate_of_one(name: str) -> None:
     make, _ = OPTIMIZERS[name]
     model = _prepared(learnable=True)

@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from mlframework.quantization import MinMaxObserver, PercentileObserver, QATConfig, StraightThroughEstimator
@@ -47,6 +48,28 @@ def test_weights_of_fewer_bits(bits: int, lowest: int, highest: int) -> None:
     config = QATConfig(weight_bits=bits)
     assert (config.weight_scheme.quant_min, config.weight_scheme.quant_max) == (lowest, highest)
     assert config.activation_scheme.bits == 8
+
+
+@pytest.mark.parametrize(("bits", "highest"), [(8, 63), (7, 63), (4, 7)])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt", "executorch"])
+def test_a_reduced_range_keeps_sums_of_two_products_within_sixteen_bits(target: str, bits: int, highest: int) -> None:
+    config = QATConfig.for_target(target, weight_bits=bits, reduce_range=True)
+    weight = config.weight_scheme
+    assert (weight.quant_min, weight.quant_max) == (-highest, highest)
+    assert 2 * 255 * weight.quant_max <= torch.iinfo(torch.int16).max
+    plain = QATConfig.for_target(target, weight_bits=bits)
+    assert config.activation_scheme == plain.activation_scheme
+    assert config.non_negative_activation_scheme == plain.non_negative_activation_scheme
+
+
+def test_a_reduced_range_is_each_layers_own() -> None:
+    config = QATConfig(reduce_range=True, overrides={"full": QATConfig()})
+    bits = {}
+    for name in ("full", "other"):
+        layer = config.for_layer(name, LINEAR)
+        assert layer is not None
+        bits[name] = layer.weight_scheme.bits
+    assert bits == {"full": 8, "other": 7}
 
 
 def test_activations_of_fewer_bits() -> None:
@@ -111,6 +134,7 @@ def test_observers_come_from_any_maker(make: Any) -> None:
         ({"activation_observer": "minmax"}, TypeError, "activation_observer"),
         ({"estimator": "ste"}, TypeError, "estimator must be a StraightThroughEstimator"),
         ({"target": ["onnxruntime"]}, TypeError, r"target must be a str, got \['onnxruntime'\]"),
+        ({"reduce_range": 1}, TypeError, "reduce_range must be a bool, got 1"),
         ({"per_channel_weights": 1}, TypeError, "per_channel_weights must be a bool, got 1"),
         ({"learnable": 1}, TypeError, "learnable must be a bool, got 1"),
         ({"quantize_last_linear": "no"}, TypeError, "quantize_last_linear must be a bool, got 'no'"),

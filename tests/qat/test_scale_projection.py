@@ -132,3 +132,79 @@ def test_a_layer_that_is_gone_is_no_longer_projected() -> None:
     scale.grad = torch.tensor([100.0])
     optimizer.step()
     assert scale.item() < 0
+
+
+# Closures
+
+
+class Probing(SGD):
+    """Tries a step of any size before the one it takes, as a line search does."""
+
+    def step(self, closure: Callable[[], Any], trial: float) -> Tensor:  # type: ignore[override]
+        (group,) = self.param_groups
+        kept = [parameter.detach().clone() for parameter in group["params"]]
+        with torch.no_grad():
+            for parameter in group["params"]:
+                parameter.add_(trial)
+        loss: Tensor = closure()
+        with torch.no_grad():
+            for parameter, value in zip(group["params"], kept, strict=True):
+                parameter.copy_(value)
+        return loss
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(("trial", "change"), [(-100.0, 0.5), (1e-3, None), (100.0, 2.0), (torch.nan, 1.0)], ids=str)
+def test_a_closure_sees_what_the_step_would_leave(trial: float, change: float | None, by_name: bool) -> None:
+    layer, input = learnable_layer(), torch.randn(100)
+    scale = layer.scale.detach().clone()
+    optimizer = Probing(layer.parameters(), lr=1.0)
+    seen = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        seen.append(layer.scale.detach().clone())
+        assert in_range(layer)
+        loss = (layer(input) - 0.1).square().sum()
+        loss.backward()
+        return loss
+
+    if by_name:
+        optimizer.step(closure=closure, trial=trial)
+    else:
+        optimizer.step(closure, trial)
+    expected = scale + trial if change is None else scale * change
+    assert torch.equal(seen[0], expected)
+    assert layer.scale.grad is not None
+    assert (layer.scale.grad == 0) == (change is not None), "the loss does not change with what is projected away"
+    assert torch.equal(layer.scale.detach(), scale)
+
+
+def test_a_first_batch_within_a_step_sets_the_scale() -> None:
+    layer, input = FakeQuantizeLayer(AFFINE, learnable=True), torch.randn(100) / 100
+    twin = copy.deepcopy(layer)
+    optimizer = SGD(layer.parameters(), lr=1e-6)
+
+    def closure() -> Tensor:
+        loss = layer(input).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    twin(input)
+    assert layer.scale.item() == pytest.approx(twin.scale.item(), rel=1e-2)
+
+
+def test_a_first_batch_within_a_step_is_where_its_bounds_start() -> None:
+    layer, input = FakeQuantizeLayer(AFFINE, learnable=True), torch.randn(100) / 100
+    optimizer = SGD(layer.parameters(), lr=1.0)
+
+    def closure() -> Tensor:
+        loss = 1e6 * (layer(input) - input).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    twin = FakeQuantizeLayer(AFFINE, learnable=True)
+    twin(input)
+    assert layer.scale.item() in (twin.scale.item() / 2, twin.scale.item() * 2)

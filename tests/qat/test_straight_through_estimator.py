@@ -39,13 +39,13 @@ def test_is_an_immutable_value() -> None:
         estimator.gradient_clip = 1.0  # type: ignore[misc]
 
 
-def losses_of_a_recurrent_network(estimator: StraightThroughEstimator) -> list[float]:
+def losses_of_a_recurrent_network(estimator: StraightThroughEstimator, seed: int) -> list[float]:
     """Trains ``h <- W q(h) + U x`` over 20 steps in time to reproduce a linear map of the last input.
 
     The quantized state saturates, so the forward pass is bounded although W amplifies by 1.5. Backward, the identity
     takes no notice of the saturation: every step in time multiplies the gradient by W, and 1.5 ** 20 is 3,325.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     grid = QuantizationParameters(torch.tensor([1 / 127]), torch.tensor([0]), QuantizationScheme(narrow_range=True))
     rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
     recurrent = nn.Parameter(1.5 * rotation)
@@ -66,14 +66,18 @@ def losses_of_a_recurrent_network(estimator: StraightThroughEstimator) -> list[f
     return losses
 
 
-def test_training_explodes_without_clipping() -> None:
-    losses = losses_of_a_recurrent_network(StraightThroughEstimator("identity"))
+@pytest.mark.parametrize("seed", range(2))
+def test_training_explodes_without_clipping(seed: int) -> None:
+    losses = losses_of_a_recurrent_network(StraightThroughEstimator("identity"), seed)
     assert losses[0] < 100
     assert any(not math.isfinite(loss) or loss > 1e6 for loss in losses)
 
 
-def test_clipping_the_gradient_lets_the_same_training_converge() -> None:
-    losses = losses_of_a_recurrent_network(StraightThroughEstimator("identity", gradient_clip=0.01))
+@pytest.mark.parametrize("seed", range(2))
+def test_clipping_the_gradient_lets_the_same_training_converge(seed: int) -> None:
+    """Clipped gradients keep their size near the minimum, so the loss ends up wandering about a level that the clip
+    sets: at 0.001, at most 0.005 of where it started (20 seeds, each kind of processor); at 0.01, ten times that."""
+    losses = losses_of_a_recurrent_network(StraightThroughEstimator("identity", gradient_clip=0.001), seed)
     assert all(math.isfinite(loss) for loss in losses)
     assert max(losses) < 2 * losses[0]
     assert losses[-1] < losses[0] / 20

@@ -16,6 +16,8 @@ from .targets import TARGETS, Target
 
 Selector = str | type[nn.Module]
 
+_REDUCED_BITS = 7
+
 
 @dataclass(frozen=True)
 class QATConfig:
@@ -28,6 +30,13 @@ class QATConfig:
         target: the engine whose grids to use: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"executorch"``.
         weight_bits: width of the weights' codes, 2 to 8.
         activation_bits: width of the activations' codes, 2 to 8.
+        reduce_range: keep weights within 7 bits, for engines on x86 processors without VNNI instructions, which add
+            pairs of uint8 x int8 products in 16 bits. 2 * 255 * 127 = 64,770 saturates there and silently gives wrong
+            results; 2 * 255 * 63 = 32,130 fits into 32,767. Results are then right on every processor, for one bit of
+            the weights' resolution. Processors with VNNI, and this library anywhere, sum 8-bit products exactly.
+            ONNX Runtime's quantizer gives the name the same meaning; torch.ao's x86 configuration
+            (``get_default_qat_qconfig("x86")``) takes the bit from the activations instead. All weights follow,
+            tables of embeddings too (which are not multiplied: override ``nn.Embedding`` to keep them at 8 bits).
         per_channel_weights: a scale for every output channel of a weight; otherwise one for the whole weight.
         learnable: scales and zero points are trained by the optimizer (LSQ, LSQ+) from where the first batch sets them.
         activation_observer: makes the observer of an activation; :class:`MovingAverageObserver` by default.
@@ -48,11 +57,14 @@ class QATConfig:
         8
         >>> config.for_layer("head", nn.Linear(8, 2)) is None
         True
+        >>> str(QATConfig(reduce_range=True).weight_scheme)
+        'int7 [-63, 63] symmetric, per channel 0'
     """
 
     target: str = "onnxruntime"
     weight_bits: int = 8
     activation_bits: int = 8
+    reduce_range: bool = False
     per_channel_weights: bool = True
     learnable: bool = False
     activation_observer: Callable[[], ActivationObserver] = MovingAverageObserver
@@ -71,7 +83,7 @@ class QATConfig:
             bits = getattr(self, name)
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
                 raise ValueError(f"{name} must be an int between 2 and 8, got {bits!r}")
-        for name in ("per_channel_weights", "learnable", "quantize_last_linear", "integer_forward"):
+        for name in ("reduce_range", "per_channel_weights", "learnable", "quantize_last_linear", "integer_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if not callable(self.activation_observer) or isinstance(self.activation_observer, ActivationObserver):
@@ -107,7 +119,8 @@ class QATConfig:
 
     @property
     def _grids(self) -> Target:
-        return TARGETS[self.target].with_bits(self.activation_bits, self.weight_bits)
+        weight_bits = min(self.weight_bits, _REDUCED_BITS) if self.reduce_range else self.weight_bits
+        return TARGETS[self.target].with_bits(self.activation_bits, weight_bits)
 
     @property
     def activation_scheme(self) -> QuantizationScheme:
