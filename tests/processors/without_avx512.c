@@ -103,7 +103,8 @@ int sigprocmask(int how, const sigset_t *set, sigset_t *before) {
 }
 
 __attribute__((constructor)) static void start(void) {
-  struct sigaction action = {.sa_sigaction = at_fault, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
+  // On the thread's own stack: an alternate one, as faulthandler sets up, is too small for the registers of AMX.
+  struct sigaction action = {.sa_sigaction = at_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};
   int (*next)(int, const struct sigaction *, struct sigaction *) = dlsym(RTLD_NEXT, "sigaction");
   if (next(SIGSEGV, &action, NULL) || let_cpuid_run(0)) {
     perror("without_avx512: this processor, or this Linux, cannot make CPUID fault");
