@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mlframework.quantization import QATConfig, calibrate, convert, prepare
 from mlframework.quantization.export.export_onnx import export_onnx
+from mlframework.quantization.verification.saturation import EXACT_PRODUCTS, plain_sessions_saturate
 
 INTEGERS = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
@@ -74,15 +75,15 @@ class ExportedFile:
     def readers(self, value: str) -> list[Any]:
         return [node for node in self.graph.node if value in node.input]
 
-    def optimized_kinds(self) -> Counter[str]:
-        """The kinds of nodes that ONNX Runtime runs."""
+    def optimized_kinds(self, exact: bool = False) -> Counter[str]:
+        """The kinds of nodes that ONNX Runtime runs, by default or with exact products."""
         path = self.path.with_suffix(".optimized.onnx")
-        _session(self.path.read_bytes(), optimized=path)
+        session_of(self.path.read_bytes(), exact, optimized=path)
         return Counter(node.op_type for node in onnx.load(path).graph.node)
 
     def results(self, *inputs: Tensor, threads: int = 1) -> list[np.ndarray]:
         """What the file computes."""
-        session = _session(self.path.read_bytes(), threads=threads)
+        session = session_of(self.path.read_bytes(), threads=threads)
         return session.run(None, self._feed(inputs))
 
     def codes(self, *inputs: Tensor) -> dict[str, np.ndarray]:
@@ -95,15 +96,18 @@ class ExportedFile:
             if value.type.tensor_type.elem_type in INTEGERS and value.name not in outputs
         ]
         model.graph.output.extend(integers)
-        session = _session(model.SerializeToString())
+        session = session_of(model.SerializeToString())
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(None, self._feed(inputs)), strict=True))
 
     def _feed(self, inputs: Iterable[Tensor]) -> dict[str, np.ndarray]:
         return {value.name: tensor.numpy() for value, tensor in zip(self.graph.input, inputs, strict=True)}
 
-    def differences(self, *inputs: Tensor) -> tuple[dict[str, int], int]:
-        """Differing elements by layer and result (those that differ), and how many layers were compared."""
+    def differences(self, *inputs: Tensor, float_tolerance: float = 0.0) -> tuple[dict[str, int], int]:
+        """Differing elements by layer and result (those that differ), and how many layers were compared.
+
+        Results may differ by a tolerance where a float layer makes them, whose sums no two libraries form alike.
+        """
         outputs: dict[str, Any] = {}
         handles = [
             module.register_forward_hook(lambda _, args, output, name=name: outputs.__setitem__(name, output))
@@ -120,17 +124,22 @@ class ExportedFile:
             for name, output in outputs.items()
             if name in codes and isinstance(output, Tensor)
         }
-        results = self.results(*inputs)
-        for index, (one, other) in enumerate(zip(expected, results, strict=True)):
-            compared[f"result {index}"] = one.numpy(), other
         counts = {name: int((one != other).sum()) for name, (one, other) in compared.items()}
-        return {name: count for name, count in counts.items() if count}, len(compared) - len(results)
+        for index, (one, other) in enumerate(zip(expected, self.results(*inputs), strict=True)):
+            same = (one.numpy() == other) | (np.abs(one.numpy() - other) <= float_tolerance)
+            counts[f"result {index}"] = int((~same).sum())
+        return {name: count for name, count in counts.items() if count}, len(compared)
 
 
-def _session(model: bytes, threads: int = 1, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+def session_of(
+    model: bytes, exact: bool | None = None, *, threads: int = 1, optimized: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU; with exact products on request, and by default where its own would saturate."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if plain_sessions_saturate() if exact is None else exact:
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

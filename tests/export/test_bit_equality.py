@@ -16,6 +16,10 @@ from mlframework.quantization import FakeQuantizeLayer, QATConfig, QuantizationS
 # Models whose code branches on values, which no graph can hold.
 BRANCHING = ("branches inside", "branches at root")
 
+# The last layer, which shares the embedding's weights, stays float. By how much its sums may differ, in values up to 4:
+# whether two libraries form them in one order depends on the processor.
+FLOAT_TOLERANCE = {"tied": 1e-6}
+
 
 def test_an_mlp(tmp_path: Path) -> None:
     file = ExportedFile.of(make(INTEGER_NETWORKS["linear layers"]), SHAPE, tmp_path)
@@ -76,7 +80,7 @@ def test_example_models_after_training(name: str, tmp_path: Path) -> None:
     prepared = prepare(example.make(), QATConfig(), example.inputs())
     train_briefly(prepared, example.inputs(16), steps=5, learning_rate=0.01)
     file = ExportedFile(prepared.eval(), example.inputs(), tmp_path)
-    assert file.differences(*example.inputs(200))[0] == {}
+    assert file.differences(*example.inputs(200), float_tolerance=FLOAT_TOLERANCE.get(name, 0.0))[0] == {}
 
 
 @pytest.mark.slow

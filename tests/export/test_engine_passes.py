@@ -21,6 +21,10 @@ CONSTANTS = {
     "w": np.ones((2, 3, 1, 1), np.float32),
     "pads": np.array([0, 0, 1, 0, 0, 0, 0, 2]),
     "channel_pads": np.array([0, 1, 1, 0, 0, 0, 0, 2]),
+    "large": np.array([[65, -127]], np.int8),
+    "other": np.array([[-65, 0]], np.int8),
+    "small": np.array([[64, -64]], np.int8),
+    "none": np.zeros(1, np.int8),
     "zero": np.float32(0),
     "one": np.float32(1),
 }
@@ -145,6 +149,30 @@ def test_codes_of_concatenations_are_raised() -> None:
     (raised,) = [value for value in parsed.initializer if value.name == "signed_unsigned"]
     assert numpy_helper.to_array(raised) == np.uint8(121)
     assert numpy_helper.to_array(raised).dtype == np.uint8
+
+
+def test_large_weights_and_their_zero_points_are_not_shared() -> None:
+    """A layer called twice, another of the same zero points, and one whose weights ONNX Runtime leaves as they are."""
+    parsed = graph(
+        """a = DequantizeLinear <axis = 0> (large, s, none) b = DequantizeLinear <axis = 0> (large, s, none)
+        c = DequantizeLinear <axis = 0> (other, s, none) d = DequantizeLinear <axis = 0> (small, s, none)
+        e = DequantizeLinear <axis = 0> (small, s, none) q = QuantizeLinear (x, s, signed)
+        f = DequantizeLinear (q, s, signed) g = DequantizeLinear (q, s, signed) y = Sum (a, b, c, d, e, f, g)"""
+    )
+    engine_passes.give_weights_their_own_initializers(parsed)
+    assert texts(parsed)[:-1] == [
+        "a = DequantizeLinear (large, s, none)",
+        "b = DequantizeLinear (large_1, s, none_1)",
+        "c = DequantizeLinear (other, s, none_2)",
+        "d = DequantizeLinear (small, s, none)",
+        "e = DequantizeLinear (small, s, none)",
+        "q = QuantizeLinear (x, s, signed)",
+        "f = DequantizeLinear (q, s, signed)",
+        "g = DequantizeLinear (q, s, signed)",
+    ]
+    values = {value.name: numpy_helper.to_array(value).tolist() for value in parsed.initializer}
+    assert values["large_1"] == values["large"] == [[65, -127]]
+    assert values["none_1"] == values["none_2"] == [0]
 
 
 def scoped(parsed: Any, *scopes: list[str]) -> Any:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from export.exported_file import session_of
 from mlframework.quantization import (
     QATConfig,
     compare_outputs,
@@ -62,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", FULLY_INTEGER)
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("ignore:ONNX Runtime's plain session differs:UserWarning")  # where it saturates
 def test_not_one_code_differs(name: str, seed: int, folder: Path) -> None:
     network, prepared, path = deployed(name, seed, folder)
     assert not preparation_report(prepared).left_float
@@ -73,12 +75,24 @@ def test_not_one_code_differs(name: str, seed: int, folder: Path) -> None:
     assert report.layers[-1].onnx.elements >= BATCHES * BATCH_SIZE
 
 
-@pytest.mark.parametrize("name", FULLY_INTEGER)
-def test_onnx_runtime_leaves_nothing_in_float(name: str, folder: Path, tmp_path: Path) -> None:
-    path = deployed(name, 0, folder).path
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exact_products_change_nothing(name: str, folder: Path) -> None:
+    """Every file loads in a plain session and in an exact one, which computes the codes on any processor."""
+    network, prepared, path = deployed(name, 0, folder)
+    for exact in (False, True):
+        session_of(path.read_bytes(), exact)
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    report = compare_outputs(prepared, [network.example_inputs(BATCH_SIZE, 1)], onnx_path=path, session_options=options)
+    assert all(layer.onnx_saturating is None for layer in report.layers)
+    assert report.agrees or not network.fully_integer
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
+@pytest.mark.parametrize("name", FULLY_INTEGER)
+def test_onnx_runtime_leaves_nothing_in_float(name: str, exact: bool, folder: Path, tmp_path: Path) -> None:
+    path = deployed(name, 0, folder).path
+    session_of(path.read_bytes(), exact, optimized=tmp_path / "optimized.onnx")
     operators = Counter(node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node)
     assert not {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "ConvTranspose"} & set(
         operators

@@ -12,6 +12,7 @@ from mlframework.quantization.verification.report import ComparisonReport, Diffe
 
 SAME = Difference(10)
 OTHER = Difference(10, 2, 3.0)
+FLOATS = LayerComparison("output", "result", "floats", SAME, SAME, Difference(10, 9, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,46 @@ def test_agreement_is_told_without_a_column_for_a_file_that_is_not_there() -> No
     assert report.first_difference is None
     assert "ONNX" not in str(report)
     assert str(report).endswith("nothing differs")
+
+
+def saturating(*layers: LayerComparison) -> ComparisonReport:
+    return ComparisonReport((LayerComparison("stem", "Int8Convolution", "codes", SAME, SAME, SAME), *layers))
+
+
+def test_what_saturates_is_told_beside_what_agrees() -> None:
+    layers = LayerComparison("body", "Int8Convolution", "codes", SAME, SAME, OTHER), FLOATS
+    report = saturating(*layers)
+    assert report.agrees
+    assert [layer.saturates for layer in report.layers] == [False, True, True]
+    assert report.saturation is not None
+    assert report.saturation.startswith(
+        "ONNX Runtime's plain session differs in 2 of 20 codes, by saturation of 16-bit"
+    )
+    assert report.saturation.endswith("the session option session.x64quantprecision=1")
+    lines = str(report).splitlines()
+    assert lines[0].endswith("converted / ONNX Runtime  the same, saturating")
+    assert lines[2].endswith("0 of 10                   2 of 10 (by 3)")
+    assert lines[-2:] == ["nothing differs", report.saturation]
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["saturation"] == report.saturation
+    assert [layer["onnx_saturating"]["differing"] for layer in plain["layers"]] == [0, 2, 9]
+
+
+def test_floats_tell_of_saturation_where_no_code_does() -> None:
+    report = saturating(FLOATS)
+    assert report.saturation is not None
+    assert report.saturation.startswith("ONNX Runtime's plain session differs in 9 of 10 floats")
+
+
+def test_what_differs_as_much_with_exact_products_is_no_saturation() -> None:
+    report = saturating(LayerComparison("output", "result", "floats", SAME, OTHER, OTHER))
+    assert not report.saturates
+    assert str(report).splitlines()[-2:] == ["the models part at output", report.saturation]
+    assert str(report).endswith("are subject to saturation on this processor; these batches met none")
+
+
+def test_nothing_is_said_where_nothing_can_saturate() -> None:
+    report = ComparisonReport((LayerComparison("stem", "Int8Convolution", "codes", SAME, SAME),))
+    assert report.saturation is None
+    assert report.to_dict()["saturation"] is None
+    assert "satur" not in str(report)

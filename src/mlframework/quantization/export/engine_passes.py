@@ -29,6 +29,9 @@ _FUSED = (
 )
 _MOVES = ("Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
+# The weights of which ONNX Runtime's products never saturate, and which it therefore leaves as they are.
+_SMALL_WEIGHTS = range(-64, 65)
+
 
 def remove_idle_pairs(graph: Any) -> None:
     """Takes out a dequantize and a quantize node of the same grid with nothing between them."""
@@ -128,6 +131,32 @@ def make_concatenations_unsigned(graph: Any) -> None:
             reader.input[2] = raised.name
 
 
+def give_weights_their_own_initializers(graph: Any) -> None:
+    """Copies int8 weights and zero points until no two layers share one of those that ONNX Runtime would rewrite.
+
+    On a processor where its products of uint8 and int8 saturate, the session option ``session.x64quantprecision`` makes
+    them exact: for each node that dequantizes weights, it adds 128 to weights and zero point, as uint8, and names the
+    results after them. Of what two nodes share it would make two of the same name, and refuses the file.
+    """
+    constants = {value.name: value for value in graph.initializer}
+    names = UnusedNames(graph)
+    owned: set[str] = set()
+    for node in graph.node:
+        weight = constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if weight is None or weight.data_type != _INT8 or _is_small(weight):
+            continue
+        # A zero point takes a byte for each channel. The weights themselves are copied where a layer is called more
+        # than once, which is then in the file as often as it is called.
+        for position in (0, 2):
+            name = node.input[position]
+            if name in owned:
+                copy = graph.initializer.add()
+                copy.CopyFrom(constants[name])
+                copy.name = names.unused(name)
+                node.input[position] = copy.name
+            owned.add(name)
+
+
 def keep_floats_float(graph: Any, integer_modules: Iterable[str]) -> None:
     """Writes out the arithmetic of dequantize nodes that operations outside of integer modules read.
 
@@ -197,6 +226,10 @@ def _arithmetic_of(node: Any, names: UnusedNames) -> list[Any]:
             part.attribute.add(name=name, i=value, type=_INT)
         made.append(part)
     return made
+
+
+def _is_small(weight: Any) -> bool:
+    return all((byte ^ 128) - 128 in _SMALL_WEIGHTS for byte in set(_bytes_of(weight)))
 
 
 def _bytes_of(value: Any) -> bytes:

@@ -97,6 +97,7 @@ def export_onnx(
         engine_passes.give_sums_their_own_quantize(proto.graph)
     if conventions.unsigned_concatenations:
         engine_passes.make_concatenations_unsigned(proto.graph)
+    engine_passes.give_weights_their_own_initializers(proto.graph)
     onnx_graph.remove_notes(proto)
     proto.producer_name = "mlframework-quantization"
     proto.producer_version = metadata[f"{_METADATA}.version"]

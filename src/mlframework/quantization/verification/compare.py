@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,12 @@ from ..graph.modes import in_evaluation
 from ..int8.operations import Int8Operation
 from ..preparation.batches import arguments_of, iterated
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
-from .onnx_session import ExportedOutputs, OnnxSession
+from .onnx_session import ExportedOutputs, OnnxSession, Providers, check_session_arguments
 from .recording import quantized_layers, recorded_outputs
 from .report import ComparisonReport, Difference, LayerComparison
+
+if TYPE_CHECKING:
+    import onnxruntime  # type: ignore[import-untyped]
 
 
 def compare_outputs(
@@ -27,19 +31,31 @@ def compare_outputs(
     *,
     converted: nn.Module | None = None,
     onnx_path: str | os.PathLike[str] | None = None,
+    session_options: onnxruntime.SessionOptions | None = None,
+    providers: Providers | None = None,
 ) -> ComparisonReport:
     """Runs the prepared model in evaluation, the converted model and an exported file on the same batches, and counts
     where they differ: the integer codes of every quantized layer, and what the models return.
+
+    On a processor where ONNX Runtime's products of uint8 and int8 saturate (x86 without VNNI; it is tried out, once per
+    process), the file is run twice: with exact products (the session option ``session.x64quantprecision=1``), which
+    decides whether the models agree, and as it was asked for. The report has both side by side.
 
     Args:
         model: from :func:`prepare`, with data seen; it is not changed.
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
         converted: what :func:`convert` made of it; made here where it is not given.
         onnx_path: what :func:`export_onnx` wrote, to be run in ONNX Runtime; None compares without one.
+        session_options: of the session that runs it, used as they are and not changed. Where they ask for exact
+            products themselves, there is this one session.
+        providers: what executes it, as ``onnxruntime.InferenceSession`` takes them: names, or tuples of a name and
+            options; the CPU by default. With any other than the CPU's there is one session.
 
     Raises:
-        TypeError: the model is not prepared, a batch does not fit its forward, or ``batches`` is itself a batch.
-        ValueError: there are no batches, or the models are not of one and the same network.
+        TypeError: the model is not prepared, a batch does not fit its forward, ``batches`` is itself a batch, or
+            ``session_options`` or ``providers`` is not of its type.
+        ValueError: there are no batches, the models are not of one and the same network, a provider is not available,
+            or there are options or providers for no file.
         ImportError: ``onnx_path`` is given and onnxruntime is not installed.
 
     Example:
@@ -48,9 +64,13 @@ def compare_outputs(
         >>> compare_outputs(prepared, [torch.randn(8, 4)]).agrees
         True
     """
+    check_session_arguments(onnx_path, session_options, providers)
     converted = convert(model) if converted is None else converted
     nodes = _shared_layers(model, converted)
-    session = None if onnx_path is None else OnnxSession(onnx_path, nodes)
+    session = None if onnx_path is None else OnnxSession(onnx_path, nodes, session_options, providers)
+    saturating: OnnxSession | None = None
+    if session is not None and session.saturates:
+        session, saturating = session.with_exact_products(), session
     layers: dict[str, LayerComparison] = {}
     results: dict[str, LayerComparison] = {}
     seen = 0
@@ -61,14 +81,16 @@ def compare_outputs(
                 expected = model(*args, **kwargs)
             with recorded_outputs(converted, nodes) as outputs:
                 actual = converted(*args, **kwargs)
-            exported = ExportedOutputs({}, None) if session is None else session.run(model, args, kwargs)
+            exported = [
+                ExportedOutputs({}, None) if one is None else one.run(model, args, kwargs)
+                for one in (session, saturating)
+            ]
             for name in outputs:
                 kind = _kind(converted.get_submodule(name))
-                comparison = _layer(
-                    name, kind, nodes[name], prepared_outputs[name], outputs[name], exported.layers.get(name)
-                )
+                shown = [one.layers.get(name) for one in exported]
+                comparison = _layer(name, kind, nodes[name], prepared_outputs[name], outputs[name], shown)
                 _accumulate(layers, comparison)
-            for comparison in _results(expected, actual, exported.results):
+            for comparison in _results(expected, actual, [one.results for one in exported]):
                 _accumulate(results, comparison)
             seen += 1
     if seen == 0:
@@ -94,21 +116,47 @@ def verify(
     *,
     converted: nn.Module | None = None,
     onnx_path: str | os.PathLike[str] | None = None,
+    session_options: onnxruntime.SessionOptions | None = None,
+    providers: Providers | None = None,
     float_tolerance: float = 0.0,
 ) -> ComparisonReport:
     """:func:`compare_outputs` that raises where anything differs: a test to put before a deployment.
 
+    What saturates alone raises nothing: the file is right, and the processor's plain products are not. There is one
+    ``UserWarning`` then, which says how much differs and what to do about it.
+
     Args:
-        model, batches, converted, onnx_path: as there.
+        model, batches, converted, onnx_path, session_options, providers: as there.
         float_tolerance: by how much floats that ONNX Runtime computes (a softmax after the last layer) may differ, in
             their own unit: no two libraries round float functions alike. Codes may never differ.
 
     Raises:
-        VerificationError: something differs; its message is the report's table.
+        VerificationError: something differs (with exact products); its message is the report's table.
+
+    Example:
+        >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), QATConfig(weight_bits=7),
+        ...                    (torch.randn(1, 4),))  # the largest weights that saturate on no processor
+        >>> calibrate(prepared, [torch.randn(32, 4)])
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "model.onnx")
+        ...     export_onnx(prepared, (torch.randn(1, 4),), path)
+        ...     report = verify(prepared, [torch.randn(8, 4)], onnx_path=path)
+        >>> report.agrees, report.saturates
+        (True, False)
     """
-    report = compare_outputs(model, batches, converted=converted, onnx_path=onnx_path)
+    report = compare_outputs(
+        model,
+        batches,
+        converted=converted,
+        onnx_path=onnx_path,
+        session_options=session_options,
+        providers=providers,
+    )
     if not all(layer.agrees or _within(layer, float_tolerance) for layer in report.layers):
         raise VerificationError(report)
+    if report.saturates:
+        warnings.warn(str(report.saturation), stacklevel=2)
     return report
 
 
@@ -138,7 +186,7 @@ def _layer(
     node: FakeQuantizeLayer | None,
     prepared: list[Tensor],
     converted: list[Tensor],
-    exported: Tensor | None,
+    exported: list[Tensor | None],
 ) -> LayerComparison:
     """One layer on one batch. What the prepared model gives are floats; on a grid, each stands for a code."""
 
@@ -156,18 +204,18 @@ def _layer(
         kind,
         "floats" if node is None else "codes",
         _difference(name, expected, actual),
-        None if exported is None else _difference(name, actual[-1:], [same_codes(exported)]),
+        *(None if value is None else _difference(name, actual[-1:], [same_codes(value)]) for value in exported),
     )
 
 
-def _results(expected: Any, actual: Any, exported: list[Tensor] | None) -> list[LayerComparison]:
+def _results(expected: Any, actual: Any, exported: list[list[Tensor] | None]) -> list[LayerComparison]:
     """What the models return, tensor by tensor."""
     tensors = [[leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (expected, actual)]
     comparisons = []
     for index, (one, other) in enumerate(zip(*tensors, strict=True)):
         name = "output" if len(tensors[0]) == 1 else f"output {index}"
-        onnx = None if exported is None else _difference(name, [other], [exported[index]])
-        comparisons.append(LayerComparison(name, "result", "floats", _difference(name, [one], [other]), onnx))
+        onnx = [None if values is None else _difference(name, [other], [values[index]]) for values in exported]
+        comparisons.append(LayerComparison(name, "result", "floats", _difference(name, [one], [other]), *onnx))
     return comparisons
 
 
@@ -184,5 +232,13 @@ def _accumulate(comparisons: dict[str, LayerComparison], new: LayerComparison) -
     """Adds one batch's comparison to those of the batches before."""
     before = comparisons.setdefault(new.name, new)
     if before is not new:
-        onnx = None if new.onnx is None or before.onnx is None else before.onnx + new.onnx
-        comparisons[new.name] = replace(before, converted=before.converted + new.converted, onnx=onnx)
+        comparisons[new.name] = replace(
+            before,
+            converted=before.converted + new.converted,
+            onnx=_sum(before.onnx, new.onnx),
+            onnx_saturating=_sum(before.onnx_saturating, new.onnx_saturating),
+        )
+
+
+def _sum(one: Difference | None, other: Difference | None) -> Difference | None:
+    return None if one is None or other is None else one + other

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .saturation import EXACT_PRODUCTS
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -54,6 +56,8 @@ class LayerComparison:
         converted: the prepared model in evaluation against the converted one.
         onnx: the converted model against the file in ONNX Runtime; None without a file, or where the file does not
             show this layer.
+        onnx_saturating: where ``onnx`` was computed with exact products because ONNX Runtime's own saturate on this
+            processor, the converted model against a session that was left to saturate; None elsewhere.
     """
 
     name: str
@@ -61,11 +65,20 @@ class LayerComparison:
     compared: str
     converted: Difference
     onnx: Difference | None = None
+    onnx_saturating: Difference | None = None
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing differs."""
+        """Whether nothing differs, where products are exact."""
         return self.converted.differing == 0 and (self.onnx is None or self.onnx.differing == 0)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether saturation takes ONNX Runtime further from the converted model than it is with exact products."""
+        exact, plain = self.onnx, self.onnx_saturating
+        if exact is None or plain is None:
+            return False
+        return plain.differing > exact.differing or plain.largest > exact.largest
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,31 @@ class ComparisonReport:
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing differs anywhere."""
+        """Whether nothing differs anywhere, where products are exact."""
         return all(layer.agrees for layer in self.layers)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether ONNX Runtime, left to saturate as it does by default on this processor, gives something else."""
+        return any(layer.saturates for layer in self.layers)
+
+    @property
+    def saturation(self) -> str | None:
+        """What saturation does to the file on this processor, in words; None where ONNX Runtime is exact by itself, or
+        no file was run."""
+        if all(layer.onnx_saturating is None for layer in self.layers):
+            return None
+        if not self.saturates:
+            return "ONNX Runtime's 16-bit sums are subject to saturation on this processor; these batches met none"
+        # Of layers that return floats, some may differ for other reasons: they count where no code tells.
+        kind = "codes" if any(layer.saturates and layer.compared == "codes" for layer in self.layers) else "floats"
+        differences = [layer.onnx_saturating for layer in self.layers if layer.compared == kind]
+        total = sum((part for part in differences if part is not None), Difference())
+        return (
+            f"ONNX Runtime's plain session differs in {total.differing} of {total.elements} {kind}, by saturation of "
+            "16-bit sums on this processor. Remedies: QATConfig(reduce_range=True), which keeps weights within 7 bits, "
+            f"or the session option {EXACT_PRODUCTS}=1"
+        )
 
     @property
     def first_difference(self) -> LayerComparison | None:
@@ -90,20 +126,25 @@ class ComparisonReport:
         return {
             "agrees": self.agrees,
             "first_difference": None if first is None else first.name,
+            "saturation": self.saturation,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("layer", "kind", "compared", "prepared / converted", "converted / ONNX Runtime")
+        columns: list[tuple[str, list[Difference | None]]] = [
+            ("prepared / converted", [layer.converted for layer in self.layers]),
+            ("converted / ONNX Runtime", [layer.onnx for layer in self.layers]),
+            ("the same, saturating", [layer.onnx_saturating for layer in self.layers]),
         ]
-        for layer in self.layers:
-            onnx = "-" if layer.onnx is None else str(layer.onnx)
-            rows.append((layer.name, layer.kind, layer.compared, str(layer.converted), onnx))
-        if all(layer.onnx is None for layer in self.layers):
-            rows = [row[:-1] for row in rows]
+        columns = [column for column in columns if any(part is not None for part in column[1])]
+        rows: list[tuple[str, ...]] = [("layer", "kind", "compared", *(header for header, _ in columns))]
+        for index, layer in enumerate(self.layers):
+            differences = ("-" if column[index] is None else str(column[index]) for _, column in columns)
+            rows.append((layer.name, layer.kind, layer.compared, *differences))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         first = self.first_difference
         lines.append("nothing differs" if first is None else f"the models part at {first.name}")
+        if self.saturation is not None:
+            lines.append(self.saturation)
         return "\n".join(lines)

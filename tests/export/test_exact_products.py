@@ -1,0 +1,85 @@
+"""ONNX Runtime runs the files with exact products, too, which it takes where its own saturate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export.exported_file import FLOAT_COMPUTATION, ExportedFile, inputs_of, session_of
+from export.small_networks import INTEGER_NETWORKS, SHAPE, UNEVEN_POOLS, make
+from mlframework.quantization.export.targets import CONVENTIONS
+
+pytestmark = pytest.mark.slow  # exports many files
+
+NETWORKS = {**INTEGER_NETWORKS, **UNEVEN_POOLS}
+
+
+class CallsTwice(nn.Module):
+    """A layer of 9 KiB is called twice, and others have as many zero points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.last = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+        self.register_forward_hook(lambda module, args, output: None)  # else each call is traced as a layer of its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.twice(torch.relu(self.twice(torch.relu(self.first(x))))))
+
+
+def calls_twice() -> nn.Module:
+    return nn.Sequential(CallsTwice(), nn.Conv2d(32, 4, 1))
+
+
+def exact_results(file: ExportedFile, x: Tensor) -> Tensor:
+    (result,) = session_of(file.path.read_bytes(), exact=True).run(None, {file.graph.input[0].name: x.numpy()})
+    return torch.from_numpy(result)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_loads_and_computes_the_same(name: str, tmp_path: Path) -> None:
+    file = ExportedFile.of(make(NETWORKS[name]), SHAPE, tmp_path)
+    x = inputs_of(SHAPE, 200)
+    with torch.no_grad():
+        assert torch.equal(exact_results(file, x), file.converted(x))
+    session_of(file.path.read_bytes(), exact=False)
+    if name in INTEGER_NETWORKS:
+        assert not FLOAT_COMPUTATION & set(file.optimized_kinds(exact=True))
+
+
+@pytest.mark.parametrize("target", [target for target in CONVENTIONS if target != "onnxruntime"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_files_for_other_engines_load(name: str, target: str, tmp_path: Path) -> None:
+    file = ExportedFile.of(make(NETWORKS[name]), SHAPE, tmp_path, target)
+    for exact in (False, True):
+        session_of(file.path.read_bytes(), exact)
+
+
+@pytest.mark.parametrize("target", CONVENTIONS)
+def test_a_layer_called_twice(target: str, tmp_path: Path) -> None:
+    file = ExportedFile.of(make(calls_twice), SHAPE, tmp_path, target)
+    session_of(file.path.read_bytes(), exact=False)
+    x = inputs_of(SHAPE, 200)
+    with torch.no_grad():
+        expected = file.converted(x)
+    if target == "onnxruntime":
+        assert torch.equal(exact_results(file, x), expected)
+    else:  # in part floats, whose sums may fall on the other side of a boundary
+        assert exact_results(file, x).shape == expected.shape
+
+
+def test_only_what_is_rewritten_is_copied(tmp_path: Path) -> None:
+    file = ExportedFile.of(make(calls_twice), SHAPE, tmp_path)
+    assert len(weights_of(file)) == len(set(weights_of(file))) == 5
+    size = file.path.stat().st_size
+    file = ExportedFile.of(make(calls_twice), SHAPE, tmp_path, weight_bits=7)
+    assert len(set(weights_of(file))) == 4
+    twice = 32 * 32 * 9
+    assert twice <= size - file.path.stat().st_size < twice + 500
+
+
+def weights_of(file: ExportedFile) -> list[str]:
+    """The initializers that convolutions take for weights."""
+    return [file.maker(node.input[1]).input[0] for node in file.nodes("Conv")]
