@@ -74,7 +74,7 @@ def test_only_what_is_rewritten_is_copied(tmp_path: Path) -> None:
     file = ExportedFile.of(make(calls_twice), SHAPE, tmp_path)
     assert len(weights_of(file)) == len(set(weights_of(file))) == 5
     size = file.path.stat().st_size
-    file = ExportedFile.of(make(calls_twice), SHAPE, tmp_path, weight_bits=7)
+    file = ExportedFile.of(make(calls_twice), SHAPE, tmp_path, reduce_range=True)
     assert len(set(weights_of(file))) == 4
     twice = 32 * 32 * 9
     assert twice <= size - file.path.stat().st_size < twice + 500

@@ -150,7 +150,7 @@ def test_weights_within_seven_bits_agree_in_one_session_and_in_two(
     saturates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_session, "plain_sessions_saturate", lambda: saturates)
-    exported = Exported(tmp_path, weight_bits=7)
+    exported = Exported(tmp_path, reduce_range=True)
     report = verify(exported.model, [INPUTS], onnx_path=exported.path)
     assert not report.saturates
     if saturates:

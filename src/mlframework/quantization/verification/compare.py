@@ -134,7 +134,7 @@ def verify(
         VerificationError: something differs (with exact products); its message is the report's table.
 
     Example:
-        >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), QATConfig(weight_bits=7),
+        >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), QATConfig(reduce_range=True),
         ...                    (torch.randn(1, 4),))  # the largest weights that saturate on no processor
         >>> calibrate(prepared, [torch.randn(32, 4)])
         >>> import os, tempfile
