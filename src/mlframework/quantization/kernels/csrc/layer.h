@@ -32,7 +32,8 @@ struct alignas(64) Layer {
   int64_t zero_point;
   float lowest, highest;  // of codes: relative to the zero point
   int64_t weight_size;    // in bytes: 1, or 2 where a depthwise layer's products are to be added in 32 bits
-  int64_t extra_steps;    // of all blocks
+  int64_t sorts_steps;    // whether the narrow steps of each block come before its wide ones
+  int64_t wide_steps;     // of all blocks
 
   int64_t taps() const { return kernel[0] * kernel[1]; }
   // Vectors of output channels.
@@ -44,30 +45,28 @@ struct alignas(64) Layer {
   int64_t quads() const { return (input_channels + kQuad - 1) / kQuad; }
   int64_t steps() const { return depthwise ? (taps() + kQuad - 1) / kQuad : taps() * quads(); }
   int64_t block_bytes() const { return steps() * kStepBytes * weight_size; }
-  int64_t weight_bytes() const { return blocks() * block_bytes(); }
+  int64_t weight_bytes() const { return blocks() * block_bytes() + wide_steps * kStepBytes; }
   int64_t element_size() const { return output == Output::floats ? 4 : 1; }
 
   // Then follow, for each output channel (rounded up to whole vectors), the bias, which also makes up for the input's
   // zero point; the multiplier; and the weights (pack_layer.cpp says in which order).
   //
-  // Where a pair of products might exceed 16 bits, and the processor adds them in no more, a step has two halves of its
-  // weights: one of them in an extra step. Extra steps come block after block: their weights; for each block the number
-  // of extra steps before it, and at last of all; and for each the step that it belongs to.
+  // Where a pair of products might exceed 16 bits, and the processor adds them in no more, a step is wide: its weights
+  // take two bytes each. Such a layer ends with the number of wide steps before each block, and at last of all; and for
+  // each block the steps in the order in which their weights lie.
   int32_t* bias() { return reinterpret_cast<int32_t*>(this + 1); }
   float* multiplier() { return reinterpret_cast<float*>(bias() + blocks() * kLanes); }
   int8_t* weights() { return reinterpret_cast<int8_t*>(multiplier() + blocks() * kLanes); }
-  int8_t* extra_weights() { return weights() + weight_bytes(); }
-  int32_t* extra_steps_before() { return reinterpret_cast<int32_t*>(extra_weights() + extra_steps * kStepBytes); }
-  int32_t* step_of_extra() { return extra_steps_before() + blocks() + 1; }
+  int32_t* wide_steps_before() { return reinterpret_cast<int32_t*>(weights() + weight_bytes()); }
+  int32_t* order_of_steps() { return wide_steps_before() + blocks() + 1; }
   const int32_t* bias() const { return const_cast<Layer*>(this)->bias(); }
   const float* multiplier() const { return const_cast<Layer*>(this)->multiplier(); }
   const int8_t* weights() const { return const_cast<Layer*>(this)->weights(); }
-  const int8_t* extra_weights() const { return const_cast<Layer*>(this)->extra_weights(); }
-  const int32_t* extra_steps_before() const { return const_cast<Layer*>(this)->extra_steps_before(); }
-  const int32_t* step_of_extra() const { return const_cast<Layer*>(this)->step_of_extra(); }
+  const int32_t* wide_steps_before() const { return const_cast<Layer*>(this)->wide_steps_before(); }
+  const int32_t* order_of_steps() const { return const_cast<Layer*>(this)->order_of_steps(); }
   int64_t size() const {
-    return static_cast<int64_t>(sizeof(Layer)) + blocks() * kLanes * 8 + weight_bytes() + extra_steps * kStepBytes +
-           (blocks() + 1 + extra_steps) * 4;
+    const int64_t order = sorts_steps ? blocks() * steps() + blocks() + 1 : 0;
+    return static_cast<int64_t>(sizeof(Layer)) + blocks() * kLanes * 8 + weight_bytes() + order * 4;
   }
 };
 

@@ -90,56 +90,65 @@ class Packing {
   const int8_t* weight_;
 };
 
-// Halves the weights of every step of which a pair of products might saturate, as `Layer` describes it: the larger half
-// stays, the smaller one goes into an extra step.
-class Halving {
+// Writes the weights of a packed layer into another block, which has room for them, in sorted steps: those of one byte,
+// then those whose products might saturate, of two bytes [even, odd input channels][lane][2].
+class Sorting {
  public:
-  explicit Halving(Layer& layer) : layer_(layer), blocks_(static_cast<size_t>(layer.blocks())) {
-    const int64_t grain = std::max<int64_t>(kElementsPerThread / layer.block_bytes(), 1);
-    torch::stable::parallel_for(0, layer.blocks(), grain, [this](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) halve(block);
+  explicit Sorting(const Layer& layer) : layer_(layer), is_wide_(static_cast<size_t>(layer.blocks() * layer.steps())) {
+    for_each_block([this](int64_t block) {
+      for (int64_t step = 0; step < layer_.steps(); ++step)
+        is_wide_[place_of(block, step)] = microkernel()->may_saturate(weights_of(block, step));
     });
-    for (const Block& block : blocks_) count_ += static_cast<int64_t>(block.steps.size());
+    for (uint8_t wide : is_wide_) wide_steps_ += wide;
   }
 
-  int64_t count() const { return count_; }
+  int64_t wide_steps() const { return wide_steps_; }
 
-  // Writes the extra steps to a layer that has room for them.
-  void write(Layer& layer) const {
-    int32_t before = 0;
-    for (size_t block = 0; block < blocks_.size(); ++block) {
-      const Block& extra = blocks_[block];
-      layer.extra_steps_before()[block] = before;
-      std::copy(extra.steps.begin(), extra.steps.end(), layer.step_of_extra() + before);
-      std::copy(extra.weights.begin(), extra.weights.end(), layer.extra_weights() + before * kStepBytes);
-      before += static_cast<int32_t>(extra.steps.size());
+  void write(Layer& sorted) const {
+    int32_t* const before = sorted.wide_steps_before();
+    before[0] = 0;
+    for (int64_t block = 0; block < layer_.blocks(); ++block) {
+      before[block + 1] = before[block];
+      for (int64_t step = 0; step < layer_.steps(); ++step) before[block + 1] += is_wide_[place_of(block, step)];
     }
-    layer.extra_steps_before()[blocks_.size()] = before;
+    for_each_block([&](int64_t block) {
+      int32_t* order = sorted.order_of_steps() + block * layer_.steps();
+      int8_t* to = sorted.weights() + block * layer_.block_bytes() + before[block] * kStepBytes;
+      for (const bool wide : {false, true})
+        for (int64_t step = 0; step < layer_.steps(); ++step) {
+          if (is_wide_[place_of(block, step)] != wide) continue;
+          *order++ = static_cast<int32_t>(step);
+          to = wide ? write_wide(weights_of(block, step), to)
+                    : std::copy_n(weights_of(block, step), kStepBytes, to);
+        }
+    });
   }
 
  private:
-  struct Block {
-    std::vector<int32_t> steps;
-    std::vector<int8_t> weights;
-  };
-
-  void halve(int64_t block) {
-    Block& extra = blocks_[static_cast<size_t>(block)];
-    int8_t* weights = layer_.weights() + block * layer_.block_bytes();
-    for (int64_t step = 0; step < layer_.steps(); ++step, weights += kStepBytes) {
-      if (!microkernel()->may_saturate(weights)) continue;
-      extra.steps.push_back(static_cast<int32_t>(step));
-      for (int64_t i = 0; i < kStepBytes; ++i) {
-        const auto half = static_cast<int8_t>(weights[i] / 2);
-        extra.weights.push_back(half);
-        weights[i] = static_cast<int8_t>(weights[i] - half);
-      }
-    }
+  template <class Function>
+  void for_each_block(const Function& function) const {
+    const int64_t grain = std::max<int64_t>(kElementsPerThread / layer_.block_bytes(), 1);
+    torch::stable::parallel_for(0, layer_.blocks(), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) function(block);
+    });
   }
 
-  Layer& layer_;
-  std::vector<Block> blocks_;
-  int64_t count_ = 0;
+  static int8_t* write_wide(const int8_t* weights, int8_t* to) {
+    int16_t wide[2][kLanes][2];
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      for (int64_t i = 0; i < kQuad; ++i) wide[i % 2][lane][i / 2] = weights[lane * kQuad + i];
+    std::memcpy(to, wide, sizeof(wide));
+    return to + sizeof(wide);
+  }
+
+  size_t place_of(int64_t block, int64_t step) const { return static_cast<size_t>(block * layer_.steps() + step); }
+  const int8_t* weights_of(int64_t block, int64_t step) const {
+    return layer_.weights() + block * layer_.block_bytes() + step * kStepBytes;
+  }
+
+  const Layer& layer_;
+  std::vector<uint8_t> is_wide_;
+  int64_t wide_steps_ = 0;
 };
 
 // Whether a pair of taps' products might saturate in a depthwise layer, with weights (O, taps).
@@ -169,20 +178,18 @@ const int8_t* channels_innermost(const Tensor& weight, std::vector<int8_t>& copy
   return copy.data();
 }
 
-Tensor with_extra_steps(const Tensor& packed) {
-  Layer& layer = *static_cast<Layer*>(packed.mutable_data_ptr());
-  const Halving halving(layer);
-  if (halving.count() == 0) return packed;
+Tensor with_sorted_steps(const Tensor& packed) {
+  const Layer& layer = *static_cast<const Layer*>(packed.const_data_ptr());
+  const Sorting sorting(layer);
   Layer header = layer;
-  header.extra_steps = halving.count();
+  header.sorts_steps = 1;
+  header.wide_steps = sorting.wide_steps();
   header.bytes = header.size();
   const Tensor result = empty({header.bytes}, {1}, ScalarType::Byte);
-  Layer& larger = *static_cast<Layer*>(result.mutable_data_ptr());
-  std::memcpy(&larger, &layer, static_cast<size_t>(reinterpret_cast<uint8_t*>(layer.extra_weights()) -
-                                                   reinterpret_cast<uint8_t*>(&layer)));
-  larger.extra_steps = header.extra_steps;
-  larger.bytes = header.bytes;
-  halving.write(larger);
+  Layer& sorted = *static_cast<Layer*>(result.mutable_data_ptr());
+  std::memcpy(&sorted, &layer, static_cast<size_t>(layer.size() - layer.weight_bytes()));  // what comes before weights
+  sorted = header;
+  sorting.write(sorted);
   return result;
 }
 
@@ -253,14 +260,13 @@ Tensor pack_layer(const Tensor& weight, const std::optional<Tensor>& bias, const
     if (bias_of) layer.bias()[place] = bias_of[o];
     layer.multiplier()[place] = multiplier_of[multipliers.numel() == 1 ? 0 : o];
   }
-  std::fill_n(layer.extra_steps_before(), layer.blocks() + 1, 0);
   Packing packing(layer, codes);
   if (layer.depthwise) {
     packing.depthwise();
     return packed;
   }
   packing.dense();
-  return exact ? packed : with_extra_steps(packed);
+  return exact ? packed : with_sorted_steps(packed);
 }
 
 }  // namespace kernels

@@ -23,8 +23,6 @@ class Run {
         for (int64_t quad = 0; quad < layer.quads(); ++quad)
           step_offsets_.push_back(static_cast<int32_t>(tap + quad * layout_.quad_step()));
       }
-    for (int64_t extra = 0; extra < layer.extra_steps; ++extra)
-      extra_offsets_.push_back(step_offsets_[static_cast<size_t>(layer.step_of_extra()[extra])]);
   }
 
   void operator()() const {
@@ -59,7 +57,7 @@ class Run {
   }
 
   void compute_row(const uint8_t* gathered, int64_t block, int64_t blocks, int64_t image, int64_t row) const {
-    const TileContext context{&layer_, step_offsets_.data(), extra_offsets_.data()};
+    const TileContext context{&layer_, step_offsets_.data()};
     const int64_t width = positions_.in_row(row), most = kernel_.most_positions[static_cast<size_t>(blocks)];
     const int64_t tiles = (width + most - 1) / most;
     const int64_t position_bytes = layer_.output_channels * layer_.element_size();
@@ -78,7 +76,7 @@ class Run {
   const RowLayout layout_;
   const int64_t row_bytes_;
   const Shares shares_;
-  std::vector<int32_t> step_offsets_, extra_offsets_;
+  std::vector<int32_t> step_offsets_;
 };
 
 }  // namespace

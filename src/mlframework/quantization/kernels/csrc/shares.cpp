@@ -1,5 +1,7 @@
 #include "shares.h"
 
+#include "microkernels/microkernel.h"
+
 namespace kernels {
 namespace {
 
@@ -7,9 +9,6 @@ namespace {
 // too many for any cache, it is worth more to go through them less often.
 constexpr int64_t kGatheredBytes = 256 << 10, kGatheredBytesOfLargeLayer = 1 << 20;
 constexpr int64_t kLargeLayerBytes = 4 << 20;
-// Fewer multiplications than this are done before another thread has woken up.
-constexpr int64_t kProductsPerThread = 2 << 20;
-
 // Where several threads are at work.
 constexpr int64_t kSharesPerThread = 4;
 
@@ -24,7 +23,7 @@ Shares::Shares(const Layer& layer, const Positions& positions, int64_t row_bytes
       row_stride_(layer.stride[0]),
       row_reach_((layer.kernel[0] - 1) * layer.dilation[0] + 1) {
   const int64_t products = images_ * positions.in_image() * layer.weight_bytes();
-  threads_ = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(products / kProductsPerThread, 1));
+  threads_ = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(products / microkernel()->products_per_thread, 1));
   const int64_t cache = layer.bytes > kLargeLayerBytes ? kGatheredBytesOfLargeLayer : kGatheredBytes;
 
   // So few rows that the cache holds them, and that every thread has some.

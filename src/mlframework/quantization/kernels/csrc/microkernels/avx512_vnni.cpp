@@ -224,6 +224,7 @@ const Microkernel kAvx512Vnni = {
     tile_for,
     nullptr,
     depthwise_row,
+    2 << 20,
 };
 
 }  // namespace kernels

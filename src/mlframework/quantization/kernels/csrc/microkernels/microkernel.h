@@ -12,8 +12,7 @@ namespace kernels {
 // What the tiles of one call have in common. A step multiplies one quad of input channels at one tap.
 struct TileContext {
   const Layer* layer;
-  const int32_t* step_offsets;   // from a position's first byte in the gathered input to those that each step reads
-  const int32_t* extra_offsets;  // the same of the extra steps, block after block
+  const int32_t* step_offsets;  // from a position's first byte in the gathered input to those that each step reads
 };
 
 // Writes the outputs of `positions` neighbouring positions in `blocks` blocks of output channels.
@@ -41,9 +40,11 @@ struct Microkernel {
   std::array<int64_t, 5> most_positions;
   Tile (*tile)(int64_t blocks, int64_t positions);
   // Where products are added in pairs that saturate at 16 bits: whether the pairs of a step's weights (kLanes quads)
-  // could. Null where sums are exact whatever the weights.
+  // could, so that the step is to be wide. Null where sums are exact whatever the weights.
   bool (*may_saturate)(const int8_t* weights);
   DepthwiseRow depthwise_row;
+  // Fewer products than this are done before another thread has woken up.
+  int64_t products_per_thread;
 
   // How many blocks a tile should compute of those that are left: enough sums to keep the processor busy.
   int64_t blocks_of_tile(int64_t blocks_left, int64_t positions) const {
