@@ -129,9 +129,12 @@ def used_under(**variables: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_computes_the_same(name: str) -> None:
-    if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(kernels.instruction_set()):
+    best = kernels.instruction_set()
+    if INSTRUCTION_SETS.index(name) > INSTRUCTION_SETS.index(best):
         pytest.skip(f"this processor does not have {name}")
     assert used_under(**{OWN_VARIABLE: name}) == [name, str(name != "baseline")]
+    if name == best:  # the tests run on it as they are
+        return
     environment = {**os.environ, OWN_VARIABLE: name}
     result = run([sys.executable, "-m", "pytest", *TESTS, "-m", "not slow", "-p", "no:cacheprovider"], environment)
     assert result.returncode == 0, result.stdout[-3000:]
