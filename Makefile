@@ -20,9 +20,10 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
-# On a processor with AVX-512, the tests as on one without; it takes an Intel processor that lets CPUID fault.
+# On a processor with AVX-512, the tests as on one without; it takes an Intel processor that lets CPUID fault. Inductor
+# keeps what it compiles by the machine, and would mix up its two faces.
 test-avx2: $(WITHOUT_AVX512)
-	LD_PRELOAD=$(abspath $(WITHOUT_AVX512)) $(PYTEST)
+	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV)/inductor_avx2) LD_PRELOAD=$(abspath $(WITHOUT_AVX512)) $(PYTEST)
 
 $(WITHOUT_AVX512): tests/processors/without_avx512.c $(INSTALLED)
 	$(CC) -O2 -Wall -shared -fPIC -o $@ $< -ldl
