@@ -57,7 +57,7 @@ def of_network(network: Network, rounds: int) -> Iterator[tuple[int, str]]:
         inputs = network.example_inputs(batch)
         calls = {"float": lambda inputs=inputs: model(*inputs), "int8": lambda inputs=inputs: converted(*inputs)}
         with torch.inference_mode():
-            times = time_in_turns(calls, rounds)
+            times = time_in_turns(calls, rounds, block_calls=2)
         before, after = times["float"].median, times["int8"].median
         yield batch, f"**{after / before:.2f}** ({before:.3g}, {after:.3g})"
 
@@ -86,7 +86,7 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="*", default=[], help="only these, and nothing is written")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     console = Console()
