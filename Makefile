@@ -28,11 +28,13 @@ test-avx2: $(WITHOUT_AVX512)
 $(WITHOUT_AVX512): tests/processors/without_avx512.c $(INSTALLED)
 	$(CC) -O2 -Wall -shared -fPIC -o $@ $< -ldl
 
-# About 25 minutes, on a machine that does nothing else.
+# About 35 minutes, on a machine that does nothing else.
 bench: $(PEERS_INSTALLED)
 	$(BIN)/python benchmarks/fake_quantize.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/zoo_inference.py
+	$(BIN)/python benchmarks/reduce_range.py
 	$(BIN)/python benchmarks/observers.py
 
 lint: $(INSTALLED)

@@ -70,7 +70,7 @@ def kept_columns() -> tuple[dict[Row, dict[str, str]], dict[str, str]]:
         if machine := re.fullmatch(r"- `(\w+)`: (.*)", line):
             machines[machine[1]] = machine[2]
         parts = [part.strip() for part in line.strip("|").split("|")]
-        if len(parts) == 3 + len(KINDS) and parts[2].isdigit():
+        if len(parts) == 3 + len(KINDS) and parts[1] in ZOOS.get(parts[0], {}):
             cells[parts[0], parts[1], int(parts[2])] = dict(zip(KINDS, parts[3:], strict=True))
     return cells, machines
 
@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=[], help="only these, and nothing is written")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    if instruction_set() not in KINDS:
+        parser.error(f"the table has columns for {' and '.join(KINDS)}, got a processor with {instruction_set()}")
     torch.set_num_threads(THREADS)
     console = Console()
     cells, machines = kept_columns()

@@ -108,6 +108,7 @@ def test_they_use_the_best_instructions_that_pytorch_uses() -> None:
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni")
+PROGRAM = "from mlframework.quantization import kernels; print(kernels.instruction_set(), kernels.has_integer_layers())"
 OWN_VARIABLE = "MLFRAMEWORK_QUANTIZATION_INSTRUCTION_SET"
 TESTS = [
     str(Path(__file__).with_name(name))
@@ -117,11 +118,7 @@ TESTS = [
 
 def used_under(**variables: str) -> list[str]:
     """The instruction set that a process with these variables uses, and whether it has integer layers."""
-    program = (
-        "from mlframework.quantization.kernels import native; native.native_is_available();"
-        "print(native.operators['instruction_set'](), native.has_integer_layers())"
-    )
-    result = run([sys.executable, "-c", program], {**os.environ, **variables})
+    result = run([sys.executable, "-c", PROGRAM], {**os.environ, **variables})
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
@@ -138,6 +135,13 @@ def test_every_instruction_set_computes_the_same(name: str) -> None:
     environment = {**os.environ, OWN_VARIABLE: name}
     result = run([sys.executable, "-m", "pytest", *TESTS, "-m", "not slow", "-p", "no:cacheprovider"], environment)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_an_unknown_instruction_set_is_refused_by_name() -> None:
+    result = run([sys.executable, "-c", PROGRAM], {**os.environ, OWN_VARIABLE: "avx3"})
+    assert result.returncode != 0
+    assert f"{OWN_VARIABLE} must be baseline, avx2, avx512 or avx512_vnni, got avx3" in result.stderr
 
 
 @pytest.mark.slow

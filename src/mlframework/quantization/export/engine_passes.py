@@ -145,8 +145,8 @@ def give_weights_their_own_initializers(graph: Any) -> None:
         weight = constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if weight is None or weight.data_type != _INT8 or _is_small(weight):
             continue
-        # A zero point takes a byte for each channel. The weights themselves are copied where a layer is called more
-        # than once, which is then in the file as often as it is called.
+        # All of them have a zero point, which takes a byte for each channel. The weights themselves are copied where a
+        # layer is called more than once, which is then in the file as often as it is called.
         for position in (0, 2):
             name = node.input[position]
             if name in owned:

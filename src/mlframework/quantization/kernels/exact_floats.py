@@ -1,7 +1,8 @@
 r"""Exact sums :math:`\sum (q_x - z_x)\, q_w` from floating-point products: on any device, for any compiler to trace.
 
 A float32 product of codes is exact while every sum lies below :math:`2^{24}`, which the weights tell. Longer sums are
-cut into blocks of input channels that stay below it, and the blocks are added in int32.
+cut into blocks of input channels that stay below it, and the blocks are added in int32; what cannot be cut, and GPUs,
+compute in float64.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def sums_in_floating_point(
 
     Args:
         operation: of values (N, I, *) and weight; four dimensions and more come out channels-last.
-        blocks: of axis 1 of the codes and of the weight, from :func:`exact_blocks`.
+        blocks: of axis 1 of the codes and of the weight, from :func:`exact_blocks`; none: compute in float64.
 
     Returns:
         float32 on a CPU where one block is enough, else int32.

@@ -162,7 +162,8 @@ def verify(
 
 def _within(layer: LayerComparison, tolerance: float) -> bool:
     exact = layer.converted.differing == 0 and layer.compared == "floats"
-    return exact and layer.onnx is not None and layer.onnx.largest <= tolerance
+    sessions = (layer.onnx, layer.onnx_saturating)
+    return exact and any(each is not None and each.largest <= tolerance for each in sessions)
 
 
 def _shared_layers(model: nn.Module, converted: nn.Module) -> dict[str, FakeQuantizeLayer | None]:

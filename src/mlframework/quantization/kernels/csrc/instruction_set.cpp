@@ -1,5 +1,7 @@
 #include "instruction_set.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -25,9 +27,12 @@ InstructionSet of_processor() {
 InstructionSet allowed(const char* variable) {
   const char* value = std::getenv(variable);
   const std::string name = value ? value : "";
-  if (name == "default" || name == "baseline") return InstructionSet::baseline;
+  const bool own = std::string(variable) == kOwnVariable;
+  if (name == (own ? "baseline" : "default")) return InstructionSet::baseline;
   if (name == "avx2") return InstructionSet::avx2;
-  if (name == "avx512" && std::string(variable) == kOwnVariable) return InstructionSet::avx512;
+  if (own && name == "avx512") return InstructionSet::avx512;
+  STD_TORCH_CHECK(!own || name.empty() || name == "avx512_vnni", kOwnVariable,
+                  " must be baseline, avx2, avx512 or avx512_vnni, got ", name);
   return InstructionSet::avx512_vnni;
 }
 

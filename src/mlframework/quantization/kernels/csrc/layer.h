@@ -51,9 +51,10 @@ struct alignas(64) Layer {
   // Then follow, for each output channel (rounded up to whole vectors), the bias, which also makes up for the input's
   // zero point; the multiplier; and the weights (pack_layer.cpp says in which order).
   //
-  // Where a pair of products might exceed 16 bits, and the processor adds them in no more, a step is wide: its weights
-  // take two bytes each. Such a layer ends with the number of wide steps before each block, and at last of all; and for
-  // each block the steps in the order in which their weights lie.
+  // Where a pair of products might exceed 16 bits, and the processor adds pairs in 16 bits, a step is wide: its weights
+  // take two bytes each. A dense layer of that kind (`sorts_steps`) ends with two arrays: the number of wide steps before
+  // each block, then their total; and for each block its steps, in the order in which their weights lie. A depthwise
+  // layer is wide as a whole (`weight_size`).
   int32_t* bias() { return reinterpret_cast<int32_t*>(this + 1); }
   float* multiplier() { return reinterpret_cast<float*>(bias() + blocks() * kLanes); }
   int8_t* weights() { return reinterpret_cast<int8_t*>(multiplier() + blocks() * kLanes); }

@@ -1,5 +1,8 @@
 // Puts a layer's weights, bias and multipliers into the one block that layer.h describes.
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "microkernels/microkernel.h"
 #include "operators.h"
@@ -179,6 +182,7 @@ const int8_t* channels_innermost(const Tensor& weight, std::vector<int8_t>& copy
 }
 
 Tensor with_sorted_steps(const Tensor& packed) {
+  STD_TORCH_CHECK(microkernel()->interleaved == 1, "steps are sorted block by block");
   const Layer& layer = *static_cast<const Layer*>(packed.const_data_ptr());
   const Sorting sorting(layer);
   Layer header = layer;

@@ -87,4 +87,3 @@ void run_depthwise(const Layer& layer, const Input& input, const Positions& posi
 }
 
 }  // namespace kernels
-

@@ -22,8 +22,9 @@ Shares::Shares(const Layer& layer, const Positions& positions, int64_t row_bytes
       groups_(groups),
       row_stride_(layer.stride[0]),
       row_reach_((layer.kernel[0] - 1) * layer.dilation[0] + 1) {
-  const int64_t products = images_ * positions.in_image() * layer.weight_bytes();
-  threads_ = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(products / microkernel()->products_per_thread, 1));
+  const int64_t products = images_ * positions.in_image() * layer.blocks() * layer.steps() * kStepBytes;
+  const int64_t worthwhile = std::max<int64_t>(products / microkernel()->products_per_thread, 1);
+  threads_ = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);
   const int64_t cache = layer.bytes > kLargeLayerBytes ? kGatheredBytesOfLargeLayer : kGatheredBytes;
 
   // So few rows that the cache holds them, and that every thread has some.

@@ -1,6 +1,6 @@
-// AVX2 multiplies unsigned by signed bytes and adds two products in 16 bits, where they saturate: exact only if no two
-// weights of a pair make more than 255 * 128. Steps that have such a pair are told apart when a layer is packed, and
-// multiply 16-bit numbers instead, at six tenths of the speed. (FBGEMM sets apart the single outliers.)
+// AVX2 multiplies unsigned by signed bytes and adds two products in 16 bits, where they saturate: exact only if the
+// two weights of every pair sum to between -128 and 128. Steps with another pair are told apart when a layer is packed,
+// and multiply 16-bit numbers instead, at six tenths of the speed. (FBGEMM sets apart the single outliers.)
 #include "microkernels/microkernel.h"
 
 #if HAS_X86_LEVELS

@@ -2,6 +2,7 @@
 // around it (run_dense.cpp, run_depthwise.cpp) and the packing (pack_layer.cpp) are the same for all.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "instruction_set.h"
@@ -40,7 +41,8 @@ struct Microkernel {
   std::array<int64_t, 5> most_positions;
   Tile (*tile)(int64_t blocks, int64_t positions);
   // Where products are added in pairs that saturate at 16 bits: whether the pairs of a step's weights (kLanes quads)
-  // could, so that the step is to be wide. Null where sums are exact whatever the weights.
+  // could, so that the step is to be wide; only with blocks that are not interleaved. Null where sums are exact whatever
+  // the weights.
   bool (*may_saturate)(const int8_t* weights);
   DepthwiseRow depthwise_row;
   // Fewer products than this are done before another thread has woken up.
