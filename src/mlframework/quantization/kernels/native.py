@@ -56,7 +56,11 @@ _reference_is_forced = False
 
 @functools.cache
 def native_is_available() -> bool:
-    """Whether the compiled kernels are there; loads them at the first call, and warns if they cannot be loaded."""
+    """Whether the compiled kernels are there; loads them at the first call, and warns if they cannot be loaded.
+
+    Raises:
+        RuntimeError: ``MLFRAMEWORK_QUANTIZATION_INSTRUCTION_SET`` names no instruction set.
+    """
     namespace: Any = torch.ops.mlframework_quantization_kernels
     try:
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
@@ -70,6 +74,7 @@ def native_is_available() -> bool:
             stacklevel=2,
         )
         return False
+    operators["instruction_set"]()  # if the environment names an unknown one, this raises before any kernel does
     return True
 
 
