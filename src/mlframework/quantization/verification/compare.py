@@ -38,8 +38,8 @@ def compare_outputs(
     where they differ: the integer codes of every quantized layer, and what the models return.
 
     On a processor where ONNX Runtime's products of uint8 and int8 saturate (x86 without VNNI; it is tried out, once per
-    process), the file is run twice: with exact products (the session option ``session.x64quantprecision=1``), which
-    decides whether the models agree, and as it was asked for. The report has both side by side.
+    process), the file is run twice: with exact products (the session option ``session.x64quantprecision=1``), and as it
+    was asked for. The report has both side by side; a layer agrees if it does in either.
 
     Args:
         model: from :func:`prepare`, with data seen; it is not changed.
@@ -131,7 +131,7 @@ def verify(
             their own unit: no two libraries round float functions alike. Codes may never differ.
 
     Raises:
-        VerificationError: something differs (with exact products); its message is the report's table.
+        VerificationError: something differs (in both sessions, where there are two); its message is the report's table.
 
     Example:
         >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), QATConfig(reduce_range=True),
