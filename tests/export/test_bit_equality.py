@@ -12,13 +12,14 @@ from example_models import EXAMPLES, Example, train_briefly
 from export.exported_file import FLOAT_COMPUTATION, ExportedFile, inputs_of, prepared_model
 from export.small_networks import INTEGER_NETWORKS, SHAPE, UNEVEN_POOLS, make
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, QuantizationScheme, calibrate, prepare
+from mlframework.quantization.verification.saturation import plain_sessions_saturate
 
 # Models whose code branches on values, which no graph can hold.
 BRANCHING = ("branches inside", "branches at root")
 
-# The last layer, which shares the embedding's weights, stays float. By how much its sums may differ, in values up to 4:
-# whether two libraries form them in one order depends on the processor.
-FLOAT_TOLERANCE = {"tied": 1e-6}
+# The last layer, which shares the embedding's weights, stays float. With the instructions of AVX2, PyTorch and ONNX
+# Runtime form its float32 sums in two orders: up to 2.4e-7 apart, of values up to 4. With AVX-512 they are equal.
+FLOAT_TOLERANCE = {"tied": 1e-6} if plain_sessions_saturate() else {}
 
 
 def test_an_mlp(tmp_path: Path) -> None:
