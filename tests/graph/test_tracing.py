@@ -43,11 +43,11 @@ def test_the_graph_computes_what_the_model_computes(example: Example) -> None:
     assert all(map(torch.equal, results(traced, *inputs), expected))
 
 
-def test_control_flow_keeps_the_innermost_module_whole() -> None:
+def test_control_flow_has_the_innermost_module_run_its_own_code() -> None:
     example = EXAMPLES["branches inside"]
     outcome = taken(example.make(), *example.inputs())
-    assert list(outcome.kept_whole) == ["inner"]
-    assert "its code does not trace" in outcome.kept_whole["inner"]
+    assert list(outcome.own_code) == ["inner"]
+    assert "its code does not trace" in outcome.own_code["inner"]
     assert outcome.graph is not None
     assert called(outcome.graph) == ["first", "inner", "last"]
 
@@ -56,15 +56,15 @@ def test_control_flow_at_the_root_leaves_no_graph() -> None:
     example = EXAMPLES["branches at root"]
     outcome = taken(example.make(), *example.inputs())
     assert outcome.graph is None
-    assert "its code does not trace" in outcome.kept_whole[""]
+    assert "its code does not trace" in outcome.own_code[""]
 
 
 @pytest.mark.parametrize("register", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_a_container_with_hooks_is_kept_whole(register: str) -> None:
+def test_a_container_with_hooks_runs_its_own_code(register: str) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 2))
     getattr(model[0], f"register_{register}_hook")(lambda *args: None)
     outcome = taken(model, torch.randn(2, 3))
-    assert outcome.kept_whole == {"0": "it has hooks of its own"}
+    assert outcome.own_code == {"0": "it has hooks of its own"}
     assert outcome.graph is not None
     assert called(outcome.graph) == ["0", "1"]
 
@@ -73,15 +73,51 @@ def test_a_container_with_hooks_is_kept_whole(register: str) -> None:
     "forward",
     [
         lambda self, x: self.layer(x) if self.training else self.layer(x) * 2,
-        lambda self, x: self.layer(x) * 2 if self.training else self.layer(x),
         lambda self, x: self.layer(x) * (2 if self.training else 3),
+        lambda self, x: self.layer(x) if self.training else self.layer(self.layer(x)),
     ],
-    ids=["more in evaluation", "more in training", "another number"],
+    ids=["more in evaluation", "another number", "another layer in evaluation"],
 )
-def test_code_that_depends_on_the_training_mode_is_kept_whole(forward: Callable[..., Tensor]) -> None:
+def test_code_that_depends_on_the_training_mode_runs_its_own_code(forward: Callable[..., Tensor]) -> None:
     model = nn.Sequential(nn.Linear(3, 3), Runs(forward, layer=nn.Linear(3, 3)), nn.Linear(3, 3))
-    assert taken(model, torch.randn(2, 3)).kept_whole == {"1": "its code depends on the training mode"}
+    assert taken(model, torch.randn(2, 3)).own_code == {"1": "its code depends on the training mode"}
     assert taken(model[1], torch.randn(2, 3)).graph is None
+
+
+def drops_paths(self: Any, x: Tensor) -> Tensor:
+    y = self.layer(x)
+    if self.training:
+        y = y * torch.floor(0.8 + torch.rand([x.shape[0], 1])) / 0.8
+    return y + x
+
+
+def adds_noise(self: Any, x: Tensor) -> Tensor:
+    if self.training:
+        x = x + torch.randn_like(x) * 0.1
+    return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [drops_paths, adds_noise, lambda self, x: self.layer(x) * 2 if self.training else self.layer(x)],
+    ids=["stochastic depth", "noise", "a factor"],
+)
+def test_what_training_alone_does_to_a_value_becomes_a_module(forward: Callable[..., Tensor]) -> None:
+    model, x = Runs(forward, layer=nn.Linear(3, 3)), torch.randn(4, 3)
+    outcome = taken(model, x)
+    assert outcome.own_code == {}
+    assert outcome.graph is not None
+    assert sorted(called(outcome.graph)) == ["layer", "training_only"]
+    traced = fx.GraphModule(model, outcome.graph)
+    for mode in (True, False):
+        model.train(mode)
+        traced.train(mode)
+        for size in (4, 7):
+            x = torch.randn(size, 3)
+            state = torch.random.get_rng_state()
+            expected = forward(model, x)
+            torch.random.set_rng_state(state)
+            assert torch.equal(traced(x), expected)
 
 
 def test_code_that_draws_while_tracing_is_not_traced() -> None:
@@ -89,19 +125,20 @@ def test_code_that_draws_while_tracing_is_not_traced() -> None:
     assert outcome.graph is None
 
 
-def test_any_number_of_arguments_is_not_traced() -> None:
+def test_any_number_of_arguments_is_traced() -> None:
     class Star(nn.Module):
         def forward(self, *values: Tensor) -> Tensor:
             return values[0] + values[1]
 
-    outcome = taken(Star(), torch.randn(2), torch.randn(2))
-    assert "any number of arguments" in outcome.kept_whole[""]
+    graph = taken(Star(), torch.randn(2), torch.randn(2)).graph
+    assert graph is not None
+    assert [node.target for node in graph.find_nodes(op="placeholder")] == ["values"]
 
 
 def test_a_forward_replaced_on_the_instance_is_not_traced() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     model.forward = lambda x: x  # type: ignore[method-assign]
-    assert taken(model, torch.randn(2, 3)).kept_whole == {"": "its forward was replaced on the instance"}
+    assert taken(model, torch.randn(2, 3)).own_code == {"": "its forward was replaced on the instance"}
 
 
 @pytest.mark.parametrize("call", [F.dropout, F.dropout1d, F.dropout2d], ids=lambda call: call.__name__)
@@ -114,8 +151,12 @@ def test_dropout_functions_become_modules(call: Callable[..., Tensor]) -> None:
     assert model.get_submodule(name).training
 
 
-def test_dropout_that_never_stops_is_not_traced() -> None:
-    assert taken(Runs(lambda self, x: F.dropout(x, 0.5, True)), torch.randn(8, 8)).graph is None
+def test_dropout_that_never_stops_goes_on() -> None:
+    model = Runs(lambda self, x: F.dropout(x, 0.5, True))
+    graph = taken(model, torch.randn(8, 8)).graph
+    assert graph is not None
+    assert not called(graph)
+    assert len(list(graph.find_nodes(op="call_function", target=F.dropout))) == 1
 
 
 def test_constants_become_buffers_outside_the_state_dict() -> None:
@@ -225,17 +266,17 @@ THROUGH_A_VIEW = [
 
 
 @pytest.mark.parametrize("forward", THROUGH_A_VIEW, ids=lambda forward: forward.__name__)
-def test_code_that_changes_a_tensor_through_a_view_is_kept_whole(forward: Callable[..., Tensor]) -> None:
+def test_code_that_changes_a_tensor_through_a_view_runs_its_own_code(forward: Callable[..., Tensor]) -> None:
     inner = Runs(forward, layer=nn.Linear(3, 3), relu=nn.ReLU(inplace=True))
     reason = "it changes a tensor in place through a view"
     outcome = taken(nn.Sequential(nn.Linear(3, 3), inner, nn.Linear(3, 3)), torch.randn(2, 3))
-    assert outcome.kept_whole == {"1": reason}
+    assert outcome.own_code == {"1": reason}
     assert outcome.graph is not None
     assert called(outcome.graph) == ["0", "1", "2"]
-    assert taken(inner, torch.randn(2, 3)) == (None, {"": reason})
+    assert taken(inner, torch.randn(2, 3)) == Trace(None, {"": reason})
 
 
-def test_a_module_is_kept_whole_with_all_that_hold_what_it_changes() -> None:
+def test_a_module_runs_its_own_code_with_all_that_hold_what_it_changes() -> None:
     """The view is made outside of the module that changes the tensor, so that the module alone would not do."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -246,7 +287,7 @@ def test_a_module_is_kept_whole_with_all_that_hold_what_it_changes() -> None:
 
     change = nn.Sequential(nn.ReLU(inplace=True))
     model = nn.Sequential(Runs(forward, layer=nn.Linear(3, 3), change=change))
-    assert list(taken(model, torch.randn(2, 3)).kept_whole) == ["0"]
+    assert list(taken(model, torch.randn(2, 3)).own_code) == ["0"]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +302,7 @@ def test_a_module_is_kept_whole_with_all_that_hold_what_it_changes() -> None:
 def test_views_that_no_change_reaches_are_traced(forward: Callable[..., Tensor]) -> None:
     outcome = taken(Runs(forward, layer=nn.Linear(3, 3), relu=nn.ReLU(inplace=True)), torch.randn(2, 3))
     assert outcome.graph is not None
-    assert outcome.kept_whole == {}
+    assert outcome.own_code == {}
 
 
 def test_views_become_reshapes() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from example_architectures import BranchesAtRoot, conv
 from example_models import EXAMPLES, Example, train_briefly
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, QATModuleWrapper, prepare
-from mlframework.quantization.graph.generated_forward import graph_of, has_generated_forward
+from mlframework.quantization.graph.containers import graph_of
+from mlframework.quantization.graph.generated_forward import has_generated_forward
 from mlframework.quantization.int8.lookup import Lookup
 from mlframework.quantization.qat.qat_operation import QATOperation
 from placement_probes import IMAGES, Runs, free_nodes, joined, output, placed, source, sums

@@ -98,7 +98,7 @@ def test_a_function_is_a_region(target: Any) -> None:
 
 @EVERY_MODULE
 def test_a_module_is_a_region(module: nn.Module) -> None:
-    model = OfTwo(lambda x: module(x), module)
+    model = OfTwo(module, module)
     region, _ = region_of(model, torch.randn(3, 4))
     assert region is not None
     assert module_of_nodes(region.nodes, (region.source,), dict(model.named_modules())) is module
@@ -255,7 +255,7 @@ def test_other_functions_are_no_regions(function: Callable[..., Tensor]) -> None
     "module", [OtherSiLU(), nn.PReLU(), nn.RReLU(), nn.Softmax(-1), nn.GLU(), nn.Softmin(0)], ids=lambda m: str(m)
 )
 def test_other_modules_are_no_regions(module: nn.Module) -> None:
-    region, _ = region_of(OfTwo(lambda x: module(x) * 1.0, module), torch.rand(4, 4))
+    region, _ = region_of(Runs(lambda self, x: self.layer(x) * 1.0, layer=module), torch.rand(4, 4))
     assert region is None
 
 

@@ -193,14 +193,14 @@ def test_a_hook_of_the_root_changes_the_result() -> None:
     assert not prepare(model, QATConfig(), (IMAGES,))(IMAGES).any()
 
 
-def test_arguments_left_out_keep_their_defaults() -> None:
+def test_arguments_left_out_may_be_passed_later() -> None:
     model = EXAMPLES["many results"].make().eval()
     inputs, offset = torch.randn(2, 5), torch.randn(2, 6)
     prepared = prepare(model, QATConfig(), (), {"x": inputs, "factor": 3.0})
     disable(prepared)
     assert all_equal(results(prepared, inputs, factor=2.0), results(model, inputs, factor=2.0))
-    with pytest.raises(TypeError):
-        prepared(inputs, offset=offset)
+    assert all_equal(results(prepared, inputs, offset=offset), results(model, inputs, offset=offset))
+    assert all_equal(results(prepared, inputs, offset, factor=2.0), results(model, inputs, offset, factor=2.0))
 
 
 def test_a_forward_bound_to_the_instance_is_respected() -> None:

@@ -33,14 +33,14 @@ def test_every_layer_has_an_entry(example: Example) -> None:
 def test_entries_tell_grids() -> None:
     report = report_on(EXAMPLES["resnet"])
     entries = {entry.name: entry for entry in report.entries}
-    assert list(entries) == ["x", "stem", "block.conv1", "block.conv2", "add", "average", "head"]
+    assert list(entries) == ["x", "stem", "block.conv1", "block.conv2", "block.add", "average", "head"]
     assert not report.left_float
     assert entries["x"] == ReportEntry("x", "input", True, "uint8 [0, 255] affine, per tensor")
     assert entries["stem"].kind == "Conv2d"
     assert entries["stem"].detail == (
         "weight int8 [-127, 127] symmetric, per channel 0, output uint8 [0, 255] symmetric, per tensor"
     )
-    assert entries["add"].kind == "sum"
+    assert entries["block.add"].kind == "sum"
     assert entries["average"].kind == "average pool"
     assert entries["average"].detail == "output uint8 [0, 255] symmetric, per tensor"
     assert entries["head"].detail.endswith("output float")

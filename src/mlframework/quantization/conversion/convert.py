@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..graph.clone import copy_of
-from ..graph.generated_forward import graph_of, has_generated_forward, set_forward
+from ..graph.containers import graph_of, is_part, set_forwards
+from ..graph.generated_forward import source_of
 from ..int8.integer_module import IntegerModule, PackedModule
 from ..preparation.report import NEVER_REACHED, PreparationReport
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
@@ -77,7 +78,7 @@ def _integer_form(converted: nn.Module) -> nn.Module:
         graph = graph_of(part)
         _replace_nodes(part, {part.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"})
         lower(part, graph)
-        set_forward(part, graph)
+        set_forwards(part, graph, source_of(part).given[0], runs_own_code=False)
     _replace_nodes(converted, set())
     return converted
 
@@ -108,7 +109,7 @@ def _prepared_parts(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if has_generated_forward(module) and any(isinstance(part, FakeQuantizeLayer) for part in module.modules())
+        if is_part(module) and any(isinstance(part, FakeQuantizeLayer) for part in module.modules())
     ]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from ..graph.nodes import SHAPE_QUERIES, unused_name
+from ..graph.containers import Call, Calls, is_mark, readers
+from ..graph.nodes import SHAPE_QUERIES, add_module, owner_of, replace_module, unused_name
 from ..graph.subgraph import module_of_nodes
 from ..int8.layers import Int8Embedding
 from ..int8.operations import Dequantize, Int8ReLU, Int8Selection, Quantize
@@ -38,11 +39,14 @@ class _Lowering:
         self.graph = graph
         self.modules = dict(root.named_modules())
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
-        self.floats: dict[fx.Node, fx.Node] = {}
+        self.calls = Calls(graph)
+        self.floats: dict[tuple[fx.Node, Call], fx.Node] = {}
         self.replacements: dict[str, nn.Module] = {}
         self.folded: set[nn.Module] = set()
 
     def visit(self, node: fx.Node) -> None:
+        if is_mark(node):
+            return
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, FakeQuantizeLayer) and module.layer is None:
             self.replacements[str(node.target)] = Quantize(module.parameters_on_grid)
@@ -77,29 +81,27 @@ class _Lowering:
         if output is None:
             return
         if isinstance(layer, Int8Embedding):  # its rows are on the grid of the table
-            quantize = unused_name(self.root, f"{node.name}_quantize")
-            self.root.add_module(quantize, Quantize(output.parameters_on_grid))
+            quantize = self._add(node, f"{node.name}_quantize", Quantize(output.parameters_on_grid))
             with self.graph.inserting_after(node):
                 codes = self.graph.call_module(quantize, (node,))
             node.replace_all_uses_with(codes, delete_user_cb=lambda user: user is not codes)
-            node = codes
+            node = self._beside(node, codes)
         self.grid_of[node] = output
 
     def _takes_codes(self, node: fx.Node) -> bool:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source not in self.grid_of:
             return False
-        if operations.is_division(node) and not all(map(_takes_one_part, node.users)):
+        if operations.is_division(node) and not all(map(_takes_one_part, readers(node))):
             return False  # a tuple of codes is no operand: its reader has no way to dequantize it
         return operations.preserves_values(node, self.modules) or operations.is_relu(node, self.modules)
 
     def _keep_on_codes(self, node: fx.Node) -> None:
         grid = self.grid_of[node.args[0]]  # type: ignore[index]
         if operations.is_relu(node, self.modules):
-            name = unused_name(self.root, f"{node.name}_codes")
-            self.root.add_module(name, Int8ReLU(grid.parameters_on_grid))
+            name = self._add(node, f"{node.name}_codes", Int8ReLU(grid.parameters_on_grid))
             with self.graph.inserting_after(node):
-                relu = self.graph.call_module(name, (node.args[0],))
+                relu = self._beside(node, self.graph.call_module(name, (node.args[0],)))
             node.replace_all_uses_with(relu)
             self.graph.erase_node(node)
             node = relu
@@ -111,20 +113,18 @@ class _Lowering:
         """Quantizes again, once each, what an integer module reads but came to it by way of floats."""
         for operand, source in zip(node.all_input_nodes, sources, strict=False):
             if operand not in self.grid_of:
-                name = unused_name(self.root, f"{operand.name}_quantize")
-                self.root.add_module(name, Quantize(source.parameters_on_grid))
+                name = self._add(node, f"{operand.name}_quantize", Quantize(source.parameters_on_grid))
                 with self.graph.inserting_before(node):
-                    codes = self.graph.call_module(name, (operand,))
+                    codes = self._beside(node, self.graph.call_module(name, (operand,)))
                 self.grid_of[codes] = source
                 node.replace_input_with(operand, codes)
 
     def _select_codes(self, node: fx.Node, grid: FakeQuantizeLayer) -> fx.Node:
         inputs = tuple(node.all_input_nodes)
-        name = unused_name(self.root, f"{node.name}_codes")
         selection = Int8Selection(grid.parameters_on_grid, module_of_nodes([node], inputs, self.modules))
-        self.root.add_module(name, selection)
+        name = self._add(node, f"{node.name}_codes", selection)
         with self.graph.inserting_after(node):
-            selected = self.graph.call_module(name, inputs)
+            selected = self._beside(node, self.graph.call_module(name, inputs))
         node.replace_all_uses_with(selected)
         self.graph.erase_node(node)
         return selected
@@ -134,35 +134,33 @@ class _Lowering:
         for operand in node.all_input_nodes:
             if operand not in self.grid_of:
                 continue
-            if operand not in self.floats:
-                name = unused_name(self.root, f"{operand.name}_dequantize")
-                self.root.add_module(name, Dequantize(self.grid_of[operand].parameters_on_grid))
-                with self.graph.inserting_after(operand):
-                    self.floats[operand] = self.graph.call_module(name, (operand,))
-            node.replace_input_with(operand, self.floats[operand])
+            here = operand, self.calls.of_node[node]
+            if here not in self.floats:
+                dequantize = Dequantize(self.grid_of[operand].parameters_on_grid)
+                name = self._add(node, f"{operand.name}_dequantize", dequantize)
+                with self.graph.inserting_before(node):
+                    self.floats[here] = self._beside(node, self.graph.call_module(name, (operand,)))
+            node.replace_input_with(operand, self.floats[here])
+
+    def _add(self, node: fx.Node, name: str, module: nn.Module) -> str:
+        """Adds a module to the container whose code a node is."""
+        return add_module(self.root, owner_of(node), name, module)
+
+    def _beside(self, node: fx.Node, added: fx.Node) -> fx.Node:
+        """Has a new node belong to the container whose code another is."""
+        added.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+        self.calls.of_node[added] = self.calls.of_node[node]
+        return added
 
     def finish(self) -> None:
         """Puts the integer modules in place and takes out what was folded into them."""
         self._keep_parameters_read()
         for name, module in self.replacements.items():
-            self.root.set_submodule(name, module)
-        self._replace_other_names()
+            replace_module(self.root, self.modules[name], module)
         called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
         for name, module in self.modules.items():
             if module in self.folded and name not in called:
                 self.root.set_submodule(name, nn.Identity())
-
-    def _replace_other_names(self) -> None:
-        """A layer may be registered under further names, which the graph does not call and no wrapper stands at."""
-        integer_forms: dict[nn.Module, nn.Module] = {}
-        for name, replacement in self.replacements.items():
-            wrapper = self.modules[name]
-            if isinstance(wrapper, QATModuleWrapper):
-                integer_forms.setdefault(wrapper.layer, replacement)
-        called = tuple(f"{node.target}." for node in self.graph.nodes if node.op == "call_module")
-        for name, module in list(self.root.named_modules(remove_duplicate=False)):
-            if module in integer_forms and not f"{name}.".startswith(called):
-                self.root.set_submodule(name, integer_forms[module])
 
     def _keep_parameters_read(self) -> None:
         """What the graph also reads by name (tied weights, running statistics) stays, under names of its own."""
@@ -170,13 +168,16 @@ class _Lowering:
             layer, _, last = str(node.target).rpartition(".")
             if node.op == "get_attr" and (layer in self.replacements or self.modules.get(layer) in self.folded):
                 value = getattr(self.modules[layer], last)
-                node.target = unused_name(self.root, node.name)
+                owner = owner_of(node)
+                container = self.root.get_submodule(owner)
+                name = unused_name(container, node.name)
+                node.target = f"{owner}.{name}" if owner else name
                 if all(user.target is getattr and user.args[1] in ("dtype", "device") for user in node.users):
-                    self.root.register_buffer(node.target, value.detach().new_empty(0), persistent=False)
+                    container.register_buffer(name, value.detach().new_empty(0), persistent=False)
                 elif isinstance(value, nn.Parameter):
-                    self.root.register_parameter(node.target, value)
+                    container.register_parameter(name, value)
                 else:
-                    self.root.register_buffer(node.target, value)
+                    container.register_buffer(name, value)
 
 
 def _takes_one_part(node: fx.Node) -> bool:

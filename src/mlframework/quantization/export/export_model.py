@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from ..graph.generated_forward import graph_of, has_generated_forward, set_forward
-from ..graph.nodes import SHAPE_QUERIES, unused_name
+from ..graph.containers import graph_of, is_part, set_forwards
+from ..graph.generated_forward import source_of
+from ..graph.nodes import SHAPE_QUERIES, add_module, owner_of
 from ..graph.subgraph import module_of_nodes
 from ..int8.average_pooling import AveragePooling
 from ..int8.integer_module import IntegerModule
@@ -44,7 +45,7 @@ def make_export_model(converted: nn.Module, conventions: Conventions, shapes: Sh
     """
     if isinstance(converted, IntegerModule):
         return _form_of(converted, conventions, shapes)
-    for part in [module for module in converted.modules() if has_generated_forward(module)]:
+    for part in [module for module in converted.modules() if is_part(module)]:
         _put_nodes_around_moves(part)
     forms: dict[nn.Module, nn.Module] = {}
     for name, module in list(converted.named_modules(remove_duplicate=False)):
@@ -101,19 +102,19 @@ def _put_nodes_around_moves(part: nn.Module) -> None:
         if _name_of(node) not in _KEEPING and not _takes_a_part(node, source):
             node = _between_nodes(part, graph, node, grid, modules)
         grids[node] = grid
-    set_forward(part, graph)
+    set_forwards(part, graph, source_of(part).given[0], runs_own_code=False)
 
 
 def _between_nodes(
     part: nn.Module, graph: fx.Graph, node: fx.Node, grid: GridNodes, modules: Mapping[str, nn.Module]
 ) -> fx.Node:
     inputs = tuple(node.all_input_nodes)
-    name = unused_name(part, node.name)
-    part.add_module(name, QDQSelection(grid, module_of_nodes([node], inputs, modules)))
+    selection = QDQSelection(grid, module_of_nodes([node], inputs, modules))
+    name = add_module(part, owner_of(node), node.name, selection)
     with graph.inserting_after(node):
         moved = graph.call_module(name, inputs)
     node.replace_all_uses_with(moved)
-    moved.meta["name"] = _name_of(node)
+    moved.meta.update(name=_name_of(node), nn_module_stack=node.meta.get("nn_module_stack"))
     graph.erase_node(node)
     return moved
 

@@ -26,6 +26,15 @@ def clone_sharing_parameters(model: nn.Module) -> nn.Module:
     return copy_of(model, memo)
 
 
+def scratch_of(model: nn.Module) -> nn.Module:
+    """A clone to run as often as need be: no backward hook of the user's fires."""
+    scratch = clone_sharing_parameters(model)
+    for module in scratch.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return scratch
+
+
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, also of tensors that were computed with gradients (hooks of weight normalization and of pruning keep
     such), which it takes out of their graph.

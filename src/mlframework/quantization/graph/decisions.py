@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .example_run import agree, copies, state_kept
+from .example_run import copies
 from .nodes import owner_of
 
 # What tells of a tensor's form and not of its values.
@@ -19,6 +18,9 @@ _FORM_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "re
 _FORM_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex",
                  "is_contiguous", "get_device", "element_size"}  # fmt: skip
 _FORM_FUNCTIONS: set[Any] = {torch.is_floating_point, torch.is_complex, torch.numel, len}
+
+# What makes as many parts as an axis is long.
+_PARTS_BY_SIZE: set[Any] = {torch.unbind, torch.split, torch.tensor_split, "unbind", "split", "tensor_split"}
 
 _MODULE_CALL, _MODULE_GETATTR = nn.Module.__call__, nn.Module.__getattr__  # a trace replaces both
 
@@ -62,20 +64,30 @@ class ExampleAnswers:
         return question(value)
 
     def length(self, node: fx.Node) -> int:
-        """How many parts the node's value has: a tuple's, or a tensor's along its first axis."""
-        return len(self._value(node))
+        """How many parts the node's value has: a tuple's, or a tensor's along its first axis; the graph from now on
+        asserts it where it may differ for another input."""
+        value = self._value(node)
+        if isinstance(value, Tensor):
+            asks = self.graph.call_method("size", (node, 0))
+        elif isinstance(value, torch.Size) or node.target in _PARTS_BY_SIZE:
+            asks = self.graph.call_function(length, (node,))
+        else:
+            return len(value)
+        asks.meta = dict(node.meta)
+        return self.answer(asks, int)
 
     def _guard(self, node: fx.Node, value: Any, truth: bool) -> fx.Node:
         expected = 0 if truth else value
         test = operator.ne if truth and value else operator.eq
         same = self.graph.call_function(test, (node, expected))
+        same.meta = dict(node.meta)
         where = owner_of(node) or "the model"
         text = (
             f"{where} was traced with {node.name} = {value!r}; its code goes another way for this input: prepare the "
             "model with an example like it"
         )
         guard = self.graph.call_function(torch._assert, (same, text))
-        guard.meta[_IS_GUARD] = True
+        guard.meta = {**node.meta, _IS_GUARD: True}
         return guard
 
     def _value(self, node: fx.Node) -> Any:
@@ -85,7 +97,7 @@ class ExampleAnswers:
         if not interpreter.env:
             placeholders = [self.arguments[str(n.target)] for n in self.graph.nodes if n.op == "placeholder"]
             interpreter.args_iter = iter(copies(placeholders))
-        with _calls_as_usual(), _evaluating(self.model), state_kept(self.model):
+        with torch.no_grad(), _calls_as_usual():
             for other in self.graph.nodes:
                 if other not in interpreter.env:
                     interpreter.env[other] = interpreter.run_node(other)
@@ -97,7 +109,7 @@ class ExampleAnswers:
         value = self._value(node)
         if isinstance(value, Tensor):
             return False
-        if node.op == "placeholder":
+        if node.op == "placeholder" or (node.op == "call_function" and node.target is length):
             return True
         operands = node.all_input_nodes
         if any(isinstance(self._value(operand), Tensor) for operand in operands):
@@ -107,6 +119,13 @@ class ExampleAnswers:
     def _is_constant(self, node: fx.Node) -> bool:
         """Whether no input of the model has a part in the node's value."""
         return node.op == "get_attr" or (node.op != "placeholder" and all(map(self._is_constant, node.all_input_nodes)))
+
+
+def length(value: Any) -> Any:
+    """How many parts a value has; of what is traced, recorded."""
+    if isinstance(value, fx.Proxy):
+        return value.tracer.create_proxy("call_function", length, (value,), {})
+    return len(value)
 
 
 class AnsweringProxy(fx.Proxy):
@@ -157,57 +176,9 @@ def _asks_for_form(node: fx.Node) -> bool:
     )
 
 
-class _PastGuards(fx.Interpreter):
-    """Runs a graph whatever its guards say, and notes which would have stopped it."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)
-        self.stopping: list[fx.Node] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        if _IS_GUARD in n.meta:
-            holds, _ = self.fetch_args_kwargs_from_env(n)[0]
-            if not holds:
-                self.stopping.append(n)
-            return None
-        return super().run_node(n)
-
-
-def drop_guards_against_batches(
-    model: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
-) -> None:
-    """Takes out the guards that would refuse batches of another size without need.
-
-    Code that expands what would broadcast anyway (``if positions.shape[0] != batch``) asks for the batch size, and its
-    answer for one example differs from that for many. Where the graph computes what the model computes on the other
-    kind of batch as well, nothing hangs on the answer.
-    """
-    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not tensors:
-        return
-    batch = tensors[0].shape[0]
-
-    def resized(values: Any) -> Any:
-        def resize(tensor: Tensor) -> Tensor:
-            if tensor.dim() == 0 or tensor.shape[0] != batch:
-                return tensor
-            return tensor[:1] if batch > 1 else torch.cat([tensor, tensor])
-
-        return tree_map_only(Tensor, resize, values)
-
-    runner = _PastGuards(model, graph)
-    with state_kept(model):
-        seed = torch.random.get_rng_state()
-        try:
-            expected = type(model).forward(model, *copies(resized(args)), **copies(resized(kwargs)))
-            torch.random.set_rng_state(seed)
-            placeholders = [arguments[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
-            actual = runner.run(*copies(resized(placeholders)))
-        except Exception:  # the model, or what was decided for it, takes no batch of another size
-            return
-    if agree(expected, actual):
-        for guard in runner.stopping:
-            graph.erase_node(guard)
+def is_guard(node: fx.Node) -> bool:
+    """Whether the node asserts what the code was told while it was traced."""
+    return _IS_GUARD in node.meta
 
 
 @contextmanager
@@ -219,13 +190,3 @@ def _calls_as_usual() -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = call, get  # type: ignore[method-assign]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    mode = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(mode)

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .nodes import unused_name
+from .nodes import add_module, owner_of
 
 _MODULES: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d}
 
@@ -42,14 +42,16 @@ def arguments_besides_dropout(node: fx.Node) -> tuple[tuple[Any, ...], dict[str,
     return node.args, dict(node.kwargs)
 
 
-def modules_for_dropouts(model: nn.Module, graph: fx.Graph, training: fx.Graph) -> None:
-    """Puts modules, which follow the mode, wherever ``graph`` calls a dropout as a function.
+def modules_for_dropouts(model: nn.Module, graph: fx.Graph, training: fx.Graph) -> list[str]:
+    """Puts modules, which follow the mode, wherever ``graph`` calls a dropout as a function that does; returns their
+    names.
 
     Args:
         training: the graph of training mode, node for node: code often passes a probability of 0 in evaluation.
     """
+    names = []
     for node, twin in zip(list(graph.nodes), list(training.nodes), strict=True):
-        if node.op != "call_function":
+        if node.op != "call_function" or _drops_out(node):
             continue
         module: nn.Module
         args: tuple[Any, ...]
@@ -62,12 +64,19 @@ def modules_for_dropouts(model: nn.Module, graph: fx.Graph, training: fx.Graph) 
             args, kwargs = (), _without(_attention_arguments(node), "dropout_p")
         else:
             continue
-        name = unused_name(model, node.name)
-        model.add_module(name, module)
+        name = add_module(model, owner_of(node), node.name, module)
+        names.append(name)
         with graph.inserting_after(node):
             call = graph.call_module(name, args, kwargs)
+        call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+    return names
+
+
+def _drops_out(node: fx.Node) -> bool:
+    """Whether the node drops out although its graph is that of evaluation."""
+    return node.target in _MODULES and bool(node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True))
 
 
 def _attention_arguments(node: fx.Node) -> dict[str, Any]:

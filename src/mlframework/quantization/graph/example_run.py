@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from .containers import ends, is_mark
+
 
 class TensorInfo(NamedTuple):
     """What a node's value was when the example inputs ran: ``node.meta["tensor"]``, absent where it is no tensor.
@@ -24,16 +26,28 @@ class TensorInfo(NamedTuple):
     extent: float
 
 
-class _Recorder(fx.Interpreter):
-    """Notes what every value is and which storages it lies in: references that are unique and keep no memory."""
+class Recorder(fx.Interpreter):
+    """Notes what every value is, which storages it lies in (references that are unique and keep no memory), and what
+    containers return.
+
+    Attributes:
+        running: the node that runs, or was running when an error ended the run.
+        ended: marks of containers' ends, with the tensors that they returned.
+    """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
         self.tensors: dict[fx.Node, TensorInfo] = {}
         self.storages: dict[fx.Node, set[StorageWeakRef]] = {}
+        self.running: fx.Node | None = None
+        self.ended: list[tuple[fx.Node, Any]] = []
 
     def run_node(self, n: fx.Node) -> Any:
+        self.running = n
         result = super().run_node(n)
+        if is_mark(n) and n.target is ends:
+            parts = self.fetch_args_kwargs_from_env(n)[0][1]
+            self.ended.append((n, [part.detach().clone() for part in parts if isinstance(part, Tensor)]))
         if isinstance(result, Tensor):
             measurable = result.is_floating_point() and result.numel() > 0
             extent = float(result.detach().abs().max()) if measurable else 0.0
@@ -43,31 +57,17 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def recorded(model: nn.Module, graph: fx.Graph, arguments: dict[str, Any]) -> tuple[_Recorder, Any]:
+def recorded(model: nn.Module, graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Recorder, Any]:
     """Runs the graph on the example; returns what was noted, and the result."""
-    recorder = _Recorder(model, graph)
+    recorder = Recorder(model, graph)
     placeholders = [arguments[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
     return recorder, recorder.run(*copies(placeholders))
 
 
-def reproduces(
-    model: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
-) -> bool:
-    """Whether model and graph agree on the example, bit for bit; leaves :class:`TensorInfo` at the nodes."""
-    with state_kept(model):
-        seed = torch.random.get_rng_state()
-        expected = type(model).forward(model, *copies(args), **copies(kwargs))
-        torch.random.set_rng_state(seed)
-        recorder, actual = recorded(model, graph, arguments)
-    for node, value in recorder.tensors.items():
-        node.meta["tensor"] = value
-    return agree(expected, actual)
-
-
 def agree(expected: Any, actual: Any) -> bool:
     """Whether a model's result and its interpreted graph's are the same, bit for bit."""
-    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(_plain(actual))
-    return structure == other_structure and all(map(_same, leaves, others))
+    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(plain(actual))
+    return structure == other_structure and all(map(values_agree, leaves, others))
 
 
 @contextmanager
@@ -93,19 +93,20 @@ def copies(values: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Results as a generated forward returns them: an interpreter returns fx's own dictionaries and lists."""
     if type(value) in (dict, fx.immutable_collections.immutable_dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, fx.immutable_collections.immutable_list)):
+        return [plain(item) for item in value]
     if isinstance(value, tuple):
-        items = tuple(_plain(item) for item in value)
+        items = tuple(plain(item) for item in value)
         return type(value)(*items) if hasattr(value, "_fields") else items
     return value
 
 
-def _same(one: Any, other: Any) -> bool:
+def values_agree(one: Any, other: Any) -> bool:
+    """Whether two parts of results are the same, bit for bit."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
     return bool(operator.eq(one, other))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from .containers import readers
 from .example_run import recorded, state_kept
 from .nodes import owners_of
 
@@ -29,7 +30,7 @@ def change_through_view(model: nn.Module, graph: fx.Graph, arguments: dict[str, 
             continue
         stands_for[change] = stands_for.get(changed, changed)
         aliases = {
-            node: [user for user in node.users if order[user] > order[change]]
+            node: [user for user in readers(node) if order[user] > order[change]]
             for node in graph.nodes
             if order[node] < order[change] and storages[node] & storages[changed]
         }

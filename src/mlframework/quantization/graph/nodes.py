@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import Any
-
 from torch import fx, nn
-
-
-def create_argument(tracer: fx.Tracer, a: Any) -> Any:
-    """``Tracer.create_arg``, which takes a dictionary that is a dataclass as well (a result of Hugging Face's
-    ``transformers``) for a plain one."""
-    if isinstance(a, dict) and is_dataclass(a):
-        values = {field.name: tracer.create_arg(getattr(a, field.name)) for field in fields(a)}
-        return tracer.create_node("call_function", type(a), (), values)
-    return fx.Tracer.create_arg(tracer, a)
-
 
 # What asks a tensor for its form alone, as a method or as an attribute.
 SHAPE_QUERIES = frozenset({"size", "dim", "numel", "shape", "ndim"})
@@ -37,6 +24,22 @@ def owners_of(node: fx.Node) -> list[str]:
     if node.op == "call_module":  # the module called is on the stack as well
         names = [name for name in names if name != node.target]
     return ["", *names]
+
+
+def add_module(root: nn.Module, owner: str, wanted: str, module: nn.Module) -> str:
+    """Adds a module to a container of ``root``, under the name that is wanted or one like it; returns the name that it
+    has in ``root``."""
+    container = root.get_submodule(owner)
+    name = unused_name(container, wanted)
+    container.add_module(name, module)
+    return f"{owner}.{name}" if owner else name
+
+
+def replace_module(root: nn.Module, module: nn.Module, replacement: nn.Module) -> None:
+    """Puts a module in the place of another, under all the names that this has."""
+    for name, present in list(root.named_modules(remove_duplicate=False)):
+        if present is module:
+            root.set_submodule(name, replacement)
 
 
 def unused_name(model: nn.Module, wanted: str) -> str:

@@ -1,202 +1,290 @@
-"""Takes a model down as a graph of calls, as far as it can be traced without changing what it computes."""
+"""Takes a model down as a graph of calls, as far as a graph can be proved to do what the model does."""
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .decisions import AnsweringProxy, ExampleAnswers, drop_guards_against_batches, drop_unread_answers
-from .dropouts import arguments_besides_dropout, modules_for_dropouts
-from .example_run import reproduces
+from .clone import scratch_of
+from .containers import MarkingTracer, bound_to
+from .decisions import AnsweringProxy, ExampleAnswers, drop_unread_answers
+from .dropouts import modules_for_dropouts
+from .example_run import random_state_kept
+from .generated_forward import base_of_generated
 from .in_place import change_through_view, route_through_in_place_operations
-from .nodes import create_argument, is_constant, owner_of
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from .mode_differences import differing_modules, modules_for_training_alone
+from .nodes import is_constant, owner_of, unused_name
+from .proof import prove
+from .signatures import Given, given_arguments, parameters_of
+from .watching import ModuleCall, Observation, observe
 
 
 class Trace(NamedTuple):
-    """The graph, or None where the model itself cannot be traced; and the modules kept whole, with the reason."""
+    """A graph of calls with marks (:mod:`.containers`), or None where the code of the model itself has to run.
+
+    Attributes:
+        graph: its nodes have :class:`.TensorInfo`.
+        own_code: why the code of a module has to run, by name; the empty name is the model itself.
+        given: what the graph is called with.
+    """
 
     graph: fx.Graph | None
-    kept_whole: dict[str, str]
+    own_code: dict[str, str]
+    given: tuple[Given, ...] = ()
+
+
+def observed(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_leaf: Callable[[nn.Module], bool]
+) -> dict[bool, Observation]:
+    """What the model's own code does with the example, in training and in evaluation; on copies of the model."""
+    observations = {}
+    is_leaf = also_pytorchs(is_leaf)
+    for mode in (True, False):
+        copied = scratch_of(model)
+        with random_state_kept():
+            observations[mode] = observe(copied.train(mode), args, kwargs, is_leaf)
+    return observations
+
+
+def also_pytorchs(is_leaf: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+    """Takes PyTorch's own modules for leaves, too, but for those that only call others in a row."""
+
+    def decide(module: nn.Module) -> bool:
+        is_pytorchs = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+        return is_pytorchs or is_leaf(module)
+
+    return decide
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], is_leaf: Callable[[nn.Module], bool]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    is_leaf: Callable[[nn.Module], bool],
+    observations: Mapping[bool, Observation] | None = None,
+    own_code: Mapping[str, str] | None = None,
 ) -> Trace:
-    """Traces ``model`` (whose class must not rely on being called during the trace) with given example inputs.
+    """Traces ``model`` with given example inputs.
 
-    Submodules whose code does not trace (control flow on values), depends on the training mode, or changes a tensor
-    in place through a view, and those that have hooks, are kept whole: called as they are. Arguments that the
-    examples leave out keep their defaults.
+    Modules whose code does what a graph does not say, or cannot be traced (control flow on values), or depends on the
+    training mode, are called as they are. So are those that have hooks.
 
     Args:
-        model: the model; dropout modules and constants may be added to it.
-        args, kwargs: example inputs; they run through the model and through the graph, in evaluation mode.
-        is_leaf: whether to keep a module whole whatever is in it.
+        model: dropout modules and constants may be added to it and to its containers.
+        args, kwargs: example inputs.
+        is_leaf: whether to call a module as it is whatever is in it.
+        observations: what runs of the model's own code on the example have shown, in training and in evaluation;
+            found out where they are not given.
+        own_code: modules of which it is known already that their own code has to run, with the reason.
     """
-    if "forward" in vars(model):
-        return Trace(None, {"": "its forward was replaced on the instance"})
+    is_leaf = also_pytorchs(is_leaf)
+    if observations is None:
+        observations = observed(model, args, kwargs, is_leaf)
+    own_code = dict(own_code or {})
+    for seen in observations.values():
+        own_code = {**seen.effects, **own_code}
+    if "" in own_code:
+        return Trace(None, {"": own_code[""]})
     arguments = _by_name(model, args, kwargs)
-    kept_whole = {
-        name: "it has hooks of its own"
-        for name, module in model.named_modules()
-        if name and not is_leaf(module) and any(getattr(module, hooks) for hooks in _HOOKS)
-    }
-    training = {module: module.training for module in model.modules()}
-    try:
+    given = given_arguments(arguments, lambda part: isinstance(part, (Tensor, int, float, complex)))
+    for name, module in model.named_modules():
+        if name and not is_leaf(module) and has_hooks(module):
+            own_code.setdefault(name, HAS_HOOKS)
+    with random_state_kept():
         while True:
-            tracers = {}
-            for mode in (True, False):
-                model.train(mode)
-                tracers[mode] = _ModelTracer(arguments, kept_whole, is_leaf)
-                failure = tracers[mode].try_to_trace(model)
-                if failure is not None:
-                    break
-            else:
-                failure = _difference(model, tracers[True].graph, tracers[False].graph)
-                failure = failure or change_through_view(model, tracers[False].graph, arguments)
-            if failure is None:
+            known = len(own_code)
+            # The code of modules that are called as they are runs many times here: on a copy.
+            scratch = scratch_of(model)
+            attempt = _attempt(scratch, args, kwargs, arguments, given, is_leaf, own_code, observations)
+            if "" in own_code:
+                return Trace(None, {"": own_code[""]})
+            if attempt is not None and len(own_code) == known:
                 break
-            name, reason = failure
-            if not name or name in kept_whole:
-                return Trace(None, {"": reason})
-            kept_whole[name] = reason
-        graph = tracers[False].graph
-        modules_for_dropouts(model, graph, tracers[True].graph)
-        model.eval()
-        _buffers_for_constants(model, graph)
-        if not reproduces(model, graph, args, kwargs, arguments):
-            return Trace(None, {"": "its trace does not reproduce its output"})
-        drop_unread_answers(graph)
-        drop_guards_against_batches(model, graph, args, kwargs, arguments)
-        route_through_in_place_operations(model, graph)
-        _reshapes_for_views(graph)
-    finally:
-        for module in model.modules():
-            module.training = training.get(module, training[model])
-    return Trace(graph, kept_whole)
+    graph, added = attempt
+    for name, value in added.items():
+        owner, _, last = name.rpartition(".")
+        container = model.get_submodule(owner)
+        if isinstance(value, nn.Module):
+            container.add_module(last, value.train(container.training))
+        else:
+            container.register_buffer(last, value, persistent=False)
+    drop_unread_answers(graph)
+    route_through_in_place_operations(model, graph)
+    _reshapes_for_views(graph)
+    return Trace(graph, own_code, given)
 
 
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The example's arguments by name, in the order of the signature; those that ``**kwargs`` takes come last."""
-    signature = inspect.signature(model.forward)
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(name, {}))
-    return arguments
+def _attempt(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    arguments: dict[str, Any],
+    given: tuple[Given, ...],
+    is_leaf: Callable[[nn.Module], bool],
+    own_code: dict[str, str],
+    observations: Mapping[bool, Observation],
+) -> tuple[fx.Graph, dict[str, nn.Module | Tensor]] | None:
+    """A graph, and modules and constants that it takes; None where ``own_code`` has grown, and all is to do again."""
+    known = len(own_code)
+    graphs = {}
+    for mode in (True, False):
+        model.train(mode)
+        tracer = _ModelTracer(arguments, given, own_code, is_leaf, observations[mode].calls)
+        with _buffers_kept(model):
+            reason = tracer.try_to_trace(model)
+        if reason is not None:
+            own_code[""] = reason
+            return None
+        graphs[mode] = tracer.graph
+    graph = graphs[False]
+    if len(own_code) > known:
+        return None
+    names = modules_for_training_alone(model, graph, graphs[True])
+    own_code.update(differing_modules(model, graphs[True], graph))
+    if len(own_code) > known:
+        return None
+    culprit = change_through_view(model, graph, arguments)
+    if culprit is not None:
+        own_code.update([culprit])
+        return None
+    names += modules_for_dropouts(model, graph, graphs[True])
+    constants = _buffers_for_constants(model, graph)
+    own_code.update(prove(model, graph, args, kwargs, arguments, observations))
+    return graph, {**{name: model.get_submodule(name) for name in names}, **constants}
 
 
-class _ModelTracer(fx.Tracer):
-    """Records calls; code that asks for shapes and types is answered from the example."""
+HAS_HOOKS = "it has hooks of its own"
 
-    proxy_buffer_attributes = True
-    create_arg = create_argument
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than run its code."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The example's arguments by the names of the signature's parameters."""
+    signature = inspect.Signature(parameters_of(base_of_generated(type(model))))
+    return dict(signature.bind(*args, **kwargs).arguments)
+
+
+class _ModelTracer(MarkingTracer):
+    """Records calls; code that asks for shapes and types is answered from the example. A module whose code does not
+    trace becomes a call of that module, and is added to ``own_code``."""
 
     def __init__(
-        self, arguments: dict[str, Any], kept_whole: dict[str, str], is_leaf: Callable[[nn.Module], bool]
+        self,
+        arguments: dict[str, Any],
+        given: tuple[Given, ...],
+        own_code: dict[str, str],
+        is_leaf: Callable[[nn.Module], bool],
+        calls: Mapping[str, list[ModuleCall]],
     ) -> None:
         super().__init__()
         self.arguments = arguments
-        self.kept_whole = kept_whole
+        self.given = given
+        self.own_code = own_code
         self.is_leaf = is_leaf
-        self.active: list[str] = []
-        self.failed_in = ""
+        self.calls = calls
+        self.called: dict[str, int] = {}
 
-    def try_to_trace(self, model: nn.Module) -> tuple[str, str] | None:
-        """Traces; returns the innermost module that failed and why, or None."""
+    def try_to_trace(self, model: nn.Module) -> str | None:
+        """Traces; returns why the model's own code does not trace, or None."""
         try:
             self.trace(model)
         except Exception as error:  # a model's own code may raise anything at a value that is not there
-            reason = str(error).strip().splitlines()
-            return self.failed_in, f"its code does not trace ({reason[0] if reason else type(error).__name__})"
+            return _does_not_trace(error)
         return None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return AnsweringProxy(node, self)
 
     def iter(self, obj: fx.Proxy) -> Any:
-        return (operator.getitem(obj, index) for index in range(len(obj)))
+        return (operator.getitem(obj, index) for index in range(len(obj)))  # type: ignore[arg-type]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            module_qualified_name in self.kept_whole
-            or self.is_leaf(m)
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        return module_qualified_name in self.own_code or self.is_leaf(m)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            raise NameError(f"it calls a {type(mod).__name__} that is no submodule of the model") from None
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self.active.append(self.path_of_module(m))
+        if m not in self.submodule_paths and not any(True for _ in m.parameters()):  # type: ignore[operator]
+            return m.forward(*args, **kwargs)  # made on the spot
+        name = self.path_of_module(m)
+        self.called[name] = self.called.get(name, -1) + 1
+        if self.is_leaf_module(m, name):
+            return self._call_leaf(m, name, args, kwargs)
+        last = next(iter(reversed(self.graph.nodes)), None)
+        scope, stack, counts, called = self.scope, self.module_stack.copy(), dict(self.num_calls), dict(self.called)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed_in = self.failed_in or self.active[-1]
-            raise
-        finally:
-            self.active.pop()
+        except Exception as error:
+            self.own_code[name] = _does_not_trace(error)
+            for node in reversed(list(self.graph.nodes)):
+                if node is last:
+                    break
+                self.graph.erase_node(node)
+            self.scope, self.module_stack, self.num_calls, self.called = scope, stack, counts, called
+            return self._call_leaf(m, name, args, kwargs)
+
+    def _call_leaf(self, m: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
+        """A node; what it returns has the structure that it had when the example ran."""
+        result: fx.Proxy = fx.Tracer.call_module(self, m, m.forward, args, kwargs)
+        calls = self.calls.get(name, ())
+        if self.is_leaf(m) or self.called[name] >= len(calls):
+            return result
+        shown = calls[self.called[name]].result
+        if isinstance(shown, Tensor):
+            return result
+        (like,) = given_arguments({"": shown}, lambda part: isinstance(part, (Tensor, int, float, complex)))
+        return self.structure_of(result, like.like)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Placeholders for the arguments that the example gives; the others stay at their defaults."""
-        parameters = inspect.signature(root_fn).parameters
-        names, values = [], []
-        for name in self.arguments:
-            parameter = parameters.get(name)
-            if parameter is not None and parameter.kind is parameter.VAR_POSITIONAL:
-                raise TypeError(f"it takes any number of arguments (*{name})")
-            default = () if parameter is None or parameter.default is parameter.empty else (parameter.default,)
-            names.append(name)
-            values.append(self.create_proxy("placeholder", name, default, {}))
         self.answers = ExampleAnswers(self.root, self.graph, self.arguments)
-
-        def call(root: nn.Module, *proxies: fx.Proxy) -> Any:
-            return root_fn(root, **dict(zip(names, proxies, strict=True)))
-
-        return call, [self.root, *values]
+        parameters = {each.name: each for each in parameters_of(type(self.root))}
+        return bound_to(root_fn, parameters, self.arguments_for(self.given, parameters)), [self.root]
 
 
-def _difference(model: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> tuple[str, str] | None:
-    """Where the graphs of the two modes part: the module whose code it is, and why; None where they agree."""
-    nodes, others = list(training.nodes), list(evaluation.nodes)
-    positions = {node: index for index, node in enumerate(nodes)} | {node: index for index, node in enumerate(others)}
-
-    def arguments(node: fx.Node) -> str:
-        return str(fx.map_arg(arguments_besides_dropout(node), lambda argument: positions[argument]))
-
-    for node, other in zip(nodes, others, strict=False):
-        if is_constant(node) and is_constant(other):
-            # Constants made while tracing are alike in both traces; random ones are not.
-            same = torch.equal(getattr(model, str(node.target)), getattr(model, str(other.target)))
-        else:
-            same = node.op == other.op and node.target == other.target and arguments(node) == arguments(other)
-        if not same:
-            return _owner_of_difference(nodes, others) or owner_of(node), "its code depends on the training mode"
-    return None
+def _does_not_trace(error: Exception) -> str:
+    reason = str(error).strip().splitlines()
+    return f"its code does not trace ({reason[0] if reason else type(error).__name__})"
 
 
-def _owner_of_difference(nodes: list[fx.Node], others: list[fx.Node]) -> str:
-    """The module that makes other calls in one graph than in the other; empty for the model itself."""
-
-    def calls(owner: str, graph: list[fx.Node]) -> list[Any]:
-        return ["constant" if is_constant(node) else node.target for node in graph if owner_of(node) == owner]
-
-    owners = dict.fromkeys(map(owner_of, [*nodes, *others]))
-    return next((owner for owner in owners if owner and calls(owner, nodes) != calls(owner, others)), "")
-
-
-def _buffers_for_constants(model: nn.Module, graph: fx.Graph) -> None:
-    """Constants made while tracing move with the model, and stay out of its state dict."""
-    used = {str(node.target) for node in graph.nodes if is_constant(node)}
-    for name in [name for name in vars(model) if name.startswith("_tensor_constant")]:
-        value = getattr(model, name)
-        delattr(model, name)
-        if name in used:
-            model.register_buffer(name, value, persistent=False)
+def _buffers_for_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    """Constants made while tracing become buffers of the module whose code made them: they move with it, and stay out
+    of its state dict. Returns them by name."""
+    made = {name: vars(model).pop(name) for name in list(vars(model)) if name.startswith("_tensor_constant")}
+    constants = {}
+    for node in graph.nodes:
+        if not is_constant(node) or str(node.target) not in made:
+            continue
+        owner = owner_of(node)
+        container = model.get_submodule(owner)
+        last = unused_name(container, "_tensor_constant0")
+        value = made[str(node.target)]
+        container.register_buffer(last, value, persistent=False)
+        node.target = f"{owner}.{last}".removeprefix(".")
+        constants[node.target] = value
+    return constants
 
 
 def _reshapes_for_views(graph: fx.Graph) -> None:

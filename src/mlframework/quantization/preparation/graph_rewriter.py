@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
-from ..graph.nodes import unused_name
+from ..graph.containers import Calls, is_mark
+from ..graph.nodes import add_module, owner_of, replace_module, unused_name
 from ..int8.lookup import Lookup
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
@@ -32,6 +33,7 @@ class GraphRewriter:
         self.graph = graph
         self.modules = modules
         self.config = config
+        self.calls = Calls(graph)
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.device = next((tensor.device for tensor in (*root.parameters(), *root.buffers())), None)
@@ -107,38 +109,50 @@ class GraphRewriter:
             parent, _, last = name.rpartition(".")
             name = ".".join(filter(None, (parent, unused_name(self.root.get_submodule(parent), f"{last}_call"))))
             chain.node.target = name
-        self.root.set_submodule(name, wrapper)
+        if isinstance(present, QATModuleWrapper):
+            self.root.set_submodule(name, wrapper)
+        else:
+            replace_module(self.root, present, wrapper)
         chain.node.args, chain.node.kwargs = tuple(chain.node.all_input_nodes), {}
         self._close_up(chain.end, chain.node, chain.activation, chain.batch_norm)
 
     def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer, why_float: str | None) -> ReportEntry:
-        name = unused_name(self.root, f"{node.name}_fake_quantize")
-        self.root.add_module(name, layer)
+        name = add_module(self.root, owner_of(node), f"{node.name}_fake_quantize", layer)
         position = node
         while position.next.op == "placeholder":
             position = position.next
         with self.graph.inserting_after(position):
             call = self.graph.call_module(name, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        name = str(node.target) if node.op == "call_module" else node.name
+        name = _name_of(node)
         kind = _description(node, self.modules)
         if node.op in ("placeholder", "get_attr"):
             return ReportEntry(name, kind, True, str(layer.scheme))
         return ReportEntry(name, kind, False, f"{why_float or 'computed in float'}, output {layer.scheme}")
 
     def _put_operation(self, entry: Joined, operation: QATOperation) -> ReportEntry:
-        name = unused_name(self.root, entry.node.name)
-        self.root.add_module(name, operation)
+        self._swallow(entry)
+        name = add_module(self.root, owner_of(entry.nodes[0]), entry.node.name, operation)
         # Before the first of its nodes: what these read may be changed in place before the last.
         with self.graph.inserting_before(entry.nodes[0]):
             call = self.graph.call_module(name, tuple(self.replaced.get(node, node) for node in entry.operands))
         self._replace(entry.end, call)
+        for node in entry.nodes:  # a container that returned what is now inside of the operation returns its result
+            node.replace_all_uses_with(call, delete_user_cb=is_mark)
         for node in reversed(entry.nodes):
             if not node.users:  # a part of a region may have other readers
                 self.graph.erase_node(node)
-        name = str(entry.node.target) if entry.node.op == "call_module" else name
+        name = _name_of(entry.node) if entry.node.op == "call_module" else name
         detail = f"output {operation.output_fake_quantize.scheme}"
         return ReportEntry(name, operation.operation.kind, True, detail)
+
+    def _swallow(self, entry: Joined) -> None:
+        """Takes out the marks of containers that the operation stands for whole."""
+        inside = self.calls.inside(entry.nodes, self.calls.of_node[entry.end])
+        for call in inside if isinstance(entry.operation, Lookup) else ():
+            for mark in (call.first, call.last):
+                if mark is not None:
+                    self.graph.erase_node(mark)
 
     def _close_up(self, end: fx.Node, replacement: fx.Node, *obsolete: fx.Node | None) -> None:
         """Hands the uses of a chain's end over and erases what runs inside the replacement; last node first."""
@@ -170,7 +184,7 @@ class GraphRewriter:
                 continue
             if str(node.target) in placement.float_layers:
                 continue
-            accounts[node] = ReportEntry(node.name, _description(node, self.modules), False, "no integer form")
+            accounts[node] = ReportEntry(_name_of(node), _description(node, self.modules), False, "no integer form")
         return accounts
 
 
@@ -181,6 +195,14 @@ def layer_entry(name: str, wrapper: QATModuleWrapper, how: str = "") -> ReportEn
     output = "float" if wrapper.output_fake_quantize is None else wrapper.output_fake_quantize.scheme
     detail = ", ".join(filter(None, (weights, f"output {output}", how)))
     return ReportEntry(name, type(wrapper.layer).__name__, True, detail)
+
+
+def _name_of(node: fx.Node) -> str:
+    """The name of the module that a node calls, or one for the node among what its module calls."""
+    if node.op == "call_module":
+        return str(node.target)
+    owner = owner_of(node)
+    return f"{owner}.{node.name}" if owner else node.name
 
 
 def _description(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:

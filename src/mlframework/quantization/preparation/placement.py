@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from ..graph.containers import Calls, readers
 from ..graph.subgraph import module_of_nodes
 from ..int8.average_pooling import AveragePooling, Mean
 from ..int8.folding import BATCH_NORMS
@@ -84,9 +85,16 @@ class Placement:
     float_layers: dict[str, str] = field(default_factory=dict)
 
 
-def place(graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig) -> Placement:
-    """Decides for every node; ``node.meta["tensor"]`` tells which values are floating-point tensors."""
-    return _Placer(graph, modules, config).place()
+def place(graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig, prefix: str = "") -> Placement:
+    """Decides for every node; ``node.meta["tensor"]`` tells which values are floating-point tensors.
+
+    Args:
+        graph: of a part of the model, with marks (:mod:`.graph.containers`).
+        modules: what it calls, by name.
+        config: what to quantize, and how.
+        prefix: the name of the part in the model.
+    """
+    return _Placer(graph, modules, config, prefix).place()
 
 
 def skip_reason(name: str, layer: nn.Module, config: QATConfig) -> str | None:
@@ -97,7 +105,9 @@ def skip_reason(name: str, layer: nn.Module, config: QATConfig) -> str | None:
 
 
 class _Placer:
-    def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig) -> None:
+    def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig, prefix: str) -> None:
+        self.prefix = f"{prefix}." if prefix else ""
+        self.calls = Calls(graph)
         self.graph = graph
         self.modules = modules
         self.config = config
@@ -146,8 +156,8 @@ class _Placer:
         name, layer = str(node.target), self.modules[str(node.target)]
         if layer_type_of(layer) is None:
             return
-        reason = skip_reason(name, layer, self.config)
-        config = self.config.for_layer(name, layer)
+        reason = skip_reason(f"{self.prefix}{name}", layer, self.config)
+        config = self.config.for_layer(f"{self.prefix}{name}", layer)
         if reason is not None or config is None:
             self.placement.float_layers[name] = str(reason)
             return
@@ -246,7 +256,7 @@ class _Placer:
         if node not in self.on_grid:
             return None
         region = pointwise_region(node, self.modules, self._is_on_codes)
-        if region is None:
+        if region is None or not self.calls.are_whole(region.nodes):
             return None
         called = {str(inner.target) for inner in region.nodes if inner.op == "call_module"}
         function = module_of_nodes(region.nodes, (region.source,), self.modules)
@@ -301,4 +311,5 @@ class _Placer:
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    users = readers(node)
+    return users[0] if len(users) == 1 else None

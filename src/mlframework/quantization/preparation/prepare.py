@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..graph.clone import clone_sharing_parameters
 from ..graph.example_run import copies, random_state_kept
-from ..graph.generated_forward import set_forward
-from ..graph.tracing import trace
-from ..int8.folding import BATCH_NORMS
+from ..graph.tracing import observed
 from ..int8.integer_module import IntegerModule
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
@@ -22,10 +20,10 @@ from ..qat.observer_synchronizer import ObserverSynchronizer, commit_statistics,
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from ..scheme_state import check_schemes
-from . import operations
-from .graph_rewriter import GraphRewriter, layer_entry
-from .placement import place, skip_reason
-from .report import NEVER_REACHED, PreparationReport, ReportEntry
+from .graph_rewriter import layer_entry
+from .parts import PartPreparation, is_leaf
+from .placement import skip_reason
+from .report import PreparationReport
 
 
 def prepare(
@@ -42,9 +40,12 @@ def prepare(
     state-dict keys (scales and statistics are added), and trains the same Parameters: an optimizer made before goes
     on working, and both models see every update. Buffers are its own.
 
-    The model is traced with ``torch.fx``; a submodule whose code cannot be traced is kept whole, with its layers
-    wrapped one by one. So is a model that cannot be traced at all. Nothing is refused for its control flow:
-    :func:`preparation_report` tells what was done. Arguments that the example leaves out keep their defaults.
+    The model is traced with ``torch.fx``, and each trace is proved: values, gradients and buffers are those of the
+    model's own code, in training and in evaluation. A module of which that does not hold (control flow on values,
+    another gradient mode, custom backward functions, checkpointing, ...) runs its own code; the layers that it calls
+    itself are wrapped one by one, the containers that it calls are traced again. Nothing is refused for its control
+    flow: :func:`preparation_report` tells what was done. In a call with other arguments than the example's (one that
+    the example leaves out), a module runs its own code, too, with quantized weights.
 
     Args:
         model: any module.
@@ -83,11 +84,8 @@ def _prepare(
         prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
         entries = [layer_entry("", prepared)]
     else:
-        traced = trace(prepared, example_inputs, kwargs, _is_leaf)
-        if traced.graph is None:
-            entries = _wrap_layers(prepared, "", config, f"the model is not traced: {traced.kept_whole['']}")
-        else:
-            entries = _rewrite(prepared, traced.graph, traced.kept_whole, config)
+        observations = observed(model, example_inputs, kwargs, is_leaf)
+        entries = PartPreparation(prepared, config, observations).prepare_model(example_inputs, kwargs)
     prepared.preparation_report = PreparationReport(tuple(entries), config.target)  # type: ignore[assignment]
     _connect(prepared)
     for module in prepared.modules():
@@ -131,58 +129,6 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     except Exception as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
         raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return layer_type_of(module) is not None or isinstance(module, (*BATCH_NORMS, *operations.OPAQUE_MODULES))
-
-
-def _rewrite(root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], config: QATConfig) -> list[ReportEntry]:
-    """Puts the nodes where :func:`place` says and makes the graph the model's forward."""
-    modules = dict(root.named_modules())
-    placement = place(graph, modules, config)
-    entries = GraphRewriter(root, graph, modules, config).rewrite(placement)
-    for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
-        if name in modules and layer_type_of(modules[name]) is None:
-            reason = kept_whole.get(name, "its code is not traced")
-            entries += _wrap_layers(modules[name], name, config, reason)
-    set_forward(root, graph)
-    reported = {entry.name for entry in entries}
-    for name, module in modules.items():
-        if layer_type_of(module) is not None and name not in reported:
-            reason = placement.float_layers.get(name, NEVER_REACHED)
-            entries.append(ReportEntry(name, type(module).__name__, False, reason))
-    return entries
-
-
-def _wrap_layers(module: nn.Module, prefix: str, config: QATConfig, reason: str) -> list[ReportEntry]:
-    """Wraps the layers inside a module that is called as a whole, each with nodes of its own around it."""
-    entries = []
-    opaque: list[str] = []
-    found: dict[int, QATModuleWrapper] = {}
-    layers = [(name, layer) for name, layer in module.named_modules(remove_duplicate=False)]
-    for name, layer in layers:
-        qualified = ".".join(filter(None, (prefix, name)))
-        if isinstance(layer, operations.OPAQUE_MODULES):
-            opaque.append(f"{qualified}.")
-        if layer_type_of(layer) is None or not name:
-            continue
-        if any(qualified.startswith(outer) for outer in opaque):
-            entries.append(ReportEntry(qualified, type(layer).__name__, False, "its weight is read without a call"))
-            continue
-        layer_config = config.for_layer(qualified, layer)
-        obstacle = skip_reason(qualified, layer, config)
-        if obstacle is not None or layer_config is None:
-            entries.append(ReportEntry(qualified, type(layer).__name__, False, str(obstacle)))
-            continue
-        if id(layer) not in found:
-            found[id(layer)] = QATModuleWrapper(layer, layer_config)
-            entries.append(layer_entry(qualified, found[id(layer)], f"alone, between floats: {reason}"))
-        module.set_submodule(name, found[id(layer)])
-    wrappers = list(found.values())
-    if prefix == "" and wrappers and isinstance(wrappers[-1].layer, nn.Linear) and not config.quantize_last_linear:
-        wrappers[-1].output_fake_quantize = None  # the model's result, as far as one can tell
-    return entries
 
 
 def _connect(prepared: nn.Module) -> None:

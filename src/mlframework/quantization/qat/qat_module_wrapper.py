@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,6 +128,20 @@ class QATModuleWrapper(nn.Module):
         self._input_source = (source,)
         self._dropouts = dropouts
         self._have_codes_kept(source)
+
+    @contextmanager
+    def stands_alone(self) -> Iterator[None]:
+        """The wrapper as its layer alone, with a quantized weight, for code that calls by itself what follows."""
+        own = dict(vars(self))
+        node = self._modules["output_fake_quantize"]
+        self.following, self._batch_norm, self._clip = (), (None,), (-math.inf, math.inf)
+        self._input_source, self._dropouts, self._cached = (self.input_fake_quantize,), (), None
+        self._modules["output_fake_quantize"] = None
+        try:
+            yield
+        finally:
+            vars(self).update(own)
+            self._modules["output_fake_quantize"] = node
 
     def _have_codes_kept(self, node: FakeQuantizeLayer) -> None:
         if self.integer_forward and kernels.has_integer_layers():

@@ -1,0 +1,210 @@
+"""Proves that a graph does what a model's own code does: values, gradients and buffers, in training and in evaluation,
+with the example and with another batch size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .decisions import is_guard
+from .example_run import Recorder, agree, plain, random_state_kept, state_kept, values_agree
+from .nodes import owner_of
+from .watching import Observation
+
+_DIFFERS = "its trace does not reproduce its {}"
+_BATCH = "its code depends on the batch size"
+
+
+def prove(
+    model: nn.Module,
+    graph: fx.Graph,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    observations: Mapping[bool, Observation],
+) -> dict[str, str]:
+    """The modules of whose code the graph is no true account, with the reason; none where it is proved.
+
+    Leaves :class:`.TensorInfo` at the nodes, and takes out guards that would refuse batches of another size although
+    nothing hangs on them.
+
+    Args:
+        model: as it was when the observations were made.
+        graph: with marks.
+        args, kwargs: example inputs.
+        arguments: the same, by the names of the placeholders.
+        observations: what the model's own code did, in training and in evaluation.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _prove(model, graph, args, kwargs, arguments, observations)
+
+
+def _prove(
+    model: nn.Module,
+    graph: fx.Graph,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    observations: Mapping[bool, Observation],
+) -> dict[str, str]:
+    for mode in (False, True):
+        seen = observations[mode]
+        if "" in seen.failed:
+            continue
+        model.train(mode)
+        found = _compare(model, graph, args, kwargs, arguments, seen, is_recorded=not mode)
+        if found:
+            return found
+    model.train(False)
+    return _prove_other_batch(model, graph, args, kwargs, arguments)
+
+
+class _Run(NamedTuple):
+    result: Any
+    gradients: list[Tensor | None] | None
+    buffers: list[Tensor]
+
+
+def _compare(
+    model: nn.Module,
+    graph: fx.Graph,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    seen: Observation,
+    is_recorded: bool,
+) -> dict[str, str]:
+    recorder = Recorder(model, graph)
+
+    def run_code(inputs: list[Tensor]) -> Any:
+        own_args, own_kwargs = _with_tensors((args, dict(kwargs)), inputs)
+        return type(model).forward(model, *own_args, **own_kwargs)
+
+    def run_graph(inputs: list[Tensor]) -> Any:
+        values = _with_tensors(dict(arguments), inputs)
+        return plain(recorder.run(*(values[str(node.target)] for node in graph.nodes if node.op == "placeholder")))
+
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    expected = _run(model, tensors, run_code)
+    try:
+        actual = _run(model, tensors, run_graph)
+    except Exception as error:  # where the graph fails, code was taken down that is not what runs
+        owner = owner_of(recorder.running) if recorder.running is not None else ""
+        return {owner: f"its trace fails ({(str(error).splitlines() or [''])[0]})"}
+    if is_recorded:
+        for node, value in recorder.tensors.items():
+            node.meta["tensor"] = value
+    if not agree(expected.result, actual.result):
+        return {_first_difference(recorder, seen): _DIFFERS.format("output")}
+    if not all(map(values_agree, expected.buffers, actual.buffers)):
+        return {"": _DIFFERS.format("buffers")}
+    if expected.gradients is not None and not (
+        actual.gradients is not None and all(map(values_agree, expected.gradients, actual.gradients))
+    ):
+        return {"": _DIFFERS.format("gradients")}
+    return {}
+
+
+def _run(model: nn.Module, tensors: list[Tensor], function: Any) -> _Run:
+    """A run with gradients, which leaves buffers and random generators as they were."""
+    leaves = [tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+    with state_kept(model), torch.enable_grad():
+        result = function([leaf.clone() for leaf in leaves])  # of which in-place operations are legal
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        wanted = [tensor for tensor in (*leaves, *model.parameters()) if tensor.requires_grad]
+        if not outputs or not wanted:
+            return _Run(result, [], buffers)
+        # Cotangents that tell the elements of an output apart.
+        seeds = [torch.linspace(0.5, 1.5, output.numel()).view(output.shape).to(output) for output in outputs]
+        try:
+            gradients = torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
+        except RuntimeError:  # what was saved for backward has been changed in place: a model for inference
+            return _Run(result, None, buffers)
+    return _Run(result, list(gradients), buffers)
+
+
+def _with_tensors(structure: Any, tensors: list[Tensor]) -> Any:
+    remaining = iter(tensors)
+    return tree_map_only(Tensor, lambda _: next(remaining), structure)
+
+
+def _first_difference(recorder: Recorder, seen: Observation) -> str:
+    """The first container to end with another result than its own code's."""
+    counts: dict[str, int] = {}
+    for node, parts in recorder.ended:
+        name = str(node.args[0])
+        index = counts[name] = counts.get(name, -1) + 1
+        calls = seen.calls.get(name, [])
+        if index < len(calls):
+            expected = [leaf for leaf in tree_leaves(calls[index].result) if isinstance(leaf, Tensor)]
+            actual = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
+            if len(expected) != len(actual) or not all(map(values_agree, expected, actual)):
+                return name
+    return ""
+
+
+def _prove_other_batch(
+    model: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> dict[str, str]:
+    """The same for a batch of another size, where the model takes one.
+
+    Code that expands what would broadcast anyway (``if positions.shape[0] != batch``) asks for the batch size, and its
+    answer for one example differs from that for many. Where the graph computes what the model computes on the other
+    kind of batch as well, nothing hangs on the answer.
+    """
+    tensors = [leaf for leaf in tree_leaves(dict(arguments)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
+        return {}
+    batch = tensors[0].shape[0]
+
+    def resized(values: Any) -> Any:
+        def resize(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 0 or tensor.shape[0] != batch:
+                return tensor.detach().clone()
+            return tensor[:1].detach().clone() if batch > 1 else torch.cat([tensor, tensor]).detach()
+
+        return tree_map_only(Tensor, resize, values)
+
+    runner = _PastGuards(model, graph)
+    with state_kept(model):
+        try:
+            with random_state_kept():
+                expected = type(model).forward(model, *resized(args), **resized(dict(kwargs)))
+        except Exception:  # it takes no batch of another size
+            return {}
+        values = resized(dict(arguments))
+        try:
+            actual = runner.run(*(values[str(node.target)] for node in graph.nodes if node.op == "placeholder"))
+            same = agree(expected, plain(actual))
+        except Exception:  # what was decided for one size does not run on the other
+            same = False
+    if same:
+        for guard in runner.stopping:
+            graph.erase_node(guard)
+        return {}
+    if runner.stopping:
+        return {owner_of(guard): _BATCH for guard in runner.stopping}
+    return {owner_of(runner.running) if runner.running is not None else "": _BATCH}
+
+
+class _PastGuards(Recorder):
+    """Runs a graph whatever its guards say, and notes which would have stopped it."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph)
+        self.stopping: list[fx.Node] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if is_guard(n):
+            holds, _ = self.fetch_args_kwargs_from_env(n)[0]
+            if not holds:
+                self.stopping.append(n)
+            return None
+        return super().run_node(n)
