@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from example_architectures import SmallResNet, TextClassifier
-from mlframework.quantization.graph.containers import graph_of, set_forwards
+from mlframework.quantization.graph.containers import graph_of
 from mlframework.quantization.graph.generated_forward import has_generated_forward, set_forward, source_of
 from mlframework.quantization.graph.tracing import trace
+from mlframework.quantization.graph.unflattening import set_forwards
 
 X = torch.randn(4, 3)
 

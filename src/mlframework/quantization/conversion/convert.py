@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..graph.clone import copy_of
-from ..graph.containers import graph_of, is_part, set_forwards
+from ..graph.containers import graph_of, is_part
 from ..graph.generated_forward import source_of
+from ..graph.unflattening import set_forwards
 from ..int8.integer_module import IntegerModule, PackedModule
 from ..preparation.report import NEVER_REACHED, PreparationReport
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
@@ -77,8 +78,8 @@ def _integer_form(converted: nn.Module) -> nn.Module:
     for part in reversed(_prepared_parts(converted)):  # from the inside out
         graph = graph_of(part)
         _replace_nodes(part, {part.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"})
-        lower(part, graph)
-        set_forwards(part, graph, source_of(part).given[0], runs_own_code=False)
+        edges = lower(part, graph)
+        set_forwards(part, graph, source_of(part).given[0], edges=edges, runs_own_code=False)
     _replace_nodes(converted, set())
     return converted
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
 from ..graph.containers import Call, Calls, is_mark, readers
-from ..graph.nodes import SHAPE_QUERIES, add_module, owner_of, replace_module, unused_name
+from ..graph.nodes import SHAPE_QUERIES, add_module, label_of, owner_of, replace_module, unused_name
 from ..graph.subgraph import module_of_nodes
 from ..int8.layers import Int8Embedding
 from ..int8.operations import Dequantize, Int8ReLU, Int8Selection, Quantize
@@ -21,16 +21,36 @@ from .between_floats import between_floats
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def lower(root: nn.Module, graph: fx.Graph) -> None:
+def lower(root: nn.Module, graph: fx.Graph) -> CodeEdges:
     """Replaces nodes in ``root`` by integer modules and edits ``graph`` to match, both in place.
 
     Every value is either float or codes on the grid of one node. Operations that only move or select values take
     codes as they are; where anything else reads codes, they are dequantized once.
+
+    Returns:
+        What stands between codes and floats at the edges of containers.
     """
     lowering = _Lowering(root, graph)
     for node in list(graph.nodes):
         lowering.visit(node)
     lowering.finish()
+    return CodeEdges(lowering.grid_of)
+
+
+class CodeEdges:
+    """Between the codes that a graph passes to and fro and the floats that a container's hooks see."""
+
+    def __init__(self, grid_of: Mapping[fx.Node, FakeQuantizeLayer]) -> None:
+        self.grid_of = grid_of
+
+    def quantize(self, node: fx.Node) -> Quantize | None:
+        """To the codes of a node's value; None where that is no codes."""
+        grid = self.grid_of.get(node)
+        return None if grid is None else Quantize(grid.parameters_on_grid)
+
+    def dequantize(self, node: fx.Node) -> Dequantize:
+        """From the codes of a node's value."""
+        return Dequantize(self.grid_of[node].parameters_on_grid)
 
 
 class _Lowering:
@@ -81,7 +101,7 @@ class _Lowering:
         if output is None:
             return
         if isinstance(layer, Int8Embedding):  # its rows are on the grid of the table
-            quantize = self._add(node, f"{node.name}_quantize", Quantize(output.parameters_on_grid))
+            quantize = self._add(node, f"{label_of(node)}_quantize", Quantize(output.parameters_on_grid))
             with self.graph.inserting_after(node):
                 codes = self.graph.call_module(quantize, (node,))
             node.replace_all_uses_with(codes, delete_user_cb=lambda user: user is not codes)
@@ -99,7 +119,7 @@ class _Lowering:
     def _keep_on_codes(self, node: fx.Node) -> None:
         grid = self.grid_of[node.args[0]]  # type: ignore[index]
         if operations.is_relu(node, self.modules):
-            name = self._add(node, f"{node.name}_codes", Int8ReLU(grid.parameters_on_grid))
+            name = self._add(node, f"{label_of(node)}_codes", Int8ReLU(grid.parameters_on_grid))
             with self.graph.inserting_after(node):
                 relu = self._beside(node, self.graph.call_module(name, (node.args[0],)))
             node.replace_all_uses_with(relu)
@@ -113,7 +133,7 @@ class _Lowering:
         """Quantizes again, once each, what an integer module reads but came to it by way of floats."""
         for operand, source in zip(node.all_input_nodes, sources, strict=False):
             if operand not in self.grid_of:
-                name = self._add(node, f"{operand.name}_quantize", Quantize(source.parameters_on_grid))
+                name = self._add(node, f"{label_of(operand)}_quantize", Quantize(source.parameters_on_grid))
                 with self.graph.inserting_before(node):
                     codes = self._beside(node, self.graph.call_module(name, (operand,)))
                 self.grid_of[codes] = source
@@ -122,7 +142,7 @@ class _Lowering:
     def _select_codes(self, node: fx.Node, grid: FakeQuantizeLayer) -> fx.Node:
         inputs = tuple(node.all_input_nodes)
         selection = Int8Selection(grid.parameters_on_grid, module_of_nodes([node], inputs, self.modules))
-        name = self._add(node, f"{node.name}_codes", selection)
+        name = self._add(node, f"{label_of(node)}_codes", selection)
         with self.graph.inserting_after(node):
             selected = self._beside(node, self.graph.call_module(name, inputs))
         node.replace_all_uses_with(selected)
@@ -137,7 +157,7 @@ class _Lowering:
             here = operand, self.calls.of_node[node]
             if here not in self.floats:
                 dequantize = Dequantize(self.grid_of[operand].parameters_on_grid)
-                name = self._add(node, f"{operand.name}_dequantize", dequantize)
+                name = self._add(node, f"{label_of(operand)}_dequantize", dequantize)
                 with self.graph.inserting_before(node):
                     self.floats[here] = self._beside(node, self.graph.call_module(name, (operand,)))
             node.replace_input_with(operand, self.floats[here])

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from ..graph.containers import graph_of, is_part, set_forwards
+from ..graph.containers import graph_of, is_part
 from ..graph.generated_forward import source_of
 from ..graph.nodes import SHAPE_QUERIES, add_module, owner_of
 from ..graph.subgraph import module_of_nodes
+from ..graph.unflattening import set_forwards
 from ..int8.average_pooling import AveragePooling
 from ..int8.integer_module import IntegerModule
 from ..int8.layers import Int8Convolution, Int8ConvTranspose2d, Int8Embedding, Int8Layer, Int8Linear

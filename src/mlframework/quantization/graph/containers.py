@@ -2,7 +2,8 @@
 
 A trace is flat: one graph of all calls, which is what placing nodes and lowering work on. Where the code of a container
 begins and ends, the graph has marks, which say what the container was given and what it returned. From these,
-:func:`set_forwards` makes for every container a graph of its own part, in which other containers are called as modules.
+:func:`.unflattening.set_forwards` makes for every container a graph of its own part, in which other containers are
+called as modules.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from torch import fx, nn
 
 from .factories import recording_factories
-from .generated_forward import base_of_generated, has_generated_forward, set_forward, source_of
-from .signatures import VARIANT, Anything, Given, given_arguments, parameters_of
-from .values import Path, built, create_argument, node_at, parts_of, with_parts
+from .generated_forward import base_of_generated, has_generated_forward, source_of
+from .signatures import VARIANT, Anything, Given, parameters_of
+from .values import Path, create_argument, parts_of, with_parts
 
 _STRUCTURE = "structure"  # in the meta of a mark: that of the value whose parts it reads
 
@@ -138,34 +138,7 @@ class Calls:
         inside, known = self.inside(nodes, call), set(nodes)
         around = {call, *inside}
         return all(self.of_node[node] in around for node in nodes) and all(
-            node in known or is_mark(node) for each in inside for node in _nodes_of(each)
-        )
-
-
-def set_forwards(root: nn.Module, graph: fx.Graph, given: Sequence[Given], *, runs_own_code: bool = True) -> None:
-    """Gives ``root`` and the containers called in its graph the forwards that the graph describes.
-
-    A container is called as a module with the arguments that its marks say, which its hooks see. One that shares more
-    with its surroundings than arguments and results runs as part of them, without being called.
-
-    Args:
-        root: the model; its containers get their forwards in place.
-        graph: of calls with marks. Targets are names in ``root``.
-        given: what the model itself is called with.
-        runs_own_code: see :func:`.generated_forward.set_forward`.
-    """
-    tree = calls_in(graph)
-    while _dissolve(root, tree):
-        pass
-    graphs: dict[nn.Module, list[tuple[fx.Graph, Sequence[Given]]]] = {}
-    _emit(root, tree, given, graphs)
-    for module, variants in graphs.items():
-        set_forward(
-            module,
-            [each for each, _ in variants],
-            [each for _, each in variants],
-            runs_own_code=runs_own_code,
-            is_part=module is root,
+            node in known or is_mark(node) for each in inside for node in nodes_of(each)
         )
 
 
@@ -271,153 +244,14 @@ def bound_to(function: Any, parameters: Mapping[str, inspect.Parameter], values:
     return call
 
 
-def _nodes_of(call: Call) -> Iterator[fx.Node]:
+def nodes_of(call: Call) -> Iterator[fx.Node]:
     """All nodes that run in a call, those of calls inside of it too, and what they are called with."""
     for item in call.items:
         if isinstance(item, Call):
             assert item.first is not None
             yield item.first
-            yield from _nodes_of(item)
+            yield from nodes_of(item)
         else:
             yield item
     if call.last is not None:
         yield call.last
-
-
-def _dissolve(root: nn.Module, call: Call) -> bool:
-    """Has what cannot be called as a module run as part of what calls it; whether there was any."""
-    items: list[fx.Node | Call] = []
-    changed = False
-    for item in call.items:
-        if isinstance(item, Call):
-            changed = _dissolve(root, item) or changed
-            if not _stands_alone(root, item):
-                items.extend(item.items)
-                for mark in (item.first, item.last):
-                    if mark is not None:
-                        mark.graph.erase_node(mark)
-                changed = True
-                continue
-        items.append(item)
-    call.items = items
-    return changed
-
-
-def _stands_alone(root: nn.Module, call: Call) -> bool:
-    """Whether a call exchanges with its surroundings what it is given and what it returns, and nothing else."""
-    module = root.get_submodule(call.name)
-    try:
-        arguments = call.arguments(module)
-    except TypeError:  # what a signature was bound to while tracing is not what the class has
-        return False
-    nodes = dict.fromkeys(_nodes_of(call))
-    given = {part for value in arguments.values() for _, part in parts_of(value)}
-    returned = {part for _, part in call.parts_returned}
-    for node in nodes:
-        if any(read not in nodes and read not in given for read in node.all_input_nodes):
-            return False
-        if node not in returned and any(user not in nodes for user in node.users):
-            return False
-        if node.op in ("call_module", "get_attr") and _name_inside(root, call.name, str(node.target)) is None:
-            return False
-    return True
-
-
-def _name_inside(root: nn.Module, container: str, target: str) -> str | None:
-    """The name that something in ``root`` has in one of its containers; None where it has none."""
-    if not container:
-        return target
-    if target.startswith(f"{container}."):
-        return target[len(container) + 1 :]
-    inner = root.get_submodule(container)
-    owner, _, last = target.rpartition(".")
-    wanted = getattr(root.get_submodule(owner), last)
-    if isinstance(wanted, nn.Module):
-        named: Iterator[tuple[str, Any]] = inner.named_modules()
-    else:
-        named = chain(inner.named_parameters(remove_duplicate=False), inner.named_buffers(remove_duplicate=False))
-    return next((name for name, other in named if other is wanted and name), None)
-
-
-def _emit(
-    root: nn.Module,
-    call: Call,
-    given: Sequence[Given],
-    graphs: dict[nn.Module, list[tuple[fx.Graph, Sequence[Given]]]],
-) -> int:
-    """Makes the graph of a call, after those of the calls in it; returns its number among those of its module."""
-    module = root.get_submodule(call.name)
-    graph = fx.Graph()
-    graph._graph_namespace.create_name("self", None)  # which a submodule may be called
-    env: dict[fx.Node, fx.Node] = {}
-    read = {node for each in _nodes_of(call) for node in each.all_input_nodes}
-    if call.first is not None:
-        arguments = call.arguments(module)
-        given = given_arguments(arguments, lambda part: isinstance(part, fx.Node))
-        parts = [(name, path, part) for name, value in arguments.items() for path, part in parts_of(value)]
-        used = {name for name, _, part in parts if part in read}
-        placeholders = {name: graph.placeholder(name) for name in arguments if name in used}
-        for name, path, part in parts:
-            if part in read and part not in env:
-                env[part] = node_at(graph, placeholders[name], path)
-    for item in call.items:
-        if isinstance(item, Call):
-            _emit_call(root, call, item, graph, env, read, graphs)
-            continue
-        copied = env[item] = graph.node_copy(item, env.__getitem__)
-        if item.op in ("call_module", "get_attr"):
-            copied.target = _name_inside(root, call.name, str(item.target)) or ""
-    if call.last is not None:
-        graph.output(built(graph, _mapped(call.returned, env)))
-    variants = graphs.setdefault(module, [])
-    for index, (other, _) in enumerate(variants):
-        if _are_alike(other, graph):
-            return index
-    variants.append((graph, given))
-    return len(variants) - 1
-
-
-def _emit_call(
-    root: nn.Module,
-    outer: Call,
-    call: Call,
-    graph: fx.Graph,
-    env: dict[fx.Node, fx.Node],
-    read: set[fx.Node],
-    graphs: dict[nn.Module, list[tuple[fx.Graph, Sequence[Given]]]],
-) -> None:
-    """Calls a container in the graph of the one around it."""
-    variant = _emit(root, call, (), graphs)
-    args, kwargs = call.given
-    name = _name_inside(root, outer.name, call.name)
-    assert name is not None
-    kwargs.pop(VARIANT, None)
-    if variant:
-        kwargs[VARIANT] = variant
-    values = (built(graph, _mapped(value, env)) for value in args)
-    named = {key: built(graph, _mapped(value, env)) for key, value in kwargs.items()}
-    result = graph.call_module(name, tuple(values), named)
-    inside = set(_nodes_of(call))
-    for path, part in call.parts_returned:
-        if part in inside and part not in env and any(user not in inside for user in part.users):
-            env[part] = node_at(graph, result, path)
-
-
-def _mapped(value: Any, env: Mapping[fx.Node, fx.Node]) -> Any:
-    return with_parts(value, lambda path, part: env[part] if isinstance(part, fx.Node) else part)
-
-
-def _are_alike(one: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs make the same calls."""
-    nodes, others = list(one.nodes), list(other.nodes)
-    if len(nodes) != len(others):
-        return False
-    number = {node: index for index, node in enumerate(nodes)}
-    number |= {node: index for index, node in enumerate(others)}
-
-    def stated(node: fx.Node) -> str:
-        return str(fx.map_arg((node.args, dict(node.kwargs)), lambda read: f"%{number[read]}"))
-
-    return all(
-        a.op == b.op and a.target == b.target and stated(a) == stated(b) for a, b in zip(nodes, others, strict=True)
-    )

@@ -10,13 +10,17 @@ import importlib
 import itertools
 import linecache
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from .signatures import Given, dispatcher
+from .hooks import is_watched
+from .nodes import ADDED
+from .signatures import VARIANT, Given, dispatcher
+from .values import Path, with_parts
 
 # One class for each forward: copies and what is unpickled share it.
 _numbers = itertools.count()
@@ -27,12 +31,55 @@ class _ModuleName(str):
     """Stands for an imported module among the names that a generated forward uses."""
 
 
+class Edge(NamedTuple):
+    """Where in a value codes are, and the module that makes them of floats, or floats of them."""
+
+    path: Path
+    module: str
+
+
+class Variant(NamedTuple):
+    """A graph for some calls of a module.
+
+    Attributes:
+        graph: its targets are the module's own attributes.
+        given: the arguments that it is for.
+        with_floats: the number of the variant that takes and returns floats where this one takes and returns codes.
+        entries, exits: those codes, in the pair of positional and keyword arguments and in the result.
+    """
+
+    graph: fx.Graph
+    given: tuple[Given, ...]
+    with_floats: int | None = None
+    entries: tuple[Edge, ...] = ()
+    exits: tuple[Edge, ...] = ()
+
+    def alike(self, other: Variant) -> bool:
+        """Whether the other makes the same calls for the same arguments."""
+        return self[1:] == other[1:] and _statements(self.graph) == _statements(other.graph)
+
+
+def _statements(graph: fx.Graph) -> list[Any]:
+    number = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+
+    def stated(node: fx.Node) -> str:
+        return str(fx.map_arg((node.args, dict(node.kwargs)), number.__getitem__))
+
+    return [(node.op, node.target, stated(node)) for node in graph.nodes]
+
+
 class Source(NamedTuple):
-    """A forward as text, the names that it uses, and what a call must be given for it."""
+    """A forward as text, the names that it uses, and for each variant what a call must be given for it.
+
+    Attributes:
+        on_codes: of the variants that take or return codes, by number: what stands at their edges.
+        calls: the modules that are called, by name.
+    """
 
     text: str
     names: dict[str, Any]
     given: tuple[tuple[Given, ...], ...]
+    on_codes: dict[int, tuple[int, tuple[Edge, ...], tuple[Edge, ...]]]
     calls: tuple[str, ...]
     runs_own_code: bool
     is_part: bool
@@ -40,22 +87,22 @@ class Source(NamedTuple):
 
 def set_forward(
     module: nn.Module,
-    graphs: fx.Graph | Sequence[fx.Graph],
-    given: Sequence[Sequence[Given]] = (),
+    variants: fx.Graph | Sequence[Variant],
     *,
     runs_own_code: bool = True,
     is_part: bool = False,
 ) -> None:
-    """Makes graphs the forward of ``module``, in place. Their targets are the module's own attributes.
+    """Makes graphs the forward of ``module``, in place.
 
     Args:
         module: its class becomes a subclass of the one it has (had, where its forward is generated already).
-        graphs: one, or several, of which a call's keyword ``graph_variant`` says which.
-        given: for each graph, the arguments that it is for; none where the placeholders are the whole signature.
+        variants: one graph, whose placeholders are the whole signature; or several behind the signature of the class,
+            of which a call's keyword ``graph_variant`` says which.
         runs_own_code: whether a call with other arguments runs the forward of the module's class, or is refused.
         is_part: whether the module was traced by itself, and is not a container inside of another.
     """
-    graphs = [graphs] if isinstance(graphs, fx.Graph) else list(graphs)
+    graphs = [variants] if isinstance(variants, fx.Graph) else [variant.graph for variant in variants]
+    variants = [] if isinstance(variants, fx.Graph) else list(variants)
     base = base_of_generated(type(module))
     texts, names = [], {}
     for index, graph in enumerate(graphs):
@@ -64,10 +111,21 @@ def set_forward(
         texts.append(_with_direct_access(code.src, graph).replace("def forward(", f"def _graph_{index}(", 1))
         for name, value in code.globals.items():
             names[name] = _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
-    text, more = dispatcher(base, graphs, given)
+    text, more = dispatcher(base, graphs, [variant.given for variant in variants])
     calls = dict.fromkeys(str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module")
+    on_codes = {
+        number: (variant.with_floats, variant.entries, variant.exits)
+        for number, variant in enumerate(variants)
+        if variant.with_floats is not None
+    }
     source = Source(
-        "".join([*texts, text]), {**names, **more}, tuple(map(tuple, given)), tuple(calls), runs_own_code, is_part
+        "".join([*texts, text]),
+        {**names, **more},
+        tuple(variant.given for variant in variants),
+        on_codes,
+        tuple(calls),
+        runs_own_code,
+        is_part,
     )
     module.__class__ = _generated_class(base, source)
 
@@ -98,7 +156,7 @@ def _with_direct_access(source: str, graph: fx.Graph) -> str:
 
 def _generated_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
     names = ((name, value if isinstance(value, str) else id(value)) for name, value in source.names.items())
-    key = (base, source.text, source.calls, source.runs_own_code, source.is_part, tuple(names))
+    key = (base, source.text, tuple(source.on_codes.items()), *source[4:], tuple(names))
     made = _classes.get(key)
     if made is None:
         _classes[key] = made = _make_class(base, source)
@@ -119,10 +177,17 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
         parts: Any = base.__reduce_ex__(self, protocol)
         return _rebuild, (base, source), *parts[2:]
 
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(VARIANT, 0) in source.on_codes and is_watched(self):
+            return _through_floats(self, source, args, kwargs)
+        return base.__call__(self, *args, **kwargs)
+
     made = type(
         base.__name__,
         (base,),
         {
+            **({"__call__": call} if source.on_codes else {}),
+            **(_SEQUENTIAL if issubclass(base, nn.Sequential) else {}),
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
@@ -134,6 +199,41 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
     )
     weakref.finalize(made, linecache.cache.pop, filename, None)
     return made
+
+
+def _own_modules(module: nn.Module) -> OrderedDict[str, nn.Module | None]:
+    """A sequence's modules without those that were added to it."""
+    added = vars(module).get(ADDED, ())
+    return OrderedDict((name, child) for name, child in module._modules.items() if name not in added)
+
+
+def _item(module: nn.Sequential, index: Any) -> Any:
+    own = _own_modules(module)
+    if isinstance(index, slice):
+        return nn.Sequential(OrderedDict(list(own.items())[index]))  # type: ignore[arg-type]
+    return list(own.values())[index]
+
+
+# A sequence stays as long as it was.
+_SEQUENTIAL: dict[str, Any] = {
+    "__len__": lambda self: len(_own_modules(self)),
+    "__iter__": lambda self: iter(_own_modules(self).values()),
+    "__getitem__": _item,
+}
+
+
+def _through_floats(module: nn.Module, source: Source, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call with codes as the hooks of the module know it: with floats."""
+    number, entries, exits = source.on_codes[kwargs.pop(VARIANT)]
+
+    def converter(edges: Sequence[Edge], convert: str) -> Any:
+        modules: dict[Path, Any] = {edge.path: module.get_submodule(edge.module) for edge in edges}
+        return lambda path, part: getattr(modules[path], convert)(part) if path in modules else part
+
+    args, kwargs = with_parts((args, kwargs), converter(entries, "inverse"))
+    if number:
+        kwargs[VARIANT] = number
+    return with_parts(type(module).__base__.__call__(module, *args, **kwargs), converter(exits, "inverse"))  # type: ignore[union-attr]
 
 
 def _rebuild(base: type[nn.Module], source: Source) -> nn.Module:

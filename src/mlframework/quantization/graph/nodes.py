@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import fx, nn
 
 # What asks a tensor for its form alone, as a method or as an attribute.
@@ -26,12 +28,24 @@ def owners_of(node: fx.Node) -> list[str]:
     return ["", *names]
 
 
+# An attribute of containers: the names of the modules that were added to them.
+ADDED = "_modules_added"
+
+
+def label_of(node: fx.Node) -> str:
+    """What a node is called among what its module calls."""
+    if node.op == "call_module":
+        return str(node.target).rpartition(".")[2]
+    return node.name if node.op == "placeholder" else re.sub(r"_\d+$", "", node.name)
+
+
 def add_module(root: nn.Module, owner: str, wanted: str, module: nn.Module) -> str:
     """Adds a module to a container of ``root``, under the name that is wanted or one like it; returns the name that it
     has in ``root``."""
     container = root.get_submodule(owner)
     name = unused_name(container, wanted)
     container.add_module(name, module)
+    vars(container).setdefault(ADDED, []).append(name)
     return f"{owner}.{name}" if owner else name
 
 

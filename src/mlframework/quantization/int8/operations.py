@@ -26,6 +26,21 @@ class _OnGrid(IntegerModule):
         self.scheme = parameters.scheme
         self.register_grid("", parameters)
 
+    def to_codes(self, values: Tensor) -> Tensor:
+        """Codes of float values.
+
+        Raises:
+            TypeError: the values are not floating point.
+        """
+        if not values.is_floating_point():
+            raise TypeError(f"input must be a floating-point tensor, got {values.dtype}")
+        return kernels.quantize(values, self.scale, self.zero_point, self.scheme)
+
+    def to_values(self, codes: Tensor) -> Tensor:
+        """The float values of codes: computed in float32, in the dtype of the model around."""
+        values = kernels.dequantize(codes, self.scale, self.zero_point, self.scheme.channel_axis)
+        return values.to(self.float_dtype)
+
     def extra_repr(self) -> str:
         return str(self.scheme)
 
@@ -38,17 +53,22 @@ class Quantize(_OnGrid):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not input.is_floating_point():
-            raise TypeError(f"input must be a floating-point tensor, got {input.dtype}")
-        return kernels.quantize(input, self.scale, self.zero_point, self.scheme)
+        return self.to_codes(input)
+
+    def inverse(self, codes: Tensor) -> Tensor:
+        """What :class:`Dequantize` makes of codes on the same grid."""
+        return self.to_values(codes)
 
 
 class Dequantize(_OnGrid):
     """Codes to float values: computed in float32, in the dtype of the model around."""
 
     def forward(self, codes: Tensor) -> Tensor:
-        values = kernels.dequantize(codes, self.scale, self.zero_point, self.scheme.channel_axis)
-        return values.to(self.float_dtype)
+        return self.to_values(codes)
+
+    def inverse(self, values: Tensor) -> Tensor:
+        """What :class:`Quantize` makes of values on the same grid."""
+        return self.to_codes(values)
 
 
 class Int8ReLU(_OnGrid):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from ..graph.containers import Calls, is_mark
-from ..graph.nodes import add_module, owner_of, replace_module, unused_name
+from ..graph.nodes import add_module, label_of, owner_of, replace_module, unused_name
 from ..int8.lookup import Lookup
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
@@ -117,7 +117,7 @@ class GraphRewriter:
         self._close_up(chain.end, chain.node, chain.activation, chain.batch_norm)
 
     def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer, why_float: str | None) -> ReportEntry:
-        name = add_module(self.root, owner_of(node), f"{node.name}_fake_quantize", layer)
+        name = add_module(self.root, owner_of(node), f"{label_of(node)}_fake_quantize", layer)
         position = node
         while position.next.op == "placeholder":
             position = position.next
@@ -132,7 +132,7 @@ class GraphRewriter:
 
     def _put_operation(self, entry: Joined, operation: QATOperation) -> ReportEntry:
         self._swallow(entry)
-        name = add_module(self.root, owner_of(entry.nodes[0]), entry.node.name, operation)
+        name = add_module(self.root, owner_of(entry.nodes[0]), label_of(entry.node), operation)
         # Before the first of its nodes: what these read may be changed in place before the last.
         with self.graph.inserting_before(entry.nodes[0]):
             call = self.graph.call_module(name, tuple(self.replaced.get(node, node) for node in entry.operands))

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..graph.containers import set_forwards
 from ..graph.nodes import replace_module
 from ..graph.signatures import Given
 from ..graph.tracing import HAS_HOOKS, also_pytorchs, trace
+from ..graph.unflattening import set_forwards
 from ..graph.watching import Observation, is_inside
 from ..int8.folding import BATCH_NORMS
 from ..qat.config import QATConfig

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import arithmetic, kernels
+from ..graph.hooks import has_user_hooks, is_watched
 from ..int8.folding import IntegerWeights, fold
 from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import in_format_of
@@ -18,7 +19,6 @@ from ..scheme import QuantizationScheme
 from .activation_observer import MovingAverageObserver
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
-from .hooks import has_user_hooks, is_watched
 from .integer_product import IntegerProduct, integer_product
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, normalized_and_quantized

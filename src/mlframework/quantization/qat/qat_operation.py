@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import arithmetic
+from ..graph.hooks import has_user_hooks
 from ..int8.integer_operation import Addition, Grid, IntegerOperation
 from ..int8.lookup import Lookup
 from ..int8.operations import Int8Operation
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
-from .hooks import has_user_hooks
 from .layer_types import Clip, clip_of
 from .qat_module_wrapper import activation_node, in_dtype_of
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, looked_up

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import arithmetic, kernels
+from ..graph.hooks import is_watched
 from ..int8.lookup import Lookup
 from .activation_observer import BatchStatistics
 from .attached_codes import attach_codes
 from .fake_quantize_layer import FakeQuantizeLayer
-from .hooks import is_watched
 from .integer_product import IntegerProduct
 from .layer_types import Clip
 from .native_function import apply_of, refuse_gradient_of_gradient

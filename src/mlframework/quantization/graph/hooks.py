@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-_LIBRARY = __name__.rpartition(".qat")[0]
+_LIBRARY = __name__.rpartition(".graph")[0]
 
 
 def has_user_hooks(*modules: nn.Module | None) -> bool:
