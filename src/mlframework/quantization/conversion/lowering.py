@@ -57,7 +57,7 @@ class _Lowering:
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self.graph = graph
-        self.modules = dict(root.named_modules())
+        self.modules = operations.recognizable(root)
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
         self.calls = Calls(graph)
         self.floats: dict[tuple[fx.Node, Call], fx.Node] = {}

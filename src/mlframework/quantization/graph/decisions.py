@@ -131,6 +131,9 @@ def length(value: Any) -> Any:
 class AnsweringProxy(fx.Proxy):
     """A proxy that lets code ask for what depends on shapes only."""
 
+    def __getattr__(self, name: str) -> AnsweringProxy:
+        return _AnsweringAttribute(self, name)
+
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         tracer: Any = self.tracer
         try:
@@ -156,6 +159,10 @@ class AnsweringProxy(fx.Proxy):
 
     def __hash__(self) -> int:
         return id(self)
+
+
+class _AnsweringAttribute(AnsweringProxy, fx.proxy.Attribute):
+    """An attribute of what is traced (``x.shape``), which may be a method."""
 
 
 def drop_unread_answers(graph: fx.Graph) -> None:

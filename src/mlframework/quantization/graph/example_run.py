@@ -27,16 +27,17 @@ class TensorInfo(NamedTuple):
 
 
 class Recorder(fx.Interpreter):
-    """Notes what every value is, which storages it lies in (references that are unique and keep no memory), and what
-    containers return.
+    """Notes what every value is (where it ``measures``), which storages it lies in (references that are unique and keep
+    no memory), and what containers return.
 
     Attributes:
         running: the node that runs, or was running when an error ended the run.
         ended: marks of containers' ends, with the tensors that they returned.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, *, measures: bool = False) -> None:
         super().__init__(model, graph=graph)
+        self.measures = measures
         self.tensors: dict[fx.Node, TensorInfo] = {}
         self.storages: dict[fx.Node, set[StorageWeakRef]] = {}
         self.running: fx.Node | None = None
@@ -48,7 +49,7 @@ class Recorder(fx.Interpreter):
         if is_mark(n) and n.target is ends:
             parts = self.fetch_args_kwargs_from_env(n)[0][1]
             self.ended.append((n, [part.detach().clone() for part in parts if isinstance(part, Tensor)]))
-        if isinstance(result, Tensor):
+        if self.measures and isinstance(result, Tensor):
             measurable = result.is_floating_point() and result.numel() > 0
             extent = float(result.detach().abs().max()) if measurable else 0.0
             self.tensors[n] = TensorInfo(result.dtype, result.shape, extent)

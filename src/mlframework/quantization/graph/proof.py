@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .decisions import is_guard
-from .example_run import Recorder, agree, plain, random_state_kept, state_kept, values_agree
+from .example_run import Recorder, agree, copies, plain, random_state_kept, state_kept, values_agree
 from .nodes import owner_of
 from .watching import Observation
 
@@ -53,16 +53,30 @@ def _prove(
     arguments: Mapping[str, Any],
     observations: Mapping[bool, Observation],
 ) -> dict[str, str]:
-    for mode in (False, True):
-        seen = observations[mode]
-        if "" in seen.failed:
-            continue
-        model.train(mode)
-        found = _compare(model, graph, args, kwargs, arguments, seen, is_recorded=not mode)
-        if found:
-            return found
+    found: dict[str, str] = {}
+    if "" not in observations[False].failed:
+        model.train(False)
+        found = _compare_values(model, graph, arguments, observations[False])
+    if not found and "" not in observations[True].failed:
+        model.train(True)
+        found = _compare_gradients(model, graph, args, kwargs, arguments, observations[True])
     model.train(False)
-    return _prove_other_batch(model, graph, args, kwargs, arguments)
+    return found or _prove_other_batch(model, graph, args, kwargs, arguments)
+
+
+def _compare_values(
+    model: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any], seen: Observation
+) -> dict[str, str]:
+    """In evaluation, with what the model's own code was seen to return."""
+    recorder = Recorder(model, graph, measures=True)
+    with state_kept(model):
+        try:
+            actual = recorder.run(*_placeholder_values(graph, copies(dict(arguments))))
+        except Exception as error:
+            return _failure(recorder, error)
+    for node, value in recorder.tensors.items():
+        node.meta["tensor"] = value
+    return {} if agree(seen.result, actual) else {_first_difference(recorder, seen): _DIFFERS.format("output")}
 
 
 class _Run(NamedTuple):
@@ -71,15 +85,15 @@ class _Run(NamedTuple):
     buffers: list[Tensor]
 
 
-def _compare(
+def _compare_gradients(
     model: nn.Module,
     graph: fx.Graph,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     arguments: Mapping[str, Any],
     seen: Observation,
-    is_recorded: bool,
 ) -> dict[str, str]:
+    """In training, with another run of the model's own code: values, gradients and buffers."""
     recorder = Recorder(model, graph)
 
     def run_code(inputs: list[Tensor]) -> Any:
@@ -87,19 +101,14 @@ def _compare(
         return type(model).forward(model, *own_args, **own_kwargs)
 
     def run_graph(inputs: list[Tensor]) -> Any:
-        values = _with_tensors(dict(arguments), inputs)
-        return plain(recorder.run(*(values[str(node.target)] for node in graph.nodes if node.op == "placeholder")))
+        return plain(recorder.run(*_placeholder_values(graph, _with_tensors(dict(arguments), inputs))))
 
     tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     expected = _run(model, tensors, run_code)
     try:
         actual = _run(model, tensors, run_graph)
-    except Exception as error:  # where the graph fails, code was taken down that is not what runs
-        owner = owner_of(recorder.running) if recorder.running is not None else ""
-        return {owner: f"its trace fails ({(str(error).splitlines() or [''])[0]})"}
-    if is_recorded:
-        for node, value in recorder.tensors.items():
-            node.meta["tensor"] = value
+    except Exception as error:
+        return _failure(recorder, error)
     if not agree(expected.result, actual.result):
         return {_first_difference(recorder, seen): _DIFFERS.format("output")}
     if not all(map(values_agree, expected.buffers, actual.buffers)):
@@ -109,6 +118,16 @@ def _compare(
     ):
         return {"": _DIFFERS.format("gradients")}
     return {}
+
+
+def _failure(recorder: Recorder, error: Exception) -> dict[str, str]:
+    """Where the graph fails, code was taken down that is not what runs."""
+    owner = "" if recorder.running is None else owner_of(recorder.running)
+    return {owner: f"its trace fails ({(str(error).splitlines() or [''])[0]})"}
+
+
+def _placeholder_values(graph: fx.Graph, values: Mapping[str, Any]) -> list[Any]:
+    return [values[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
 
 
 def _run(model: nn.Module, tensors: list[Tensor], function: Any) -> _Run:
@@ -181,8 +200,7 @@ def _prove_other_batch(
             return {}
         values = resized(dict(arguments))
         try:
-            actual = runner.run(*(values[str(node.target)] for node in graph.nodes if node.op == "placeholder"))
-            same = agree(expected, plain(actual))
+            same = agree(expected, runner.run(*_placeholder_values(graph, values)))
         except Exception:  # what was decided for one size does not run on the other
             same = False
     if same:

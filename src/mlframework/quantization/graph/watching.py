@@ -40,8 +40,10 @@ class Observation:
         calls: of every module by name, in order.
         callees: the modules that a container's code calls itself, by the container's name.
         effects: what the code of a container does beside computing values, by the container's name.
-        failed: the modules that were running when the model raised an error, the innermost last.
+        failed: the modules that were running when the model raised an error, the innermost last; of a part that was
+            not reached, the part.
         result: what the model returned.
+        error: that it raised.
     """
 
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class Observation:
     effects: dict[str, str] = field(default_factory=dict)
     failed: tuple[str, ...] = ()
     result: Any = None
+    error: Exception | None = None
 
     def of(self, name: str) -> Observation:
         """What it has shown of a part of the model, by names inside of that."""
@@ -57,7 +60,12 @@ class Observation:
             return {key[len(name) :].removeprefix("."): value for key, value in names.items() if is_inside(key, name)}
 
         callees = {key: inside(value) for key, value in inside(self.callees).items()}
-        return Observation(inside(self.calls), callees, inside(self.effects), self.failed, self.result)
+        calls = inside(self.calls)
+        failed = tuple(each[len(name) :].removeprefix(".") for each in self.failed if is_inside(each, name))
+        if name and "" not in calls:  # it was not reached, or not left
+            return Observation(calls, callees, inside(self.effects), failed or ("",))
+        result = calls[""][0].result if name else self.result
+        return Observation(calls, callees, inside(self.effects), failed, result, self.error)
 
 
 def is_inside(name: str, outer: str) -> bool:
@@ -96,6 +104,7 @@ def observe(
             result = watch._run_code("", model, _requiring_grad(args), _requiring_grad(dict(kwargs)))
             watch.observation.result = _detached(result)
         except Exception as error:  # a model's own code may raise anything in a mode that the example is not for
+            watch.observation.error = error
             watch.observation.failed = tuple(frame.name for frame in watch.frames)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             watch.notice(f"it raises an error {watch.mode} with the example inputs ({reason})")
@@ -129,6 +138,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.frames and not self.leaves:
             self._check_modes()
+            if func is torch._C._set_grad_enabled:
+                self.notice(_MODES[0])
             # What training alone draws, its trace shows.
             if func in RANDOM_FUNCTIONS and not self.model.training:
                 self.notice("it draws random numbers")
@@ -254,7 +265,13 @@ class _Watch(TorchFunctionMode):
 
             return registering
 
+        def entering(autocast: torch.autocast) -> Any:
+            if watch.frames and not watch.leaves:
+                watch.notice(_MODES[2])
+            return enter(autocast)
+
         set_attribute = nn.Module.__setattr__
+        enter = torch.autocast.__enter__
         replaced: dict[str, Any] = {"__call__": call, "__setattr__": setting}
         for name in ("register_forward_hook", "register_forward_pre_hook"):
             replaced[name] = hooking(getattr(nn.Module, name))
@@ -262,9 +279,11 @@ class _Watch(TorchFunctionMode):
         for name, function in replaced.items():
             setattr(nn.Module, name, function)
         try:
+            torch.autocast.__enter__ = entering  # type: ignore[method-assign]
             with self:
                 yield
         finally:
+            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
             for name, function in own.items():
                 setattr(nn.Module, name, function)
 

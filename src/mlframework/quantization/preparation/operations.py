@@ -131,6 +131,21 @@ _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _CLAMPS = {torch.clamp, torch.clip, "clamp", "clip", "clamp_", "clip_"}
 
 
+class Patched(nn.Module):
+    """Stands, where operations are recognized, for a module whose forward was replaced on the instance: what that
+    computes, its class does not tell."""
+
+
+def recognizable(root: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by name, for recognizing by their classes what they compute."""
+    return {name: Patched() if is_patched(module) else module for name, module in root.named_modules()}
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module computes something else than its class does."""
+    return any(name in vars(module) for name in ("forward", "_conv_forward"))
+
+
 def is_call_of(
     node: fx.Node, modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ...], targets: set[Any]
 ) -> bool:

@@ -50,7 +50,9 @@ class PartPreparation:
         entries = self._prepare("", args, kwargs, {})
         reported = {entry.name for entry in entries}
         for name, module in self.modules.items():
-            if layer_type_of(module) is not None and name not in reported:
+            if name not in reported and name and operations.is_patched(module):
+                entries.append(ReportEntry(name, type(module).__name__, False, PATCHED))
+            elif layer_type_of(module) is not None and name not in reported:
                 entries.append(ReportEntry(name, type(module).__name__, False, self._why_unreached(name)))
         return entries
 
@@ -96,7 +98,7 @@ class PartPreparation:
 
     def _rewrite(self, prefix: str, part: nn.Module, graph: fx.Graph, given: tuple[Given, ...]) -> list[ReportEntry]:
         """Puts the nodes where :func:`place` says and makes the graph the part's forward."""
-        modules = dict(part.named_modules())
+        modules = operations.recognizable(part)
         placement = place(graph, modules, self.config, prefix)
         entries = GraphRewriter(part, graph, modules, self.config).rewrite(placement)
         set_forwards(part, graph, given)
@@ -121,6 +123,9 @@ class PartPreparation:
             qualified = _joined(prefix, name)
             if not _is_layer(layer) or any(is_inside(name, outer) for outer in apart):
                 continue
+            if operations.is_patched(layer):
+                entries.append(ReportEntry(qualified, type(layer).__name__, False, PATCHED))
+                continue
             config = self.config.for_layer(qualified, layer)
             obstacle = skip_reason(qualified, layer, self.config)
             if obstacle is not None or config is None:
@@ -137,6 +142,9 @@ class PartPreparation:
 
 def _is_layer(module: nn.Module) -> bool:
     return layer_type_of(module) is not None
+
+
+PATCHED = "its forward was replaced on the instance"
 
 
 def _joined(prefix: str, name: str) -> str:

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..graph.clone import clone_sharing_parameters
-from ..graph.example_run import copies, random_state_kept
+from ..graph.example_run import random_state_kept
 from ..graph.tracing import observed
 from ..int8.integer_module import IntegerModule
 from ..qat.config import QATConfig
@@ -79,12 +78,16 @@ def _prepare(
     _check(model, config, example_inputs, kwargs)
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be a bool, got {recompute!r}")
+    observations = observed(model, example_inputs, kwargs, is_leaf)
+    error = observations[False].error
+    if error is not None:
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in example_inputs]
+        raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
     prepared = clone_sharing_parameters(model)
     if layer_type_of(prepared) is not None and skip_reason("", prepared, config) is None:
         prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
         entries = [layer_entry("", prepared)]
     else:
-        observations = observed(model, example_inputs, kwargs, is_leaf)
         entries = PartPreparation(prepared, config, observations).prepare_model(example_inputs, kwargs)
     prepared.preparation_report = PreparationReport(tuple(entries), config.target)  # type: ignore[assignment]
     _connect(prepared)
@@ -118,17 +121,6 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
     unused = config.unused_selectors(dict(model.named_modules()))
     if unused:
         raise ValueError(f"overrides and skip must match layers of the model; these match none: {unused}")
-    _check_runs(model, args, kwargs)
-
-
-@torch.no_grad()
-def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    probe = clone_sharing_parameters(model).eval()
-    try:
-        probe.forward(*copies(args), **copies(kwargs))
-    except Exception as error:
-        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
-        raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
 
 
 def _connect(prepared: nn.Module) -> None:
