@@ -68,11 +68,18 @@ def test_layers_that_stand_alone_tell_why(name: str, layer: str) -> None:
     assert "does not trace" in entry.detail
 
 
-def test_a_parametrized_layer_tells_its_obstacle() -> None:
+def test_a_layer_that_cannot_be_quantized_tells_its_obstacle() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Conv2d(4, 2, 1))
+    for config in (QATConfig(), QATConfig(per_channel_weights=False)):
+        report = preparation_report(prepare(model, config, (torch.randn(2, 3, 4, 4),)))
+        assert "transposed convolution with groups has no integer form" in reasons(report)["1"]
+        assert "1" not in [entry.name for entry in report.quantized]
+
+
+def test_a_parametrized_layer_is_quantized() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
     report = preparation_report(prepare(model, None, (torch.randn(2, 3),)))
-    assert "parametrized" in reasons(report)["1"]
-    assert "1" not in [entry.name for entry in report.quantized]
+    assert [entry.kind for entry in report.quantized if entry.name == "1"] == ["Linear"]
 
 
 def test_a_skipped_layer_before_a_quantized_one_is_float_with_its_output_on_a_grid() -> None:

@@ -37,13 +37,16 @@ def test_other_layers_are_unknown(layer: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (parametrizations.spectral_norm(nn.Linear(2, 2)), "parametrized"),
         (nn.ConvTranspose2d(2, 2, 3, groups=2), "groups"),
         (nn.Embedding(3, 2, max_norm=2.0), "max_norm"),
     ],
 )
 def test_obstacles(layer: nn.Module, reason: str) -> None:
     assert reason in str(obstacle_of(layer))
+
+
+def test_a_computed_weight_is_no_obstacle() -> None:
+    assert obstacle_of(parametrizations.spectral_norm(nn.Linear(2, 2))) is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 from example_layers import EVERY_LAYER, EVERY_PRODUCT, LayerExample, nodes_of, wrapped
 from mlframework.quantization import QATConfig, QATModuleWrapper
@@ -193,11 +192,10 @@ class _OwnForward(nn.Linear):
         (nn.EmbeddingBag(3, 2), "layer must be one of"),
         (_OwnForward(3, 2), "layer must be one of"),
         ("conv1", "layer must be one of"),
-        (parametrizations.weight_norm(nn.Linear(3, 2)), "parametrized"),
         (nn.ConvTranspose2d(4, 4, 3, groups=2), "groups"),
         (nn.Embedding(4, 2, max_norm=1.0), "max_norm"),
     ],
-    ids=["layer norm", "bag", "own forward", "no module", "parametrized", "grouped transposed", "max norm"],
+    ids=["layer norm", "bag", "own forward", "no module", "grouped transposed", "max norm"],
 )
 def test_what_cannot_be_quantized_is_refused(layer: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
@@ -209,11 +207,13 @@ def test_an_embedding_with_sparse_gradients_is_refused() -> None:
         QATModuleWrapper(nn.Embedding(10, 4, sparse=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
-@pytest.mark.parametrize("normalize", [nn.utils.weight_norm, nn.utils.spectral_norm])
-def test_a_weight_that_a_hook_computes_is_refused(normalize: Any) -> None:
-    with pytest.raises(TypeError, match="cannot be quantized"):
-        QATModuleWrapper(normalize(nn.Linear(3, 2)))
+def test_a_weight_that_an_unknown_hook_computes_is_refused() -> None:
+    layer = nn.Linear(3, 2)
+    layer.raw = layer._parameters.pop("weight")
+    layer.weight = torch.zeros(2, 3)
+    layer.register_forward_pre_hook(lambda module, args: setattr(module, "weight", module.raw * 2))
+    with pytest.raises(TypeError, match="a hook computes its weight: register a parametrization"):
+        QATModuleWrapper(layer)
 
 
 def test_a_lazy_layer_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..graph.clone import copy_of
@@ -41,6 +41,7 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: the model is not prepared.
         RuntimeError: no data was seen, or a node is switched off.
+        ValueError: a parameter of a quantized layer is not finite.
 
     Warns:
         UserWarning: a layer that no data reached; it stays float.
@@ -118,8 +119,7 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that the model computes in where it computes on floats."""
     for module in model.modules():
         if isinstance(module, QATModuleWrapper):
-            weight: Tensor = module.layer.weight  # type: ignore[assignment]
-            return weight.dtype
+            return module.evaluated_weight().dtype
     return torch.float32
 
 
@@ -181,4 +181,4 @@ def _alone(name: str, module: QATModuleWrapper | FakeQuantizeLayer) -> nn.Module
     if all(node.is_initialized for node in nodes):
         return between_floats(module)
     warnings.warn(f"no data reached {name}: it stays float", UserWarning, stacklevel=5)
-    return module.layer if isinstance(module, QATModuleWrapper) else module.layer or nn.Identity()
+    return module.float_layer() if isinstance(module, QATModuleWrapper) else module.layer or nn.Identity()

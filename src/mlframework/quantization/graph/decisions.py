@@ -74,7 +74,7 @@ class ExampleAnswers:
         else:
             return len(value)
         asks.meta = dict(node.meta)
-        return self.answer(asks, int)
+        return int(self.answer(asks, int))
 
     def _guard(self, node: fx.Node, value: Any, truth: bool) -> fx.Node:
         expected = 0 if truth else value
@@ -131,7 +131,7 @@ def length(value: Any) -> Any:
 class AnsweringProxy(fx.Proxy):
     """A proxy that lets code ask for what depends on shapes only."""
 
-    def __getattr__(self, name: str) -> AnsweringProxy:
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return _AnsweringAttribute(self, name)
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:

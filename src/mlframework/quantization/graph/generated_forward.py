@@ -226,14 +226,15 @@ def _through_floats(module: nn.Module, source: Source, args: tuple[Any, ...], kw
     """A call with codes as the hooks of the module know it: with floats."""
     number, entries, exits = source.on_codes[kwargs.pop(VARIANT)]
 
-    def converter(edges: Sequence[Edge], convert: str) -> Any:
+    def converter(edges: Sequence[Edge]) -> Any:
         modules: dict[Path, Any] = {edge.path: module.get_submodule(edge.module) for edge in edges}
-        return lambda path, part: getattr(modules[path], convert)(part) if path in modules else part
+        return lambda path, part: modules[path].inverse(part) if path in modules else part
 
-    args, kwargs = with_parts((args, kwargs), converter(entries, "inverse"))
+    args, kwargs = with_parts((args, kwargs), converter(entries))
     if number:
         kwargs[VARIANT] = number
-    return with_parts(type(module).__base__.__call__(module, *args, **kwargs), converter(exits, "inverse"))  # type: ignore[union-attr]
+    base: Any = base_of_generated(type(module))
+    return with_parts(base.__call__(module, *args, **kwargs), converter(exits))
 
 
 def _rebuild(base: type[nn.Module], source: Source) -> nn.Module:

@@ -148,7 +148,7 @@ def run_own_code(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"{kind.__name__} must be called as in the example that it was prepared with ({expected}): after "
             "conversion, its own code for other arguments does not run. Prepare it with an example like this call"
         )
-    parts = [module.get_submodule(name) for name in source.calls]
+    parts: list[Any] = [module.get_submodule(name) for name in source.calls]
     contexts = [part.stands_alone() for part in parts if hasattr(part, "stands_alone")]
     for context in contexts:
         context.__enter__()

@@ -227,7 +227,7 @@ class _ModelTracer(MarkingTracer):
             raise NameError(f"it calls a {type(mod).__name__} that is no submodule of the model") from None
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if m not in self.submodule_paths and not any(True for _ in m.parameters()):  # type: ignore[operator]
+        if m not in self.submodule_paths and not any(True for _ in m.parameters()):
             return m.forward(*args, **kwargs)  # made on the spot
         name = self.path_of_module(m)
         self.called[name] = self.called.get(name, -1) + 1

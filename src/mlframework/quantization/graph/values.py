@@ -52,7 +52,8 @@ def with_parts(value: Any, replace: Callable[[Path, Any], Any], path: Path = ())
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     names = {step[1]: part for step, part in parts}
     if is_dataclass(value):
-        return type(value)(**names)
+        kind: Any = type(value)
+        return kind(**names)
     return OrderedDict(names) if isinstance(value, OrderedDict) else dict(names)
 
 

@@ -268,7 +268,7 @@ class _Watch(TorchFunctionMode):
         def entering(autocast: torch.autocast) -> Any:
             if watch.frames and not watch.leaves:
                 watch.notice(_MODES[2])
-            return enter(autocast)
+            return enter(autocast)  # type: ignore[no-untyped-call]
 
         set_attribute = nn.Module.__setattr__
         enter = torch.autocast.__enter__

@@ -10,6 +10,7 @@ from .fake_quantization import (
     mask_gradient,
     memory_order,
 )
+from .fingerprints import fingerprints
 from .integer_layer import Epilogue, IntegerLayer
 from .integer_products import PackedConvolution, PackedLinear
 from .moving_average import update_moving_average
@@ -57,6 +58,7 @@ __all__ = [
     "extremes",
     "fake_quantize",
     "fake_quantize_backward",
+    "fingerprints",
     "has_integer_layers",
     "instruction_set",
     "int_mm_is_best",

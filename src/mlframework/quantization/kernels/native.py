@@ -28,6 +28,7 @@ _OPERATORS = (
     "fake_quantize_backward",
     "update_moving_average",
     "extremes",
+    "fingerprints",
     "lookup",
     "lookup_gradient",
     "occurring",
@@ -46,7 +47,7 @@ _OPERATORS = (
     "instruction_set",
 )
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 # The operators by name, once they are loaded: overloads, which are called without a search by argument types.
 operators: dict[str, Any] = {}
@@ -83,7 +84,7 @@ def use_native(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not _reference_is_forced
-        and type(tensor) in _PLAIN  # not a tensor that only stands for one, as tracers have
+        and type(tensor) in PLAIN  # not a tensor that only stands for one, as tracers have
         and tensor.is_cpu
         and not torch._C._are_functorch_transforms_active()  # nor for a batch, or a gradient, of vmap and its kind
         and native_is_available()

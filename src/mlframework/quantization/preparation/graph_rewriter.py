@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from ..graph.containers import Calls, is_mark
-from ..graph.nodes import add_module, label_of, owner_of, replace_module, unused_name
+from ..graph.nodes import add_module, label_of, owner_of, replace_module
 from ..int8.lookup import Lookup
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
@@ -35,6 +35,7 @@ class GraphRewriter:
         self.config = config
         self.calls = Calls(graph)
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
+        self.first_wrapper: dict[nn.Module, QATModuleWrapper] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.device = next((tensor.device for tensor in (*root.parameters(), *root.buffers())), None)
 
@@ -58,12 +59,15 @@ class GraphRewriter:
         return [accounts[node] for node in sorted(accounts, key=order.__getitem__)]
 
     def _wrapper(self, chain: Chain) -> QATModuleWrapper:
+        layer = self.modules[str(chain.node.target)]
         wrapper = QATModuleWrapper(
-            self.modules[str(chain.node.target)],
+            layer,
             chain.config,
             batch_norm=None if chain.batch_norm is None else self.modules[str(chain.batch_norm.target)],
             activation=None if chain.activation is None else operations.clipping_module(chain.activation, self.modules),
+            shares_weight_of=self.first_wrapper.get(layer),
         )
+        self.first_wrapper.setdefault(layer, wrapper)
         wrapper.input_fake_quantize = None
         if chain.quantizes_output:
             assert wrapper.output_fake_quantize is not None
@@ -105,12 +109,8 @@ class GraphRewriter:
         name = str(chain.node.target)
         present = self.root.get_submodule(name)
         if isinstance(present, QATModuleWrapper):  # called before: every call site has an output node of its own
-            wrapper.weight_fake_quantize = present.weight_fake_quantize
             parent, _, last = name.rpartition(".")
-            name = ".".join(filter(None, (parent, unused_name(self.root.get_submodule(parent), f"{last}_call"))))
-            chain.node.target = name
-        if isinstance(present, QATModuleWrapper):
-            self.root.set_submodule(name, wrapper)
+            chain.node.target = add_module(self.root, parent, f"{last}_call", wrapper)
         else:
             replace_module(self.root, present, wrapper)
         chain.node.args, chain.node.kwargs = tuple(chain.node.all_input_nodes), {}

@@ -18,6 +18,7 @@ from ..qat.layer_types import layer_type_of
 from ..qat.observer_synchronizer import ObserverSynchronizer, commit_statistics, discard_statistics
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
+from ..qat.weight_range import require_finite_parameters
 from ..scheme_state import check_schemes
 from .graph_rewriter import layer_entry
 from .parts import PartPreparation, is_leaf
@@ -56,8 +57,8 @@ def prepare(
 
     Raises:
         TypeError: an argument is not of its type, or the examples do not fit the model's signature.
-        ValueError: the model is prepared or converted already, does not run on the examples, or a selector of the
-            configuration matches no layer.
+        ValueError: the model is prepared or converted already, does not run on the examples, a parameter to be
+            quantized is not finite, or a selector of the configuration matches no layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
@@ -121,6 +122,9 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
     unused = config.unused_selectors(dict(model.named_modules()))
     if unused:
         raise ValueError(f"overrides and skip must match layers of the model; these match none: {unused}")
+    for name, module in model.named_modules():
+        if layer_type_of(module) is not None and skip_reason(name, module, config) is None:
+            require_finite_parameters(module, name)
 
 
 def _connect(prepared: nn.Module) -> None:

@@ -105,6 +105,7 @@ class FakeQuantizeLayer(nn.Module):
         self.synchronizer: ObserverSynchronizer | None = None
         self.synchronizer_index = 0
         self.reduces_over_ranks = True
+        self.range_of: int | None = None  # the fingerprint of the weight in evaluation that the scale is of
         # What the Python flag decides in forward, where reading the buffer would wait for the device.
         self._ready = False
 
@@ -279,6 +280,7 @@ class FakeQuantizeLayer(nn.Module):
         self.observer.reset()
         self.initialized.zero_()
         self._ready = False
+        self.range_of = None
 
     def require_initialized(self) -> None:
         """Raises RuntimeError where no data has set the parameters."""
@@ -307,6 +309,7 @@ class FakeQuantizeLayer(nn.Module):
         if not all(name in state_dict and state_dict[name].shape == tensor.shape for name, tensor in own.items()):
             self.initialized.copy_(before)
         self._ready = bool(self.initialized)
+        self.range_of = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

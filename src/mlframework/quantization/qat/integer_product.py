@@ -131,19 +131,19 @@ def integer_product(
     layer: nn.Module,
     input: Tensor,
     source: FakeQuantizeLayer,
+    weight: Tensor,
     weight_node: FakeQuantizeLayer,
     bias: Tensor | None,
 ) -> IntegerProduct | None:
     """A layer's output on fake-quantized values, computed on codes; None where no compiled kernel does that.
 
     Args:
-        layer: for its kind, its geometry and its weight.
+        layer: for its kind and its geometry.
         input: float32 values on the grid of ``source``; those of a convolution with a batch.
+        weight: the layer's; a parameter, or computed from some.
         weight_node: observes the weight and quantizes it.
         bias: (O,), added in units of the accumulator; None for none.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
     if type(layer) not in _LAYERS or weight.dtype is not torch.float32 or input.dtype is not torch.float32:
         return None
     geometry = _geometry_of(layer)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..int8.folding import IntegerWeights
 from ..int8.layers import Int8Convolution, Int8ConvTranspose2d, Int8Layer, Int8Linear
 from ..kernels import ConvolutionGeometry
 from ..parameters import QuantizationParameters
+from .computed_parameters import has_unknown_computation
 
 Clip = tuple[float, float]
 MakeInteger = Callable[
@@ -149,15 +149,13 @@ def layer_type_of(layer: nn.Module) -> LayerType | None:
 
 def obstacle_of(layer: nn.Module) -> str | None:
     """Why a layer of a known type cannot be quantized all the same; None where it can."""
-    if parametrize.is_parametrized(layer):
-        return "its weight is parametrized: remove the parametrization first"
-    weight = layer._parameters.get("weight")
-    if isinstance(weight, nn.parameter.UninitializedParameter):
+    if isinstance(layer._parameters.get("weight"), nn.parameter.UninitializedParameter):
         return "it has no weight yet: run it once first"
-    if weight is None:
-        return "its weight is computed by a hook: remove weight or spectral normalization first"
+    for name in ("weight", "bias"):
+        if has_unknown_computation(layer, name):
+            return f"a hook computes its {name}: register a parametrization (torch.nn.utils.parametrize) instead"
     if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
-        return "in a transposed convolution with groups, one weight scale would stand for several output channels"
+        return "a transposed convolution with groups has no integer form"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "max_norm rewrites its weight in forward"
     if isinstance(layer, nn.Embedding) and layer.sparse:

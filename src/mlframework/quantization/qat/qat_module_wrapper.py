@@ -16,12 +16,14 @@ from ..int8.folding import IntegerWeights, fold
 from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import in_format_of
 from ..scheme import QuantizationScheme
-from .activation_observer import MovingAverageObserver
+from .computed_parameters import computed, evaluated, move_computation
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .integer_product import IntegerProduct, integer_product
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, normalized_and_quantized
+from .traced_evaluation import traced_evaluation
+from .weight_range import is_up_to_date, keep_loaded_scale, require_finite, update_range, weight_node
 
 
 class QATModuleWrapper(nn.Module):
@@ -32,6 +34,10 @@ class QATModuleWrapper(nn.Module):
     layer's other attributes. The layer runs through its ``__call__``, so its hooks fire, with the fake-quantized
     weight in place of its own.
 
+    A parameter may also be computed: by a parametrization, or by the hooks of pruning and of weight or spectral
+    normalization, whether they were put on the layer before (they move to the wrapper) or on the wrapper. It is then
+    the computed tensor that is quantized.
+
     In training, compiled kernels compute the layer on integer codes and return floats; what is kept for backward is the
     codes. Where they do not (an older processor or another kind, a layer or a padding they do not know, a hook that
     would not fire, under ``torch.compile``), the layer runs on the floats that the codes stand for: the same but for
@@ -39,14 +45,19 @@ class QATModuleWrapper(nn.Module):
 
     In evaluation mode without gradients the wrapper computes on integers, with the very layer that ``convert`` puts in
     its place (:meth:`to_integer`), and returns the result as floats on the grid. Hooks inside then see simulated
-    values. The integer layer is kept until a tensor it was made from changes, the mode is set, or a forward with
-    gradients runs; a change through ``.data`` between two evaluations goes unseen, so call ``eval()`` after one.
+    values. The integer layer is kept until the mode is set or a tensor that it was made from holds other values,
+    however they came there: every evaluation compares hashes.
+
+    An observed scale of a weight is that of the weight at hand, in evaluation too, which updates the node's buffers in
+    place. Switch the node's observer off to keep a scale.
 
     Args:
         layer: Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d or Embedding.
         config: grids, observers, estimator.
         batch_norm: batch normalization of the layer's output, run here; folded in for integers.
         activation: ReLU, ReLU6 or Hardtanh that follows, run here; a choice of saturation for integers.
+        shares_weight_of: the wrapper of another call of the same layer, which has the node of the weight and whatever
+            computes it.
 
     Attributes:
         input_fake_quantize, weight_fake_quantize, output_fake_quantize: the nodes; each may be set to None. With every
@@ -56,6 +67,7 @@ class QATModuleWrapper(nn.Module):
 
     Raises:
         TypeError: the layer is of no supported type, or cannot be quantized as it is.
+        ValueError: the weight holds NaN or infinite values.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -78,6 +90,7 @@ class QATModuleWrapper(nn.Module):
         *,
         batch_norm: nn.Module | None = None,
         activation: nn.Module | None = None,
+        shares_weight_of: QATModuleWrapper | None = None,
     ) -> None:
         super().__init__()
         config = QATConfig() if config is None else config
@@ -85,7 +98,7 @@ class QATModuleWrapper(nn.Module):
         if layer_type is None:
             supported = ", ".join(kind.__name__ for kind in LAYER_TYPES)
             raise TypeError(f"layer must be one of {supported}, got {type(layer).__name__}")
-        obstacle = obstacle_of(layer)
+        obstacle = obstacle_of(layer) if shares_weight_of is None else None
         if obstacle is not None:
             raise TypeError(f"layer {layer} cannot be quantized: {obstacle}")
         if batch_norm is not None and not takes_batch_norm(layer, batch_norm):
@@ -107,14 +120,22 @@ class QATModuleWrapper(nn.Module):
         self.recompute = False
         self._clip: Clip = clip
         self._cached: tuple[Any, Int8Layer] | None = None
+        self._other = () if shares_weight_of is None else (shares_weight_of._owner,)
+        move_computation(layer, self._owner)
+        weight = self.evaluated_weight()
 
         self.input_fake_quantize = None if layer_type.to_integer is None else activation_node(config)
-        self.weight_fake_quantize = weight_node(layer, config, layer_type.output_axis)
+        if shares_weight_of is None:
+            require_finite(weight, "weight")
+            self.weight_fake_quantize = weight_node(weight, config, layer_type.output_axis)
+        else:
+            self.weight_fake_quantize = shares_weight_of.weight_fake_quantize
         self.output_fake_quantize = activation_node(config, non_negative=clip[0] >= 0)
         for node in (self.input_fake_quantize, self.weight_fake_quantize):
             if node is not None:
                 self._have_codes_kept(node)
-        self.to(layer.weight.device)  # type: ignore[arg-type]
+        self.register_load_state_dict_post_hook(_keep_loaded_scale)  # type: ignore[no-untyped-call]
+        self.to(weight.device)
         self.train(layer.training)
 
     @property
@@ -132,16 +153,57 @@ class QATModuleWrapper(nn.Module):
     @contextmanager
     def stands_alone(self) -> Iterator[None]:
         """The wrapper as its layer alone, with a quantized weight, for code that calls by itself what follows."""
-        own = dict(vars(self))
         node = self._modules["output_fake_quantize"]
-        self.following, self._batch_norm, self._clip = (), (None,), (-math.inf, math.inf)
-        self._input_source, self._dropouts, self._cached = (self.input_fake_quantize,), (), None
+        alone: dict[str, Any] = {
+            "following": (),
+            "_batch_norm": (None,),
+            "_clip": (-math.inf, math.inf),
+            "_input_source": (self.input_fake_quantize,),
+            "_dropouts": (),
+            "_cached": None,
+        }
+        own = {name: vars(self)[name] for name in alone}
+        vars(self).update(alone)
         self._modules["output_fake_quantize"] = None
         try:
             yield
         finally:
-            vars(self).update(own)
+            vars(self).update({**own, "_cached": None})
             self._modules["output_fake_quantize"] = node
+
+    @property
+    def _owner(self) -> QATModuleWrapper:
+        """The wrapper that has what computes the parameters: this one, or that of another call of the layer."""
+        return self._other[0] if self._other else self
+
+    def evaluated_weight(self) -> Tensor:
+        """The weight as evaluation has it: the Parameter, or what is computed from some, apart from the graph."""
+        weight: Tensor = evaluated(self._owner, "weight")
+        return weight
+
+    def float_layer(self) -> nn.Module:
+        """The layer, to go on without the wrapper: what is computed becomes Parameters of it."""
+        for name, tensor in (("weight", self.evaluated_weight()), ("bias", self._evaluated_bias())):
+            if tensor is not None and name not in self.layer._parameters:
+                self.layer._parameters[name] = nn.Parameter(tensor.detach().clone())
+        return self.layer
+
+    def _evaluated_bias(self) -> Tensor | None:
+        return None if isinstance(self.layer, nn.Embedding) else evaluated(self._owner, "bias")
+
+    def _parameters_now(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they are at this call."""
+        bias = None if isinstance(self.layer, nn.Embedding) else self._parameter("bias")
+        return self._parameter("weight"), bias
+
+    def _parameter(self, name: str) -> Any:
+        parameters = self.layer._parameters
+        if name in parameters:
+            return parameters[name]
+        owner = self._owner
+        if self.layer._modules or name in vars(self.layer):
+            move_computation(self.layer, owner)  # what was put on the layer, rather than on the wrapper
+        return getattr(owner, name) if owner is self else computed(owner, name)
 
     def _have_codes_kept(self, node: FakeQuantizeLayer) -> None:
         if self.integer_forward and kernels.has_integer_layers():
@@ -169,17 +231,22 @@ class QATModuleWrapper(nn.Module):
         return self._run_integers(input)
 
     def _simulate(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self._cached is not None:
-            self._cached = None  # fused optimizers change a weight without a trace in its version
+        weight, bias = self._parameters_now()
+        node = self.weight_fake_quantize
+        if node is not None and self.training:
+            if node.range_of is not None:
+                node.range_of = None  # training sets the scale without comparing weights
+        elif node is not None and node.quantizes and not node.observes:
+            update_range(node, weight)
         values = self.input_fake_quantize(input) if self.input_fake_quantize is not None else input
-        product = self._product(values)
-        output = self._run_layer(values) if product is None else product.output
+        product = self._product(values, weight, bias)
+        output = self._run_layer(values, weight, bias) if product is None else product.output
         output = self._run_following(output, product)
         if product is not None and self.output_fake_quantize is None and torch.is_autocast_enabled("cpu"):
             return output.to(torch.get_autocast_dtype("cpu"))
         return output if product is None or self.input_fake_quantize is None else in_format_of(input, output)
 
-    def _product(self, input: Tensor) -> IntegerProduct | None:
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> IntegerProduct | None:
         """The layer on the codes of its fake-quantized input and weight, where compiled kernels do that."""
         source, weight_node = self.input_source, self.weight_fake_quantize
         if not self.integer_forward or source is None or weight_node is None or not weight_node.quantizes:
@@ -188,9 +255,9 @@ class QATModuleWrapper(nn.Module):
             return None
         if is_watched(self.layer, source, weight_node):  # a hook on a node may take values off its grid
             return None
-        bias: Tensor | None = self.layer._parameters["bias"]
         batch_norm = self._batch_norm[0]
-        product = integer_product(self.layer, input, source, weight_node, bias if batch_norm is None else None)
+        own_bias = bias if batch_norm is None else None
+        product = integer_product(self.layer, input, source, weight, weight_node, own_bias)
         if product is None or bias is None or batch_norm is None:
             return product
         return product.plus(arithmetic.along_axis(bias, product.output.dim(), 1))
@@ -217,23 +284,28 @@ class QATModuleWrapper(nn.Module):
             output = module(output)
         return output if node is None else node(output)
 
-    def _run_layer(self, input: Tensor) -> Tensor:
+    def _run_layer(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Calls the user's module with the fake-quantized weight, and the bias it has on integers, in its registry."""
-        parameters = self.layer._parameters
-        weight = parameters["weight"]
-        assert weight is not None
         if self.weight_fake_quantize is not None:
             weight = self.weight_fake_quantize(weight)
-        exchanged: dict[str, Any] = {"weight": weight}
-        if parameters.get("bias") is not None and self._batch_norm[0] is None:
-            exchanged["bias"] = self._simulated_bias(parameters["bias"])  # type: ignore[arg-type]
-        exchanged = {name: tensor for name, tensor in exchanged.items() if tensor is not parameters[name]}
-        own = {name: parameters[name] for name in exchanged}
-        parameters.update(exchanged)
-        try:
+        if bias is not None and self._batch_norm[0] is None:
+            bias = self._simulated_bias(bias)
+        with self._in_registry(weight, bias):
             return self.layer(input)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _in_registry(self, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+        """The layer with these tensors for its parameters."""
+        registry: dict[str, Any] = self.layer._parameters
+        exchanged: dict[str, Any] = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        own = {name: registry[name] for name in exchanged if name in registry}
+        registry.update(exchanged)
+        try:
+            yield
         finally:
-            parameters.update(own)
+            for name in exchanged:
+                del registry[name]
+            registry.update(own)
 
     def _simulated_bias(self, bias: Tensor) -> Tensor:
         """The bias rounded to units of the accumulator, straight through, once input and weight have grids."""
@@ -250,9 +322,14 @@ class QATModuleWrapper(nn.Module):
 
         Raises:
             RuntimeError: a node has seen no data.
+            ValueError: a parameter holds NaN or infinite values.
         """
+        return self._integer_form(self.evaluated_weight(), self._evaluated_bias())
+
+    def _integer_form(self, weight: Tensor, bias: Tensor | None) -> Int8Layer | Int8Embedding:
+        self._require_finite(weight, bias)
         if isinstance(self.layer, nn.Embedding):
-            codes, scale, _ = self._weight_codes()
+            codes, scale, _ = self._weight_codes(weight)
             return Int8Embedding(codes, scale.clone())
         layer_type = layer_type_of(self.layer)
         assert layer_type is not None and layer_type.to_integer is not None
@@ -264,44 +341,66 @@ class QATModuleWrapper(nn.Module):
         output = self.output_fake_quantize
         return layer_type.to_integer(
             self.layer,
-            self._folded(),
+            self._folded(weight, bias),
             source.parameters_on_grid,
             None if output is None else output.parameters_on_grid,
             self._clip,
         )
 
-    def _weight_codes(self) -> tuple[Tensor, Tensor, QuantizationScheme]:
+    def _require_finite(self, weight: Tensor, bias: Tensor | None) -> None:
+        node = self.weight_fake_quantize
+        name = "" if node is None else node.name.removesuffix("weight_fake_quantize")
+        require_finite(weight, f"{name}weight")
+        require_finite(bias, f"{name}bias")
+        for part, tensor in self._batch_norm_state().items():
+            require_finite(tensor, f"{part} of the batch normalization after {name.removesuffix('.') or self.layer}")
+
+    def _batch_norm_state(self) -> dict[str, Tensor]:
+        batch_norm: Any = self._batch_norm[0]
+        if batch_norm is None:
+            return {}
+        state = {name: getattr(batch_norm, name) for name in ("weight", "bias", "running_mean", "running_var")}
+        return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+    def _weight_codes(self, weight: Tensor) -> tuple[Tensor, Tensor, QuantizationScheme]:
         node = self.weight_fake_quantize
         if node is None:
             raise RuntimeError("weight_fake_quantize is None: the weight has no grid")
-        return node.to_codes(self.layer.weight).detach(), node.scale.detach(), node.scheme  # type: ignore[arg-type]
+        update_range(node, weight)
+        return node.to_codes(weight).detach(), node.scale.detach(), node.scheme
 
-    def _folded(self) -> IntegerWeights:
+    def _folded(self, weight: Tensor, bias: Tensor | None) -> IntegerWeights:
         source, layer_type = self.input_source, layer_type_of(self.layer)
         assert source is not None and layer_type is not None
         return fold(
-            *self._weight_codes(),
-            self.layer.bias,  # type: ignore[arg-type]
+            *self._weight_codes(weight),
+            bias,
             source.scale.detach(),
             self._batch_norm[0],  # type: ignore[arg-type]
             layer_type.output_axis,
         )
 
     def _integer_layer(self) -> Int8Layer:
-        nodes = (self.input_source, self.weight_fake_quantize, self.output_fake_quantize)
-        tensors = [tensor for node in nodes if node is not None for tensor in (node.scale, node.zero_point)]
-        tensors += [tensor for tensor in (self.layer.weight, self.layer.bias) if isinstance(tensor, Tensor)]
-        batch_norm: Any = self._batch_norm[0]
-        if batch_norm is not None:
-            state = (batch_norm.weight, batch_norm.bias, batch_norm.running_mean, batch_norm.running_var)
-            tensors += [tensor for tensor in state if tensor is not None]
-        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        key = (versions, None if batch_norm is None else batch_norm.eps)
-        if self._cached is None or self._cached[0] != key:
-            layer = self.to_integer()
+        weight, bias = self._parameters_now()
+        node = self.weight_fake_quantize
+        assert node is not None
+        key = self._key(weight, bias)
+        if self._cached is None or self._cached[0] != key or not is_up_to_date(node, key[0][0]):
+            layer = self._integer_form(weight, bias)
             assert isinstance(layer, Int8Layer)
-            self._cached = (key, layer)
+            self._cached = (self._key(weight, bias), layer)  # which may have changed the scale of the weight
         return self._cached[1]
+
+    def _key(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[int, ...], float | None]:
+        """What the integer layer is made from, the weight first."""
+        tensors = [weight] if bias is None else [weight, bias]
+        for node in (self.input_source, self.weight_fake_quantize, self.output_fake_quantize):
+            if node is not None:  # in every call, where a module's own look-up is slow
+                state: dict[str, Any] = node._parameters if node.learnable else node._buffers
+                tensors += (state["scale"], state["zero_point"])
+        batch_norm: Any = self._batch_norm[0]
+        tensors += self._batch_norm_state().values()
+        return kernels.fingerprints(tensors), None if batch_norm is None else batch_norm.eps
 
     def _run_integers(self, input: Tensor) -> Tensor:
         source, output = self.input_source, self.output_fake_quantize
@@ -315,33 +414,19 @@ class QATModuleWrapper(nn.Module):
         return in_dtype_of(input, result)
 
     def _trace_integers(self, input: Tensor) -> Tensor:
-        """The same integers in operations that ``torch.compile`` can trace: sums in float64, which is exact."""
-        source, output, layer_type = self.input_source, self.output_fake_quantize, layer_type_of(self.layer)
-        assert source is not None and layer_type is not None and layer_type.product is not None
-        codes = source.to_codes(input)
-        weights = self._folded()
-        with torch.autocast(input.device.type, enabled=False):
-            sums = layer_type.product(self.layer, codes.double() - source.code_of_zero, weights.codes.double())
-        axis = sums.dim() - 1 - len(getattr(self.layer, "stride", ()))
-        accumulator = sums.round().to(torch.int32) + arithmetic.along_axis(weights.bias, sums.dim(), axis)
-        scale = source.scale * weights.scale
-        if output is None:
-            result = arithmetic.rescale_accumulator(accumulator, arithmetic.along_axis(scale, sums.dim(), axis))
-            return in_dtype_of(input, result.clamp(*self._clip))
-        zero_point = output.code_of_zero
-        codes = arithmetic.requantize_accumulator(
-            accumulator,
-            arithmetic.along_axis(scale / output.scale, sums.dim(), axis),
-            zero_point,
-            *arithmetic.codes_of_clip(self._clip, output.scale, zero_point, output.scheme),
-            output.scheme.dtype,
-        )
-        return in_dtype_of(input, output.to_values(codes))
+        """The same integers in operations that ``torch.compile`` can trace."""
+        source = self.input_source
+        assert source is not None
+        weights = self._folded(*self._parameters_now())
+        result = traced_evaluation(self.layer, input, weights, source, self.output_fake_quantize, self._clip)
+        return in_dtype_of(input, result)
 
     # --- standing in the layer's place ----------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> QATModuleWrapper:
         self._cached = None
+        if mode and self.weight_fake_quantize is not None:
+            self.weight_fake_quantize.range_of = None
         self.layer.train(mode)
         return super().train(mode)
 
@@ -349,9 +434,10 @@ class QATModuleWrapper(nn.Module):
         self._cached = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         node = self.weight_fake_quantize
-        comes_alone = f"{prefix}weight" in state_dict and f"{prefix}weight_fake_quantize.scale" not in state_dict
-        if node is not None and comes_alone:  # a float checkpoint: the range is that of the new weight
-            node.commit(node.observer.measure(self.layer.weight))  # type: ignore[arg-type]
+        comes = any(f"{prefix}{name}" in state_dict for name in self._parameters if name.startswith("weight"))
+        if node is not None and comes and f"{prefix}weight_fake_quantize.scale" not in state_dict:
+            # A float checkpoint: a learned or frozen scale does not follow by itself.
+            node.commit(node.observer.measure(self.evaluated_weight()))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -365,8 +451,15 @@ class QATModuleWrapper(nn.Module):
         return {**self.__dict__, "_cached": None}
 
     def extra_repr(self) -> str:
-        following = [type(module).__name__ for module in self.following]
-        return " -> ".join([f"layer={self.layer}", *following])
+        bias = None if isinstance(self.layer, nn.Embedding) else self._evaluated_bias()
+        with self._in_registry(self.evaluated_weight(), bias):
+            following = [type(module).__name__ for module in self.following]
+            return " -> ".join([f"layer={self.layer}", *following])
+
+
+def _keep_loaded_scale(wrapper: QATModuleWrapper, incompatible_keys: object) -> None:
+    if wrapper.weight_fake_quantize is not None:
+        keep_loaded_scale(wrapper.weight_fake_quantize, wrapper.evaluated_weight())
 
 
 def in_dtype_of(input: Tensor, result: Tensor) -> Tensor:
@@ -381,26 +474,3 @@ def activation_node(config: QATConfig, non_negative: bool = False) -> FakeQuanti
     return FakeQuantizeLayer(
         scheme, config.activation_observer(), learnable=config.learnable, estimator=config.estimator
     )
-
-
-def weight_node(layer: nn.Module, config: QATConfig, output_axis: int) -> FakeQuantizeLayer:
-    """The fake-quantize node of a layer's weight, on the range that the weight has now.
-
-    Its statistics follow the newest weight alone, and are the same on every rank.
-    """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    axis = output_axis if config.per_channel_weights else None
-    grid = config.weight_scheme
-    scheme = QuantizationScheme(grid.bits, grid.signed, grid.symmetric, grid.narrow_range, axis)
-    channels = 1 if axis is None else weight.shape[axis]
-    node = FakeQuantizeLayer(
-        scheme,
-        MovingAverageObserver(momentum=1.0, channel_axis=axis, num_channels=channels),
-        learnable=config.learnable,
-        num_channels=channels,
-        estimator=config.estimator,
-    ).to(weight.device)
-    node.reduces_over_ranks = False
-    node.commit(node.observer.measure(weight))
-    return node

@@ -17,6 +17,7 @@ from ..graph.modes import in_evaluation
 from ..int8.operations import Int8Operation
 from ..preparation.batches import arguments_of, iterated
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.weight_range import ranges_kept
 from .onnx_session import ExportedOutputs, OnnxSession, Providers, check_session_arguments
 from .recording import quantized_layers, recorded_outputs
 from .report import ComparisonReport, Difference, LayerComparison
@@ -74,7 +75,7 @@ def compare_outputs(
     layers: dict[str, LayerComparison] = {}
     results: dict[str, LayerComparison] = {}
     seen = 0
-    with in_evaluation(model, converted), torch.no_grad():
+    with in_evaluation(model, converted), torch.no_grad(), ranges_kept(model):
         for batch in iterated(batches):
             args, kwargs = arguments_of(model, batch)
             with recorded_outputs(model, nodes) as prepared_outputs:

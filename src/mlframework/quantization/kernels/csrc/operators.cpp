@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(mlframework_quantization_kernels, library) {
               " Tensor(b!) maximum, Tensor(c!) batches, Tensor(d!) scale, Tensor(e!) zero_point, float momentum,"
               " int lowest, int highest, bool symmetric, int symmetric_zero, bool due) -> ()");
   library.def("extremes(Tensor input, int axis) -> Tensor");
+  library.def("fingerprints(Tensor[] tensors) -> int[]");
   library.def("lookup(Tensor codes, Tensor table) -> Tensor");
   library.def("lookup_gradient(Tensor gradient, Tensor codes, Tensor slopes, float? gradient_clip) -> Tensor");
   library.def("occurring(Tensor codes) -> Tensor");
@@ -83,6 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CPU, library) {
   library.impl("fake_quantize_backward", TORCH_BOX(&kernels::fake_quantize_backward));
   library.impl("update_moving_average", TORCH_BOX(&kernels::update_moving_average));
   library.impl("extremes", TORCH_BOX(&kernels::extremes));
+  library.impl("fingerprints", TORCH_BOX(&kernels::fingerprints));
   library.impl("lookup", TORCH_BOX(&kernels::lookup));
   library.impl("lookup_gradient", TORCH_BOX(&kernels::lookup_gradient));
   library.impl("occurring", TORCH_BOX(&kernels::occurring));

@@ -35,6 +35,8 @@ void update_moving_average(const Tensor& batch, bool is_measured, int64_t axis, 
 
 Tensor extremes(const Tensor& input, int64_t axis);
 
+std::vector<int64_t> fingerprints(std::vector<Tensor> tensors);
+
 Tensor lookup(const Tensor& codes, const Tensor& table);
 
 Tensor lookup_gradient(const Tensor& gradient, const Tensor& codes, const Tensor& slopes,

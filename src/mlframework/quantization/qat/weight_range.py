@@ -1,0 +1,134 @@
+"""The node of a weight: on the range that the weight has when it is trained, evaluated or converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .. import arithmetic, kernels
+from ..scheme import QuantizationScheme
+from .activation_observer import MovingAverageObserver
+from .computed_parameters import evaluated
+from .config import QATConfig
+from .fake_quantize_layer import FakeQuantizeLayer
+
+
+def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuantizeLayer:
+    """The fake-quantize node of a layer's weight, on the range that the weight has now.
+
+    Its statistics follow the newest weight alone, and are the same on every rank.
+    """
+    axis = output_axis if config.per_channel_weights else None
+    grid = config.weight_scheme
+    scheme = QuantizationScheme(grid.bits, grid.signed, grid.symmetric, grid.narrow_range, axis)
+    channels = 1 if axis is None else weight.shape[axis]
+    node = FakeQuantizeLayer(
+        scheme,
+        MovingAverageObserver(momentum=1.0, channel_axis=axis, num_channels=channels),
+        learnable=config.learnable,
+        num_channels=channels,
+        estimator=config.estimator,
+    ).to(weight.device)
+    node.reduces_over_ranks = False
+    node.commit(node.observer.measure(weight))
+    return node
+
+
+def is_up_to_date(node: FakeQuantizeLayer, fingerprint: int) -> bool:
+    """Whether the scale is that of the weight with that fingerprint, or is not to follow the weight.
+
+    A learned scale and one whose observer is switched off do not follow; nor does that of an observer which remembers
+    more than the newest weight, and learns only in training.
+    """
+    return (node.range_of == fingerprint and not node.training) or not _follows_newest(node)
+
+
+def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | None = None) -> None:
+    """Sets the scale to that of a weight about to be evaluated, in place, unless it is already.
+
+    A scale set by hand, or loaded with the weight and not given by the statistics loaded, lasts until the weight
+    changes; with the observer switched off, for good.
+
+    Args:
+        node: of the weight.
+        weight: as it is evaluated.
+        fingerprint: the weight's (:func:`.fingerprints`), where it is known already.
+    """
+    if not _follows_newest(node):
+        return
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        _observe(node, weight)  # where no value can be compared on the host
+        node.range_of = None
+        return
+    if torch._C._are_functorch_transforms_active():  # which allow no update in place
+        return
+    if fingerprint is None:
+        (fingerprint,) = kernels.fingerprints([weight])
+    if not is_up_to_date(node, fingerprint):
+        _observe(node, weight)
+        node.range_of = None if node.training else fingerprint
+
+
+def _observe(node: FakeQuantizeLayer, weight: Tensor) -> None:
+    """Sets statistics and scale to those of a weight. It counts as no batch, of which evaluation brings none."""
+    observer = node.observer
+    assert isinstance(observer, MovingAverageObserver)
+    negated_minimum, maximum = observer.measure(weight).extremes
+    observer.statistics.update(-negated_minimum, maximum)
+    node.update_parameters()
+
+
+def _follows_newest(node: FakeQuantizeLayer) -> bool:
+    observer = node.observer
+    return (
+        not node.learnable
+        and observer.enabled
+        and type(observer) is MovingAverageObserver
+        and observer.statistics.momentum == 1
+        and observer.update_every == 1
+    )
+
+
+def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor) -> None:
+    """Takes a scale that its own statistics do not give (learned, or set by hand, before it was saved) for that of the
+    weight which was loaded with it."""
+    if _follows_newest(node) and node.is_initialized and not weight.is_meta:
+        scale, _ = arithmetic.range_to_scale_and_zero_point(*node.observer.range(node.scheme), node.scheme)
+        if not torch.equal(scale, node.scale):
+            (node.range_of,) = kernels.fingerprints([weight])
+
+
+@contextmanager
+def ranges_kept(model: nn.Module) -> Iterator[None]:
+    """Gives the weights' scales and statistics back at the end, as they were before evaluation updated them."""
+    nodes = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer) and _follows_newest(module)]
+    before = [(node, node.range_of, [tensor.clone() for tensor in node.buffers()]) for node in nodes]
+    try:
+        yield
+    finally:
+        for node, range_of, tensors in before:
+            node.range_of = range_of
+            for tensor, value in zip(node.buffers(), tensors, strict=True):
+                tensor.copy_(value)
+
+
+def require_finite_parameters(layer: nn.Module, name: str) -> None:
+    """:func:`require_finite` of the weight and the bias of a layer with that qualified name; changes nothing."""
+    for parameter in ("weight",) if isinstance(layer, nn.Embedding) else ("weight", "bias"):
+        tensor = vars(layer).get(parameter)  # what a hook computed last
+        require_finite(
+            evaluated(layer, parameter) if tensor is None else tensor, ".".join(filter(None, (name, parameter)))
+        )
+
+
+def require_finite(tensor: Tensor | None, name: str) -> None:
+    """Refuses a parameter that has no codes; waits for the device.
+
+    Raises:
+        ValueError: it holds NaN or infinite values.
+    """
+    if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} holds NaN or infinite values, which have no integer codes")
