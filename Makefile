@@ -9,21 +9,24 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 KERNELS := src/mlframework/quantization/kernels
 WITHOUT_AVX512 := $(VENV)/without_avx512.so
 
-.PHONY: demo test test-fast test-avx2 bench lint format clean
+.PHONY: demo test test-fast test-long test-avx2 bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) -m "not long"
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
+test-long: $(INSTALLED)
+	$(PYTEST) -m long
+
 # On a processor with AVX-512, the tests as on one without; it takes an Intel processor that lets CPUID fault. Inductor
 # keeps what it compiles by the machine, and would mix up its two faces.
 test-avx2: $(WITHOUT_AVX512)
-	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV)/inductor_avx2) LD_PRELOAD=$(abspath $(WITHOUT_AVX512)) $(PYTEST)
+	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV)/inductor_avx2) LD_PRELOAD=$(abspath $(WITHOUT_AVX512)) $(PYTEST) -m "not long"
 
 $(WITHOUT_AVX512): tests/processors/without_avx512.c $(INSTALLED)
 	$(CC) -O2 -Wall -shared -fPIC -o $@ $< -ldl

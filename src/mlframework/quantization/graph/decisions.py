@@ -39,10 +39,14 @@ class ExampleAnswers:
         model: the model that is being traced.
         graph: its graph, which grows meanwhile.
         arguments: the example, by the names of the placeholders.
+        stack: the modules whose code is being traced, as nodes have them in ``meta["nn_module_stack"]``.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, arguments: dict[str, Any], stack: Callable[[], dict[str, Any]]
+    ) -> None:
         self.model = model
+        self.stack = stack
         self.graph = graph
         self.arguments = arguments
         self.interpreter = fx.Interpreter(model, garbage_collect_values=False, graph=graph)
@@ -73,21 +77,21 @@ class ExampleAnswers:
             asks = self.graph.call_function(length, (node,))
         else:
             return len(value)
-        asks.meta = dict(node.meta)
+        asks.meta["nn_module_stack"] = self.stack()
         return int(self.answer(asks, int))
 
     def _guard(self, node: fx.Node, value: Any, truth: bool) -> fx.Node:
         expected = 0 if truth else value
         test = operator.ne if truth and value else operator.eq
         same = self.graph.call_function(test, (node, expected))
-        same.meta = dict(node.meta)
-        where = owner_of(node) or "the model"
+        same.meta["nn_module_stack"] = self.stack()
+        where = owner_of(same) or "the model"
         text = (
             f"{where} was traced with {node.name} = {value!r}; its code goes another way for this input: prepare the "
             "model with an example like it"
         )
         guard = self.graph.call_function(torch._assert, (same, text))
-        guard.meta = {**node.meta, _IS_GUARD: True}
+        guard.meta.update({_IS_GUARD: True, "nn_module_stack": self.stack()})
         return guard
 
     def _value(self, node: fx.Node) -> Any:

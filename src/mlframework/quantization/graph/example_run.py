@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -73,20 +76,52 @@ def agree(expected: Any, actual: Any) -> bool:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """No gradients, and buffers and random generators are as before afterwards."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), random_state_kept():
+    """No gradients, and what modules hold and the random generators are as before afterwards."""
+    with torch.no_grad(), random_state_kept(), modules_kept(model):
         yield
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+
+
+@contextmanager
+def modules_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers and attributes are as before afterwards, and so is what is in lists, dictionaries and sets."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    held = [(registry, dict(registry)) for module in model.modules() for registry in (vars(module), module._buffers)]
+    collections = [
+        (value, copy.copy(value))
+        for _, attributes in held
+        for name, value in attributes.items()
+        if type(value) in (list, dict, set) and not name.startswith("_")
+    ]
+    try:
+        yield
+    finally:
+        for registry, attributes in held:
+            registry.clear()
+            registry.update(attributes)
+        for value, before in collections:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+        with torch.no_grad():
+            for buffer, tensor in buffers:
+                if buffer.shape == tensor.shape:
+                    buffer.copy_(tensor)
+                else:
+                    buffer.data = tensor
 
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """The random generators are as before afterwards."""
+    """The random generators, PyTorch's, Python's and NumPy's, are as before afterwards."""
+    numpy = sys.modules.get("numpy")
+    outside = random.getstate(), None if numpy is None else numpy.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=devices):
-        yield
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(outside[0])
+        if numpy is not None:
+            numpy.random.set_state(outside[1])
 
 
 def copies(values: Any) -> Any:

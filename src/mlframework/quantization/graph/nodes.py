@@ -10,8 +10,13 @@ from torch import fx, nn
 SHAPE_QUERIES = frozenset({"size", "dim", "numel", "shape", "ndim"})
 
 
+# How the names begin that torch.fx gives to tensors made while tracing.
+CONSTANT = "_tensor_constant"
+
+
 def is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
+    """Whether the node is a tensor that was made while tracing."""
+    return node.op == "get_attr" and str(node.target).startswith(CONSTANT)
 
 
 def owner_of(node: fx.Node) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +14,11 @@ from .clone import scratch_of
 from .containers import MarkingTracer, bound_to
 from .decisions import AnsweringProxy, ExampleAnswers, drop_unread_answers
 from .dropouts import modules_for_dropouts
-from .example_run import random_state_kept
+from .example_run import modules_kept, random_state_kept
 from .generated_forward import base_of_generated
 from .in_place import change_through_view, route_through_in_place_operations
 from .mode_differences import differing_modules, modules_for_training_alone
-from .nodes import is_constant, owner_of, unused_name
+from .nodes import CONSTANT, is_constant, owner_of, unused_name
 from .proof import prove
 from .signatures import Given, given_arguments, parameters_of
 from .watching import ModuleCall, Observation, observe
@@ -136,8 +135,10 @@ def _attempt(
     for mode in (True, False):
         model.train(mode)
         tracer = _ModelTracer(arguments, given, own_code, is_leaf, observations[mode].calls)
-        with _buffers_kept(model):
+        with modules_kept(model):
             reason = tracer.try_to_trace(model)
+            made = {name: value for name, value in vars(model).items() if name.startswith(CONSTANT)}
+        vars(model).update(made)
         if reason is not None:
             own_code[""] = reason
             return None
@@ -166,15 +167,6 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than run its code."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in hooks)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    yield
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +207,7 @@ class _ModelTracer(MarkingTracer):
         return AnsweringProxy(node, self)
 
     def iter(self, obj: fx.Proxy) -> Any:
-        return (operator.getitem(obj, index) for index in range(len(obj)))  # type: ignore[arg-type]
+        return (operator.getitem(obj, index) for index in range(len(obj)))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.own_code or self.is_leaf(m)
@@ -227,7 +219,7 @@ class _ModelTracer(MarkingTracer):
             raise NameError(f"it calls a {type(mod).__name__} that is no submodule of the model") from None
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if m not in self.submodule_paths and not any(True for _ in m.parameters()):
+        if m not in self.paths and not any(True for _ in m.parameters()):
             return m.forward(*args, **kwargs)  # made on the spot
         name = self.path_of_module(m)
         self.called[name] = self.called.get(name, -1) + 1
@@ -258,8 +250,12 @@ class _ModelTracer(MarkingTracer):
         (like,) = given_arguments({"": shown}, lambda part: isinstance(part, (Tensor, int, float, complex)))
         return self.structure_of(result, like.like)
 
+    @property
+    def paths(self) -> Mapping[nn.Module, str]:
+        return self.submodule_paths or {}
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        self.answers = ExampleAnswers(self.root, self.graph, self.arguments)
+        self.answers = ExampleAnswers(self.root, self.graph, self.arguments, lambda: self.module_stack.copy())
         parameters = {each.name: each for each in parameters_of(type(self.root))}
         return bound_to(root_fn, parameters, self.arguments_for(self.given, parameters)), [self.root]
 
@@ -272,14 +268,14 @@ def _does_not_trace(error: Exception) -> str:
 def _buffers_for_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
     """Constants made while tracing become buffers of the module whose code made them: they move with it, and stay out
     of its state dict. Returns them by name."""
-    made = {name: vars(model).pop(name) for name in list(vars(model)) if name.startswith("_tensor_constant")}
+    made = {name: vars(model).pop(name) for name in list(vars(model)) if name.startswith(CONSTANT)}
     constants = {}
     for node in graph.nodes:
         if not is_constant(node) or str(node.target) not in made:
             continue
         owner = owner_of(node)
         container = model.get_submodule(owner)
-        last = unused_name(container, "_tensor_constant0")
+        last = unused_name(container, f"{CONSTANT}0")
         value = made[str(node.target)]
         container.register_buffer(last, value, persistent=False)
         node.target = f"{owner}.{last}".removeprefix(".")
