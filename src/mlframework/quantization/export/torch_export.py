@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .decompositions import decompose_if_needed
 from .qdq_operators import translations
 from .running_modules import running_modules
 
@@ -56,6 +57,7 @@ def onnx_model(
     shapes = None if size is None else tree_map(lambda leaf: {0: batch} if _has_batch(leaf, size) else None, values)
     with torch.no_grad(), _quiet():
         program = _program(model, given, shapes, dynamic)
+        decompose_if_needed(program)
         try:
             exported = torch.onnx.export(
                 program,
