@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .batch_guards import batch_guards
 from .decompositions import decompose_if_needed
+from .optimization import without_slow_rules
 from .qdq_operators import translations
 from .running_modules import running_modules
 
@@ -63,15 +64,16 @@ def onnx_model(
             program = _program(model, arguments, None)
         decompose_if_needed(program)
         try:
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                custom_translation_table=translations(),
-                input_names=input_names,
-                output_names=output_names,
-                verbose=False,
-            )
+            with without_slow_rules():
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    custom_translation_table=translations(),
+                    input_names=input_names,
+                    output_names=output_names,
+                    verbose=False,
+                )
         except Exception as error:  # whatever it is, it came from an operation
             raise NotExportableError(_untranslated(error)) from error
     assert exported is not None
