@@ -222,6 +222,19 @@ def test_a_value_that_bears_a_modules_name_makes_way() -> None:
     assert texts(parsed) == ["layer_1 = Relu (x)", "layer = Relu (layer_1)", "y = Relu (layer)"]
 
 
+def test_what_makes_way_takes_no_other_modules_name() -> None:
+    parsed = graph("mean = Relu (x) a = Relu (mean) b = Relu (a) c = Relu (b) y = Relu (c)")
+    scoped(parsed, [""], ["", "mean"], ["", "mean_1"], ["", "mean_3"], [""])
+    name_values_after_modules(parsed, ["mean", "mean_1", "mean_3"])
+    assert texts(parsed) == [
+        "mean_2 = Relu (x)",
+        "mean = Relu (mean_2)",
+        "mean_1 = Relu (mean)",
+        "mean_3 = Relu (mean_1)",
+        "y = Relu (mean_3)",
+    ]
+
+
 def test_unread_nodes_and_initializers_go() -> None:
     parsed = graph("a = Mul (x, s) b = Mul (a, s2) y = Relu (a)")
     remove_unread(parsed)

@@ -145,23 +145,6 @@ def test_code_that_branches_on_values_is_named(tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
-class FixedBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).reshape(2, 3, 2)
-
-
-def test_a_model_of_a_fixed_batch_says_what_to_do(tmp_path: Path) -> None:
-    prepared = prepare(FixedBatch().eval(), QATConfig(), EXAMPLE)
-    with torch.no_grad():
-        prepared.train()(*EXAMPLE)
-    with pytest.raises(NotExportableError, match="dynamic_batch=False exports it for the batch size of the example"):
-        export_onnx(prepared.eval(), EXAMPLE, tmp_path / "model.onnx")
-
-
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="path must be in a folder that exists, got "):
         export_onnx(model(), EXAMPLE, tmp_path / "missing" / "model.onnx")

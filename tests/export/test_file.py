@@ -190,3 +190,28 @@ def test_any_number_of_arguments(tmp_path: Path) -> None:
     file = ExportedFile(prepared, example, tmp_path)
     assert [value.name for value in file.graph.input] == ["parts_0", "parts_1"]
     assert file.differences(torch.randn(5, 4), torch.randn(5, 4))[0] == {}
+
+
+class SeveralMeans(nn.Module):
+    """One of them is averaged in float, by a node that torch.onnx calls ``mean``, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.gate = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        x = x + self.gate(x.mean((2, 3), keepdim=True))
+        x = x * self.gate(x.mean((2, 3), keepdim=True))
+        return self.head(torch.softmax(x.mean((2, 3)), -1)), x.exp().mean((2, 3))
+
+
+def test_layers_with_numbered_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = ExportedFile.of(SeveralMeans(), (3, 8, 8), tmp_path)
+    x = inputs_of((3, 8, 8), 3)
+    codes = file.codes(x)
+    assert {"mean", "mean_1", "add", "mul"} <= set(codes)
+    assert file.differences(x, float_tolerance=1e-5)[0] == {}

@@ -69,7 +69,7 @@ def test_the_first_difference_is_where_the_models_part() -> None:
     assert report.first_difference is layers[1]
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["first_difference"] == "body"
-    assert plain["layers"][1]["onnx"] == {"elements": 10, "differing": 2, "largest": 3.0}
+    assert plain["layers"][1]["onnx"] == {"elements": 10, "differing": 2, "largest": 3.0, "ties": 0}
     lines = str(report).splitlines()
     assert lines[0].split() == [
         "layer",

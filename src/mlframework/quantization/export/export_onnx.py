@@ -51,6 +51,9 @@ def export_onnx(
         dynamic_batch: the file takes batches of any size: the first axis of every tensor that is as long in the
             example as the first tensor's. Otherwise all sizes are those of the example.
 
+    Warns:
+        UserWarning: the file takes the example's batch size only, because code of the model assumes it.
+
     Raises:
         ImportError: onnx or onnxscript is not installed.
         TypeError: the model is neither prepared nor converted, or an argument is not of its type or does not fit the

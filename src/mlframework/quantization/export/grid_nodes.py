@@ -13,6 +13,11 @@ from ..scheme import QuantizationScheme
 from . import qdq_operators as operators
 
 
+def in_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values cast to a dtype; where they have it, no cast, of which the exporter would make two nodes."""
+    return values if values.dtype is dtype else values.to(dtype)
+
+
 class GridNodes(nn.Module):
     """A grid with the nodes into and out of it.
 
@@ -43,7 +48,8 @@ class GridNodes(nn.Module):
 
     def quantize(self, values: Tensor) -> Tensor:
         """Float values to codes, saturating at the ends of the dtype."""
-        return operators.quantize(values.to(torch.float32), self.scale, self.zero_point, self._axis(values.dim()))
+        values = in_dtype(values, torch.float32)
+        return operators.quantize(values, self.scale, self.zero_point, self._axis(values.dim()))
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Codes to float32 values."""

@@ -74,8 +74,8 @@ def remove_unread(graph: Any) -> None:
 
 def _rename(graph: Any, names: Mapping[str, str]) -> None:
     """Gives values new names; what bears one of them by chance makes way."""
-    unused = UnusedNames(graph)
     wanted = set(names.values())
+    unused = UnusedNames(graph, wanted)
     taken = {value for node in graph.node for value in node.output if value in wanted and value not in names}
     mapping = {value: unused.unused(value) for value in taken} | dict(names)
     for node in graph.node:
@@ -103,10 +103,15 @@ def replace_nodes(graph: Any, nodes: list[Any]) -> None:
 
 
 class UnusedNames:
-    """Names that no node and no value of a graph bears."""
+    """Names that no node and no value of a graph bears.
 
-    def __init__(self, graph: Any) -> None:
-        self._taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    Args:
+        graph: the graph.
+        reserved: further names that are not to be given.
+    """
+
+    def __init__(self, graph: Any, reserved: Iterable[str] = ()) -> None:
+        self._taken = {*reserved, *(value.name for value in (*graph.input, *graph.output, *graph.initializer))}
         for node in graph.node:
             self._taken.update((node.name, *node.output))
 

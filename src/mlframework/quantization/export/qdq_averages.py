@@ -160,6 +160,6 @@ class QDQUnevenWindows(nn.Module):
         for dimension in range(self.dimensions):
             axis = codes.dim() - self.dimensions + dimension
             inside: Tensor = getattr(self, f"inside_{dimension}")
-            sums = (sums.movedim(axis, -1) @ inside).movedim(-1, axis)
+            sums = (sums.transpose(axis, -1) @ inside).transpose(axis, -1)
         result: Tensor = self.output(sums * self.multiplier)
         return result

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..int8.layers import Int8Convolution, Int8Embedding, Int8Layer, Int8Linear
 from . import qdq_operators as operators
-from .grid_nodes import GridNodes, OutputNodes
+from .grid_nodes import GridNodes, OutputNodes, in_dtype
 
 _ONNX_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
@@ -80,7 +80,7 @@ class QDQLayer(nn.Module):
             values = torch.relu(values)
         elif self.clip != (-math.inf, math.inf):
             values = values.clamp(low, high)
-        return values.to(self.float_dtype)
+        return in_dtype(values, self.float_dtype)
 
     def move_output(self, output: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Codes or floats in another shape."""
@@ -173,4 +173,4 @@ class QDQEmbedding(nn.Module):
             values = rows.to(torch.float32) * F.embedding(indices, self.scale)
         else:
             values = operators.dequantize(rows, self.scale, self.zero_point)
-        return values.to(self.float_dtype)
+        return in_dtype(values, self.float_dtype)

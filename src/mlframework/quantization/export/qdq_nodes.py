@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..int8.operations import Dequantize, Int8ReLU, Int8Selection, Quantize
 from . import qdq_operators as operators
-from .grid_nodes import GridNodes, OutputNodes
+from .grid_nodes import GridNodes, OutputNodes, in_dtype
 
 
 class QDQQuantize(nn.Module):
@@ -35,7 +35,7 @@ class QDQDequantize(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes to values."""
-        return self.input.dequantize(codes).to(self.float_dtype)
+        return in_dtype(self.input.dequantize(codes), self.float_dtype)
 
 
 class QDQReLU(nn.Module):

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .batch_guards import batch_guards
+from .decompositions import decompose_if_needed
+from .optimization import without_slow_rules
 from .qdq_operators import translations
 from .running_modules import running_modules
 
@@ -43,35 +46,58 @@ def onnx_model(
         input_names, output_names: what to call the tensors that go in and come out.
         dynamic: whether the first axis, as long in every tensor as in the first one, is a batch of any size.
 
+    Warns:
+        UserWarning: it was to be of any size, and the model's code assumes the one of the arguments.
+
     Raises:
         NotExportableError: ``torch.export`` cannot take the model down, or an operation has no ONNX counterpart.
     """
-    values: dict[str, Any] = dict(arguments.arguments)
-    size = _batch_size(values) if dynamic else None
-    if size == 1:  # an axis of length 1 is taken for a constant
-        values = tree_map(lambda leaf: torch.cat([leaf, leaf]) if _has_batch(leaf, 1) else leaf, values)
-        size = 2
-    given = inspect.BoundArguments(arguments.signature, OrderedDict(values))
-    batch = torch.export.Dim("batch")
-    shapes = None if size is None else tree_map(lambda leaf: {0: batch} if _has_batch(leaf, size) else None, values)
     with torch.no_grad(), _quiet():
-        program = _program(model, given, shapes, dynamic)
         try:
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                custom_translation_table=translations(),
-                input_names=input_names,
-                output_names=output_names,
-                verbose=False,
+            program = _program(model, *(_with_dynamic_batch(arguments) if dynamic else (arguments, None)))
+        except _FixedBatchError as error:
+            warnings.warn(
+                f"the file takes the batch size of example_inputs only, because the code of {error} assumes it "
+                "(with dynamic_batch=False there is no warning)",
+                stacklevel=3,
             )
+            program = _program(model, arguments, None)
+        decompose_if_needed(program)
+        try:
+            with without_slow_rules():
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    custom_translation_table=translations(),
+                    input_names=input_names,
+                    output_names=output_names,
+                    verbose=False,
+                )
         except Exception as error:  # whatever it is, it came from an operation
             raise NotExportableError(_untranslated(error)) from error
     assert exported is not None
     proto = exported.model_proto
     _name_batch_axis(proto.graph)
     return proto
+
+
+class _FixedBatchError(Exception):
+    """A model's code goes for one batch size; the message says which module's."""
+
+
+def _with_dynamic_batch(arguments: inspect.BoundArguments) -> tuple[inspect.BoundArguments, dict[str, Any] | None]:
+    """Arguments to export with, and which of their axes are of any size; None where there is no batch."""
+    values: dict[str, Any] = dict(arguments.arguments)
+    size = _batch_size(values)
+    if size is None:
+        return arguments, None
+    if size == 1:  # an axis of length 1 is taken for a constant
+        values = tree_map(lambda leaf: torch.cat([leaf, leaf]) if _has_batch(leaf, 1) else leaf, values)
+        size = 2
+    batch = torch.export.Dim("batch")
+    shapes: dict[str, Any] = tree_map(lambda leaf: {0: batch} if _has_batch(leaf, size) else None, values)
+    return inspect.BoundArguments(arguments.signature, OrderedDict(values)), shapes
 
 
 def _batch_size(arguments: dict[str, Any]) -> int | None:
@@ -84,19 +110,19 @@ def _has_batch(leaf: Any, size: int) -> bool:
 
 
 def _program(
-    model: nn.Module, arguments: inspect.BoundArguments, shapes: dict[str, Any] | None, dynamic: bool
+    model: nn.Module, arguments: inspect.BoundArguments, shapes: dict[str, Any] | None
 ) -> torch.export.ExportedProgram:
-    with running_modules(model) as running:
+    with running_modules(model) as running, batch_guards(running) as guards:
         try:
             # What fails is said below; the graph so far, which torch prints, helps no one.
             with contextlib.redirect_stderr(io.StringIO()):
                 return torch.export.export(model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # a model's own code may raise anything at a value that is not there
+            if shapes is not None and "onstraints violated" in str(error):
+                raise _FixedBatchError(guards.first or "the model") from error
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            fixed = dynamic and "onstraints violated" in str(error)
-            hint = " (dynamic_batch=False exports it for the batch size of the example)" if fixed else ""
             raise NotExportableError(
-                f"model cannot be taken down by torch.export, which fails in {running.innermost}: {reason}{hint}"
+                f"model cannot be taken down by torch.export, which fails in {running.innermost}: {reason}"
             ) from error
 
 

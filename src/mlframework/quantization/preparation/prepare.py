@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..graph.clone import clone_sharing_parameters
 from ..graph.example_run import random_state_kept
+from ..graph.padded_positions import compute_padded_positions
 from ..graph.tracing import observed
 from ..int8.integer_module import IntegerModule
 from ..qat.config import QATConfig
@@ -85,6 +86,7 @@ def _prepare(
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in example_inputs]
         raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
     prepared = clone_sharing_parameters(model)
+    compute_padded_positions(prepared)
     if layer_type_of(prepared) is not None and skip_reason("", prepared, config) is None:
         prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
         entries = [layer_entry("", prepared)]

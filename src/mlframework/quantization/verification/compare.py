@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ..int8.operations import Int8Operation
 from ..preparation.batches import arguments_of, iterated
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.weight_range import ranges_kept
+from .index_ties import IndexTies
 from .onnx_session import ExportedOutputs, OnnxSession, Providers, check_session_arguments
 from .recording import quantized_layers, recorded_outputs
 from .report import ComparisonReport, Difference, LayerComparison
@@ -91,7 +93,8 @@ def compare_outputs(
                 shown = [one.layers.get(name) for one in exported]
                 comparison = _layer(name, kind, nodes[name], prepared_outputs[name], outputs[name], shown)
                 _accumulate(layers, comparison)
-            for comparison in _results(expected, actual, [one.results for one in exported]):
+            ties = functools.partial(IndexTies, converted, args, kwargs)
+            for comparison in _results(expected, actual, [one.results for one in exported], ties):
                 _accumulate(results, comparison)
             seen += 1
     if seen == 0:
@@ -210,13 +213,21 @@ def _layer(
     )
 
 
-def _results(expected: Any, actual: Any, exported: list[list[Tensor] | None]) -> list[LayerComparison]:
-    """What the models return, tensor by tensor."""
+def _results(
+    expected: Any, actual: Any, exported: list[list[Tensor] | None], ties: Callable[[], IndexTies]
+) -> list[LayerComparison]:
+    """What the models return, tensor by tensor; of integers that differ, ``ties`` tells which are indices of equal
+    values."""
     tensors = [[leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (expected, actual)]
     comparisons = []
     for index, (one, other) in enumerate(zip(*tensors, strict=True)):
         name = "output" if len(tensors[0]) == 1 else f"output {index}"
         onnx = [None if values is None else _difference(name, [other], [values[index]]) for values in exported]
+        if not other.is_floating_point():
+            for session, values in enumerate(exported):
+                if values is not None and onnx[session] != Difference(other.numel()):
+                    between = ties().between(index, other, values[index])
+                    onnx[session] = Difference.between(other, values[index], between)
         comparisons.append(LayerComparison(name, "result", "floats", _difference(name, [one], [other]), *onnx))
     return comparisons
 

@@ -16,15 +16,22 @@ class Difference:
     """What differs between two tensors, or between many pairs of them.
 
     ``largest`` is in steps of the grid where codes were compared, and in the values' own unit where floats were.
+    ``ties`` counts indices (of ``argmax``, ``topk``, ``sort``) that are others, of equal values: either is right, and
+    they are not among ``differing``.
     """
 
     elements: int = 0
     differing: int = 0
     largest: float = 0.0
+    ties: int = 0
 
     @classmethod
-    def between(cls, one: Tensor, other: Tensor) -> Difference:
+    def between(cls, one: Tensor, other: Tensor, ties: Tensor | None = None) -> Difference:
         """Element by element; NaN agrees with NaN.
+
+        Args:
+            one, other: of one shape.
+            ties: a mask of indices that are others, of equal values.
 
         Raises:
             ValueError: the shapes differ.
@@ -33,16 +40,21 @@ class Difference:
             raise ValueError(f"shapes must agree, got {tuple(one.shape)} and {tuple(other.shape)}")
         one, other = one.detach().cpu().double(), other.detach().cpu().double()
         differs = (one != other) & ~(one.isnan() & other.isnan())
+        if ties is not None:
+            differs &= ~ties.cpu()
         count = int(differs.sum())
         largest = float((one - other)[differs].abs().max()) if count else 0.0
-        return cls(one.numel(), count, largest)
+        return cls(one.numel(), count, largest, 0 if ties is None else int(ties.sum()))
 
     def __add__(self, other: Difference) -> Difference:
         largest = max(self.largest, other.largest, key=lambda value: (math.isnan(value), value))
-        return Difference(self.elements + other.elements, self.differing + other.differing, largest)
+        ties = self.ties + other.ties
+        return Difference(self.elements + other.elements, self.differing + other.differing, largest, ties)
 
     def __str__(self) -> str:
-        return f"{self.differing} of {self.elements}" + (f" (by {self.largest:g})" if self.differing else "")
+        notes = [f"by {self.largest:g}"] if self.differing else []
+        notes += [f"{self.ties} ties"] if self.ties else []
+        return f"{self.differing} of {self.elements}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 @dataclass(frozen=True)
