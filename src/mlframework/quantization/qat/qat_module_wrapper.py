@@ -12,6 +12,7 @@ from ..int8.folding import IntegerWeights, fold
 from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import in_format_of
 from ..scheme import QuantizationScheme
+from ..scheme_state import hint_at_reason
 from .activation_observer import MovingAverageObserver
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
@@ -19,6 +20,7 @@ from .hooks import has_user_hooks, is_watched
 from .integer_product import IntegerProduct, integer_product
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, normalized_and_quantized
+from .recomputation import as_in_forward, is_recomputing
 
 
 class QATModuleWrapper(nn.Module):
@@ -139,10 +141,13 @@ class QATModuleWrapper(nn.Module):
         nodes = [self.input_source, self.weight_fake_quantize]
         if self.output_fake_quantize is not None:
             nodes.append(self.output_fake_quantize)
-        return all(node is not None and node.fake_quantize_enabled and not node.calibrating for node in nodes)
+        return all(node is not None and node.quantizes for node in nodes)
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output, fake-quantized (or, on integers, dequantized): shape and dtype of the layer's own."""
+        if is_recomputing():
+            with as_in_forward([self.input_source, self.output_fake_quantize]):
+                return self._simulate(input)
         if isinstance(self.layer, nn.Embedding) or not self.computes_integers:
             return self._simulate(input)
         if torch.compiler.is_compiling():
@@ -205,7 +210,8 @@ class QATModuleWrapper(nn.Module):
         parameters = self.layer._parameters
         weight = parameters["weight"]
         assert weight is not None
-        if self.weight_fake_quantize is not None:
+        source = self.input_source
+        if self.weight_fake_quantize is not None and (source is None or not source.lets_pass):
             weight = self.weight_fake_quantize(weight)
         exchanged: dict[str, Any] = {"weight": weight}
         if parameters.get("bias") is not None and self._batch_norm[0] is None:
@@ -331,6 +337,11 @@ class QATModuleWrapper(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._cached = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+        # PyTorch expects anything of a submodule that is None.
+        absent = tuple(f"{prefix}{name}." for name, module in self._modules.items() if module is None)
+        unexpected: list[str] = args[3]
+        unexpected += [key for key in state_dict if absent and key.startswith(absent)]
+        hint_at_reason(unexpected, prefix)
         node = self.weight_fake_quantize
         comes_alone = f"{prefix}weight" in state_dict and f"{prefix}weight_fake_quantize.scale" not in state_dict
         if node is not None and comes_alone:  # a float checkpoint: the range is that of the new weight
