@@ -29,22 +29,18 @@ class HostValue:
         self.known = known
         if not torch.compiler.is_compiling():
             self._tensor: Tensor | None = tensor
-            self._version = _version_of(tensor)
+            self._version = None if tensor.is_inference() else tensor._version
 
     def read(self, tensor: Tensor, *, anew: bool = False) -> float:
         """The tensor's number; ``anew`` reads it in any case."""
         if torch.compiler.is_compiling():
             return self.known
-        if anew or tensor is not self._tensor or _version_of(tensor) != self._version:
-            if type(tensor) not in _PLAIN or tensor.is_meta or torch._C._are_functorch_transforms_active():
-                return self.known
+        if not anew and tensor is self._tensor and (self._version is None or tensor._version == self._version):
+            return self.known
+        if type(tensor) in _PLAIN and not tensor.is_meta and not torch._C._are_functorch_transforms_active():
             self.set(tensor, tensor.item())
         return self.known
 
     def __getstate__(self) -> dict[str, Any]:
         # The tensor of a copy counts its changes anew.
-        return {"known": self.known, "_tensor": None, "_version": 0}
-
-
-def _version_of(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+        return {"known": self.known, "_tensor": None, "_version": None}
