@@ -19,6 +19,7 @@ class ObservedLayer(Protocol):
     observer: ActivationObserver
     synchronizer: ObserverSynchronizer | None
     synchronizer_index: int
+    training: bool
 
     @property
     def observes(self) -> bool:
@@ -62,7 +63,7 @@ class ObserverSynchronizer:
 
     def defer(self, index: int, statistics: BatchStatistics) -> None:
         """Holds what the layer of that index measured until :meth:`commit`; a second batch joins the first."""
-        if not self.history.is_kept and not torch.compiler.is_compiling() and may_be_recomputed():
+        if not self.history.is_kept and self.layers[index].training and may_be_recomputed():
             self.history.is_kept = True
         held = self.pending.get(index)
         self.pending[index] = statistics if held is None else _joined(held, statistics)
@@ -91,7 +92,7 @@ class ObserverSynchronizer:
                 # Only a layer that this rank has never reached has to ask whether another one has.
                 if index in pending or self.layers[index].is_initialized or bool(torch.isfinite(batch.extremes).any())
             }
-        if self.history.is_kept:
+        if self.history.is_kept and not torch.compiler.is_compiling():
             self.history.end({index: self.layers[index].state for index in pending})
         for index, batch in pending.items():
             self.layers[index].commit(batch)

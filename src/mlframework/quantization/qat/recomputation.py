@@ -31,6 +31,8 @@ def is_recomputing() -> bool:
 def may_be_recomputed() -> bool:
     """Whether backward may run this part of a training forward again: what it saves is intercepted, or nothing is
     saved at all (the two kinds of ``torch.utils.checkpoint``)."""
+    if torch.compiler.is_compiling():
+        return False
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
