@@ -174,11 +174,20 @@ def test_a_converted_model_with_float_layers_casts_to_half() -> None:
 def test_a_model_of_another_dtype_converts(dtype: torch.dtype) -> None:
     inputs = torch.randn(4, 8, dtype=dtype)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)).to(dtype)
-    prepared = prepare(model, QATConfig(), (inputs,))
+    # Eight digits tell 128 codes to either side of zero apart, but not 255 of one sign.
+    config = QATConfig.for_target("tensorrt") if dtype is torch.bfloat16 else QATConfig()
+    prepared = prepare(model, config, (inputs,))
     prepared(inputs)
     prepared.eval()
     with torch.no_grad():
         assert torch.equal(convert(prepared)(inputs), prepared(inputs))
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "called twice"])
+def test_a_dtype_that_cannot_tell_codes_apart_is_refused(name: str) -> None:
+    prepared = trained(EXAMPLES[name]).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16, which cannot tell the codes of .* apart .*torch\.autocast"):
+        convert(prepared)
 
 
 def test_the_file_is_about_a_quarter(tmp_path: Path) -> None:

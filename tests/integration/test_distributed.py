@@ -121,6 +121,39 @@ def test_calibration_on_different_data_equals_one_process(tmp_path: Path, observ
     assert reductions == STEPS * collectives_a_step
 
 
+def _resumed(rank: int, folder: str, config: QATConfig, checkpoint: dict[str, Tensor]) -> None:
+    """Goes on from a checkpoint that the first rank alone has loaded, and that DistributedDataParallel broadcasts."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    model = _model(config)
+    if rank == 0:
+        model.load_state_dict(checkpoint)
+    parallel = DistributedDataParallel(model)
+    same_for_all = _batches()[0]
+    output = parallel(same_for_all).detach().clone()
+    _train(parallel, [batch.chunk(RANKS)[rank] for batch in _batches()])
+    torch.save((output, _scales(model)), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_checkpoint_that_one_rank_loaded(tmp_path: Path, learnable: bool) -> None:
+    config = QATConfig(learnable=learnable)
+    trained = _model(config)
+    _train(trained, _batches())
+    checkpoint = {name: value.clone() for name, value in trained.state_dict().items()}
+    mp.spawn(_resumed, (str(tmp_path), config, checkpoint), nprocs=RANKS)
+    (output, scales), (other_output, other_scales) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    expected = trained(_batches()[0])
+    assert torch.equal(output, expected)
+    assert torch.equal(other_output, expected)
+    assert all(torch.equal(value, other_scales[name]) for name, value in scales.items())
+
+
 class Branching(nn.Module):
     """Takes its second layer only for batches whose sum is positive."""
 

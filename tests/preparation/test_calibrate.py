@@ -18,6 +18,7 @@ from mlframework.quantization import (
     MinMaxObserver,
     QATConfig,
     calibrate,
+    convert,
     prepare,
 )
 
@@ -194,3 +195,12 @@ def test_a_batch_that_does_not_fit_is_refused(batch: Any) -> None:
         calibrate(prepared, [IMAGES * 3, batch])
     assert isinstance(caught.value.__cause__, TypeError)
     assert_state(prepared, state)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), lambda: nn.LayerNorm(5)])
+def test_a_prepared_model_without_anything_to_quantize_is_called_that(make: Any) -> None:
+    prepared = prepare(make(), QATConfig(), (LINE,))
+    with pytest.raises(ValueError, match=r"nothing to calibrate: prepare\(\) found no layer to quantize"):
+        calibrate(prepared, [LINE])
+    with pytest.raises(ValueError, match=r"nothing to convert: prepare\(\) found no layer to quantize"):
+        convert(prepared)

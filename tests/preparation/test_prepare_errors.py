@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -117,7 +118,11 @@ def test_a_learnable_state_loads_into_an_observed_model_and_back() -> None:
     learnable.load_state_dict(observed.state_dict())
 
 
-def test_evaluation_before_any_data_is_refused() -> None:
-    prepared = prepare(SmallResNet().eval(), None, (IMAGES,))
-    with pytest.raises(RuntimeError, match="x_fake_quantize has seen no data"):
-        prepared(IMAGES)
+def test_evaluation_before_any_data_is_the_float_models_with_one_warning() -> None:
+    model = SmallResNet().eval()
+    prepared = prepare(model, None, (IMAGES,))
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert torch.equal(prepared(IMAGES), model(IMAGES))
+        assert [("x_fake_quantize has seen no data" in str(each.message)) for each in caught] == [True] * gradients

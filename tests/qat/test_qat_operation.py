@@ -260,10 +260,14 @@ def test_no_operand_changes(kind: Kind) -> None:
 
 
 @EVERY_KIND
-def test_no_kind_evaluates_before_any_data(kind: Kind) -> None:
+def test_every_kind_evaluates_in_float_before_any_data(kind: Kind) -> None:
     model = kind.model().eval()
-    with torch.no_grad(), pytest.raises(RuntimeError, match="seen no data"):
-        model(*kind.operands())
+    operands = kind.operands()
+    expected = model.operation.operation.on_values(*(operand.clone() for operand in operands))
+    for activation in model.operation._activation:
+        expected = expected if activation is None else activation(expected)
+    with torch.no_grad(), pytest.warns(UserWarning, match="seen no data"):
+        assert torch.equal(model(*operands), expected)
     with pytest.raises(RuntimeError, match="seen no data"):
         model.operation.to_integer()
 
@@ -396,10 +400,11 @@ def test_the_dtype_is_kept(dtype: torch.dtype) -> None:
         assert model(left, right).dtype is dtype
 
 
-def test_evaluation_before_any_data_is_refused() -> None:
+def test_evaluation_before_any_data_is_in_float() -> None:
     model = Operands(QATConfig()).eval()
-    with torch.no_grad(), pytest.raises(RuntimeError, match="seen no data"):
-        model(torch.randn(2, 3), torch.randn(2, 3))
+    left, right = torch.randn(2, 3), torch.randn(2, 3)
+    with torch.no_grad(), pytest.warns(UserWarning, match="seen no data"):
+        assert torch.equal(model(left, right), left + right)
     with pytest.raises(RuntimeError, match="seen no data"):
         model.operation.to_integer()
 

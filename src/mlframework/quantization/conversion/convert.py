@@ -40,6 +40,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: the model is not prepared.
+        ValueError: nothing in the model was quantized, or it was cast to a dtype (bfloat16) with too few digits for
+            its codes, so that it could not compute the same.
         RuntimeError: no data was seen, or a node is switched off.
         ValueError: a parameter of a quantized layer is not finite.
 
@@ -134,6 +136,8 @@ def _warn_of_unreached_layers(model: nn.Module) -> None:
 def _check(model: nn.Module) -> None:
     """Everything that can be refused is refused before anything is copied."""
     nodes = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
+    if not nodes and isinstance(getattr(model, "preparation_report", None), PreparationReport):
+        raise ValueError("model holds nothing to convert: prepare() found no layer to quantize in it")
     if not nodes:
         raise TypeError(f"model must be prepared, got {type(model).__name__} without any fake-quantize node")
     for node in nodes:
@@ -142,12 +146,30 @@ def _check(model: nn.Module) -> None:
     activations = [node for node in nodes if node.reduces_over_ranks]
     if activations and not any(node.is_initialized for node in activations):
         raise RuntimeError("model has seen no data, which its scales come from: train or calibrate before converting")
+    dtype = _float_dtype(model)
+    for node in activations:
+        if node.is_initialized and _loses_codes(node, dtype):
+            raise ValueError(
+                f"model must compute in float32, got {dtype}, which cannot tell the codes of {node.name or 'a node'} "
+                f"apart ({node.scheme}, scale {node.scale.tolist()}): keep the model in float32 and run it under "
+                "torch.autocast"
+            )
     for part in _prepared_parts(model):
         for name in {str(node.target) for node in graph_of(part).nodes if node.op == "call_module"}:
             module = part.get_submodule(name)
             for called in (module, getattr(module, "output_fake_quantize", None)):
                 if isinstance(called, FakeQuantizeLayer):
                     called.require_initialized()
+
+
+def _loses_codes(node: FakeQuantizeLayer, dtype: torch.dtype) -> bool:
+    """Whether values on the node's grid, in that dtype as a prepared model passes them on, no longer tell their codes,
+    which are what a converted model passes on."""
+    if dtype.itemsize >= torch.float32.itemsize or node.scheme.channel_axis is not None:
+        return False
+    codes = torch.arange(node.scheme.quant_min, node.scheme.quant_max + 1, device=node.scale.device)
+    codes = codes.to(node.scheme.dtype)
+    return not torch.equal(node.to_codes(node.to_values(codes).to(dtype)), codes)
 
 
 def _remove_hooks(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
-from ..scheme_state import check_schemes, register_scheme
+from ..scheme_state import check_schemes, register_scheme, save_schemes, without_schemes
 
 Plan = TypeVar("Plan")
 
@@ -26,9 +26,11 @@ class IntegerModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.float_dtype = torch.float32
+        self._grids: list[str] = []
 
     def register_grid(self, name: str, parameters: QuantizationParameters | None) -> None:
-        """Copies parameters to the buffers ``{name}scale`` (float32), ``{name}zero_point`` (int32), ``{name}grid``."""
+        """Copies parameters to the buffers ``{name}scale`` (float32) and ``{name}zero_point`` (int32), and their scheme
+        to ``{name}grid``."""
         scale = zero_point = None
         if parameters is not None:
             scale = parameters.scale.detach().to(torch.float32, copy=True)
@@ -44,7 +46,11 @@ class IntegerModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_schemes(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(without_schemes(self, state_dict, prefix), prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_schemes(self, destination, prefix)
 
 
 class PackedModule(IntegerModule, Generic[Plan]):

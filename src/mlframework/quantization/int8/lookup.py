@@ -40,7 +40,9 @@ class Lookup(IntegerOperation):
 
     def values_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The function and its derivative at float32 values of shape (N,)."""
-        with _without_hooks(self.used), torch.inference_mode(False), torch.enable_grad():
+        # Activation checkpointing intercepts what a forward saves; the graph of this function is none of the model's.
+        own_graph = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+        with _without_hooks(self.used), own_graph, torch.inference_mode(False), torch.enable_grad():
             values = values.detach().clone().requires_grad_()
             results = arithmetic.function_values(self.function, values)
             if not results.requires_grad:  # a function of steps
@@ -50,6 +52,10 @@ class Lookup(IntegerOperation):
 
     def modules(self) -> tuple[nn.Module, ...]:
         return self.used
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..graph.modes import in_evaluation
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from .batches import arguments_of, iterated
+from .report import PreparationReport
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -27,7 +28,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises:
         TypeError: a batch does not fit the model's forward, or ``batches`` is itself a batch.
-        ValueError: there are no nodes in the model, or no batches.
+        ValueError: there are no nodes in the model (it is not prepared, or nothing in it could be quantized), or no
+            batches.
 
     Example:
         >>> prepared = prepare(nn.Linear(4, 2), QATConfig(), (torch.randn(1, 4),))
@@ -38,6 +40,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
     if not layers:
+        if isinstance(getattr(model, "preparation_report", None), PreparationReport):
+            raise ValueError("model holds nothing to calibrate: prepare() found no layer to quantize in it")
         raise ValueError("model must be a prepared model, got one without any FakeQuantizeLayer")
     with _unchanged_on_error(layers), _calibrating(model, layers), torch.no_grad():
         for layer in layers:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..scheme import QuantizationScheme
+from .host_value import HostValue
 from .moving_average_statistics import MovingAverageStatistics
 
 
@@ -57,8 +58,8 @@ class ActivationObserver(nn.Module):
         self.num_channels = num_channels
         self.update_every = update_every
         self.enabled = True
-        self._updates = 0  # batches, where no value may be read back
         self.register_buffer("batches", torch.zeros(1, dtype=torch.int64))
+        self._batches = HostValue(self.batches, 0)
 
     @property
     def measures_extremes(self) -> bool:
@@ -81,9 +82,9 @@ class ActivationObserver(nn.Module):
     def update(self, statistics: BatchStatistics) -> None:
         """Keeps what :meth:`measure` returned."""
         self._update(statistics)
+        before = self._count()
         self.batches.add_(torch.isfinite(statistics.extremes).any())
-        if not torch.compiler.is_compiling():
-            self._updates += 1
+        self._count_one_more_than(before)
 
     def nothing(self) -> BatchStatistics:
         """What :meth:`measure` says of an empty tensor."""
@@ -99,7 +100,7 @@ class ActivationObserver(nn.Module):
             return True
         if torch.compiler.is_compiling():
             return (self.batches - 1) % self.update_every == 0
-        return (self._updates - 1) % self.update_every == 0
+        return (self._count() - 1) % self.update_every == 0
 
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
         """The range to cover with that grid: minimum and maximum, each of shape (C,); (0, 0) before any data."""
@@ -108,17 +109,20 @@ class ActivationObserver(nn.Module):
     def reset(self) -> None:
         """Forgets everything."""
         self.batches.zero_()
-        self._updates = 0
+
+    def _count(self) -> float:
+        """The number of batches, where it matters. Nothing is read back, so one without finite values counts too."""
+        return 0 if self.update_every == 1 else self._batches.read(self.batches)
+
+    def _count_one_more_than(self, before: float) -> None:
+        if self.update_every != 1 and not torch.compiler.is_compiling():
+            self._batches.set(self.batches, before + 1)
 
     def _measure(self, input: Tensor) -> BatchStatistics:
         return BatchStatistics(batch_extremes(input, self.channel_axis, self.num_channels))
 
     def _update(self, statistics: BatchStatistics) -> None:
         raise NotImplementedError
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._updates = int(self.batches)
 
     def extra_repr(self) -> str:
         parts = [] if self.channel_axis is None else [f"channel_axis={self.channel_axis}, channels={self.num_channels}"]
@@ -184,10 +188,6 @@ class MovingAverageObserver(ActivationObserver):
         averages: dict[str, Any] = self.statistics._buffers  # in every step, where a module's own look-up is slow
         return averages["minimum"], averages["maximum"], self._buffers["batches"]  # type: ignore[return-value]
 
-    def count_batch(self) -> None:
-        """Counts a batch that a kernel has folded into :attr:`state`."""
-        self.__dict__["_updates"] += 1
-
     def update_with_parameters(
         self,
         batch: Tensor,
@@ -212,6 +212,7 @@ class MovingAverageObserver(ActivationObserver):
         """
         if torch.compiler.is_compiling() or type(self) is not MovingAverageObserver:
             return False
+        before = self._count()
         done = kernels.update_moving_average(
             batch,
             is_measured,
@@ -221,10 +222,10 @@ class MovingAverageObserver(ActivationObserver):
             zero_point,
             self.statistics.momentum,
             scheme,
-            due or self._updates % self.update_every == 0,
+            due or before % self.update_every == 0,
         )
         if done:
-            self.count_batch()
+            self._count_one_more_than(before)
         return done
 
     def _update(self, statistics: BatchStatistics) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,15 @@ from .. import arithmetic, kernels
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
 from ..scheme import QuantizationScheme
-from ..scheme_state import check_schemes, register_scheme
+from ..scheme_state import check_schemes, hint_at_reason, register_scheme, save_schemes, without_schemes
 from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
 from .attached_codes import Codes, attach_codes, codes_of
 from .fake_quantize_operation import fake_quantize_tensor
+from .host_value import HostValue
 from .observer_synchronizer import ObserverSynchronizer, is_distributed, reduce_over_ranks
+from .recomputation import State, as_in_forward, is_recomputing
 from .scale_projection import project_optimizer_steps
+from .snapshot import snapshot
 from .straight_through_estimator import StraightThroughEstimator
 
 
@@ -26,7 +30,10 @@ class FakeQuantizeLayer(nn.Module):
 
     In training mode every batch is observed first and then quantized with the parameters that follow from it. (Inside
     a model made by :func:`prepare`, updates land together when the model's forward ends: a batch is quantized with what
-    earlier ones have shown, and the first is only observed.) In evaluation mode nothing is observed.
+    earlier ones have shown, and the first is only observed.) In evaluation mode nothing is observed, and before any
+    data values pass as they are, with one warning to a model. A recomputation (activation checkpointing) observes
+    nothing and computes as the forward did that it repeats; of a layer outside of a prepared model, with the present
+    parameters, which are the same if backward follows its forward.
 
     With ``learnable=True`` the first batch sets the parameters and from then on the optimizer does (LSQ, LSQ+);
     attribute names, state-dict keys and shapes are the same both ways, from construction on. An optimizer step changes
@@ -42,13 +49,16 @@ class FakeQuantizeLayer(nn.Module):
 
     Attributes:
         scale, zero_point: float32, shape (1,) or (num_channels,); ``nn.Parameter`` if learnable, otherwise buffers.
+        initialized: float32 buffer of shape (1,): 1 if they come from data, else 0. An average of models averages it
+            too; from one half on it counts as 1.
         observer: the observer; ``observer.enabled`` switches it.
         fake_quantize_enabled: False lets values pass as they are.
 
     Raises:
         TypeError: an argument is not of its type, or the input is not floating point.
         ValueError: observer, channels and scheme disagree.
-        RuntimeError: evaluation before any data was seen; loading the state of another scheme.
+        RuntimeError: training without an observer before any data was seen; loading the state of another scheme, or
+            scales and zero points that no grid has.
 
     Example:
         >>> layer = FakeQuantizeLayer(QuantizationScheme(bits=2, narrow_range=True))
@@ -61,7 +71,7 @@ class FakeQuantizeLayer(nn.Module):
     scale: Tensor
     zero_point: Tensor
     initialized: Tensor
-    grid: Tensor
+    grid: QuantizationScheme
 
     def __init__(
         self,
@@ -106,8 +116,7 @@ class FakeQuantizeLayer(nn.Module):
         self.synchronizer_index = 0
         self.reduces_over_ranks = True
         self.range_of: int | None = None  # the fingerprint of the weight in evaluation that the scale is of
-        # What the Python flag decides in forward, where reading the buffer would wait for the device.
-        self._ready = False
+        self.has_warned = False
 
         scale = torch.ones(num_channels)
         zero_point = torch.full((num_channels,), float(scheme.symmetric_zero_point))
@@ -118,26 +127,57 @@ class FakeQuantizeLayer(nn.Module):
         else:
             self.register_buffer("scale", scale)
             self.register_buffer("zero_point", zero_point)
-        self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
+        self.register_buffer("initialized", torch.zeros(1))
+        self._initialized = HostValue(self.initialized, 0.0)
         register_scheme(self, "grid", scheme)
 
     @property
     def is_initialized(self) -> bool:
         """Whether ``scale`` and ``zero_point`` come from data (or :meth:`set_parameters`)."""
-        return self._ready
+        known: HostValue = self.__dict__["_initialized"]
+        buffer: Any = self._buffers["initialized"]
+        # A copy that evaluates may have been given its buffers in any way.
+        return known.read(buffer) >= 0.5 or (not self.training and known.read(buffer, anew=True) >= 0.5)
+
+    @property
+    def lets_pass(self) -> bool:
+        """Whether the next forward is an evaluation before any data."""
+        if self.training or self.calibrating or torch.compiler.is_compiling():
+            return False
+        return not self.is_initialized
+
+    @property
+    def state(self) -> State:
+        """A copy of the buffers that :meth:`commit` changes and a forward reads."""
+        buffers: dict[str, Any] = self._buffers
+        names: tuple[str, ...] = () if self.learnable else ("scale", "zero_point")
+        if not self.is_initialized:
+            names += ("initialized",)
+        return {name: buffers[name].clone() for name in names}
+
+    @property
+    def state_when_recomputing(self) -> State | None:
+        """What the buffers held in the forward that is being recomputed; None where they hold it still."""
+        return None if self.synchronizer is None else self.synchronizer.history.state_of(self.synchronizer_index)
 
     @property
     def observes(self) -> bool:
         """Whether the next forward feeds the observer."""
+        return self.is_observed and not is_recomputing()
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the next forward feeds the observer, or is a recomputation of one that did."""
         if self.calibrating:
             return True
-        learned = self.learnable and self._ready and self.fake_quantize_enabled
-        return self.training and self.observer.enabled and not learned
+        if not self.training or not self.observer.enabled:
+            return False
+        return not (self.learnable and self.fake_quantize_enabled and self.is_initialized)
 
     @property
     def quantizes(self) -> bool:
         """Whether the next forward puts values on the grid, rather than letting them pass."""
-        return self._ready and self.fake_quantize_enabled and not self.calibrating
+        return self.fake_quantize_enabled and not self.calibrating and self.is_initialized
 
     @property
     def parameters_on_grid(self) -> QuantizationParameters:
@@ -169,6 +209,12 @@ class FakeQuantizeLayer(nn.Module):
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Values on the grid: shape, dtype and memory format of ``input`` (of the wrapped layer's output)."""
+        if is_recomputing():
+            with as_in_forward([self]):
+                return self._quantized(input, *args, **kwargs)
+        return self._quantized(input, *args, **kwargs)
+
+    def _quantized(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
         output = input if self.layer is None else self.layer(input, *args, **kwargs)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = output.dtype if isinstance(output, Tensor) else type(output).__name__
@@ -185,19 +231,44 @@ class FakeQuantizeLayer(nn.Module):
             self.observe(output)
         if self.calibrating or not self.fake_quantize_enabled:
             return output
-        if observes and not self._ready:  # the model's first batch: it takes effect when all ranks have shown theirs
-            # DistributedDataParallel wants every parameter to take part in every step.
-            return output + 0 * (self.scale.sum() + self.zero_point.sum()) if self.learnable else output
-        self.require_initialized()
+        is_initialized = self.is_initialized
+        # A compiler cannot read it; what is learned changes below its feet, where this is the first batch.
+        if not is_initialized and (not torch.compiler.is_compiling() or (self.learnable and observes)):
+            return self._without_data(output, observes)
         # In every step, where a module's own look-up is slow.
         state: dict[str, Any] = self._parameters if self.learnable else self._buffers
         grid = state["scale"], state["zero_point"], self.scheme
+        if not is_initialized:  # as far as a compiler knows, for which nothing may be read back
+            values = fake_quantize_tensor(output, *grid, self.estimator, axis)
+            return torch.where(snapshot(self.initialized) >= 0.5, values, output)
         if not self.serves_integers:
             return fake_quantize_tensor(output, *grid, self.estimator, axis)
         values, codes = fake_quantize_tensor(output, *grid, self.estimator, axis, codes=True)
         if codes is not None:
             attach_codes(values, codes, *grid)
         return values
+
+    def _without_data(self, output: Tensor, observes: bool) -> Tensor:
+        """What the layer returns before any data: its input."""
+        if not self.training:
+            self._warn_of_no_data()
+        elif observes or is_recomputing():  # the model's first batch: it takes effect when all ranks have shown theirs
+            # DistributedDataParallel wants every parameter to take part in every step.
+            return output + 0 * (self.scale.sum() + self.zero_point.sum()) if self.learnable else output
+        else:
+            self.require_initialized()
+        return output
+
+    def _warn_of_no_data(self) -> None:
+        warned = self if self.synchronizer is None else self.synchronizer
+        if not warned.has_warned:
+            warned.has_warned = True
+            warnings.warn(
+                f"{self.name or 'this layer'} has seen no data: what no data has reached evaluates in float until the "
+                "model is trained or calibrated",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def observe(self, input: Tensor) -> None:
         """Folds a tensor into the statistics: now, or when the model's forward ends."""
@@ -215,7 +286,11 @@ class FakeQuantizeLayer(nn.Module):
         self.observer.update(statistics)
         if self.calibrating:
             return
-        due = True if not self._ready else self.observer.due()
+        if not self.is_initialized and torch.compiler.is_compiling():  # it may be, but cannot be read
+            first = self.initialized < 0.5
+            self.update_parameters(first if self.learnable else first | self.observer.due())
+            return
+        due = True if not self.is_initialized else self.observer.due()
         if isinstance(due, Tensor):
             self.update_parameters(due)
         elif due:
@@ -227,6 +302,7 @@ class FakeQuantizeLayer(nn.Module):
         state: dict[str, Any] = self._buffers
         if self.calibrating or self.learnable or not isinstance(observer, MovingAverageObserver):
             return False
+        is_initialized = self.is_initialized
         done = observer.update_with_parameters(
             batch,
             axis,
@@ -234,10 +310,10 @@ class FakeQuantizeLayer(nn.Module):
             state["zero_point"],
             self.scheme,
             is_measured=is_measured,
-            due=not self._ready,
+            due=not is_initialized,
         )
-        if done:
-            self._mark_ready()
+        if done and not is_initialized:
+            self._mark_initialized()
         return done
 
     @torch.no_grad()
@@ -251,7 +327,8 @@ class FakeQuantizeLayer(nn.Module):
             scale, zero_point = torch.where(due, scale, self.scale), torch.where(due, zero_point, self.zero_point)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
-        self._mark_ready()
+        if not self.is_initialized:
+            self._mark_initialized()
 
     @torch.no_grad()
     def set_parameters(self, parameters: QuantizationParameters) -> None:
@@ -273,27 +350,29 @@ class FakeQuantizeLayer(nn.Module):
             raise ValueError(f"zero_point must be {fixed} on a symmetric grid, got {parameters.zero_point.tolist()}")
         self.scale.copy_(parameters.scale)
         self.zero_point.copy_(parameters.zero_point)
-        self._mark_ready()
+        self.initialized.fill_(1)
 
     def reset(self) -> None:
         """Forgets all data: the next training batch is the first."""
         self.observer.reset()
         self.initialized.zero_()
-        self._ready = False
         self.range_of = None
 
     def require_initialized(self) -> None:
         """Raises RuntimeError where no data has set the parameters."""
-        if not self._ready:
+        if not self.is_initialized:
             raise RuntimeError(
                 f"{self.name or 'this layer'} has seen no data, which its scale and zero point come from: "
                 "train or calibrate first"
             )
 
-    def _mark_ready(self) -> None:
-        if not self._ready:
-            self.initialized.fill_(1)
-            self._ready = True
+    def _mark_initialized(self) -> None:
+        self.initialized.fill_(1)
+        self._initialized.set(self.initialized, 1.0)
+
+    def train(self, mode: bool = True) -> FakeQuantizeLayer:
+        self._initialized.read(self.initialized, anew=True)  # for a compiler, which cannot
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantizeLayer:
         if self.layer is not None:
@@ -303,13 +382,18 @@ class FakeQuantizeLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_schemes(self, state_dict, prefix)
         before = self.initialized.clone()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(without_schemes(self, state_dict, prefix), prefix, *args)
         # A state that lacks the scale, or has another number of them, must not pass for data.
         own = {f"{prefix}{name}": getattr(self, name) for name in ("scale", "zero_point", "initialized")}
         if not all(name in state_dict and state_dict[name].shape == tensor.shape for name, tensor in own.items()):
             self.initialized.copy_(before)
-        self._ready = bool(self.initialized)
         self.range_of = None
+        self._initialized.read(self.initialized)
+        hint_at_reason(args[2], prefix)  # missing keys
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_schemes(self, destination, prefix)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

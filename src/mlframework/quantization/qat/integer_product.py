@@ -223,8 +223,6 @@ def _packed_by_kernel(
     )
     if trained is None:
         return None
-    if observes:
-        observer.count_batch()
     quantized = _QuantizedWeight(own, weight, trained.scale, node.scheme, trained.mask, estimator.gradient_clip)
     return trained.product, quantized
 

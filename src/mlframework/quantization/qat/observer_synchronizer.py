@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .activation_observer import ActivationObserver, BatchStatistics
+from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed
 
 
 class ObservedLayer(Protocol):
@@ -18,6 +19,7 @@ class ObservedLayer(Protocol):
     observer: ActivationObserver
     synchronizer: ObserverSynchronizer | None
     synchronizer_index: int
+    training: bool
 
     @property
     def observes(self) -> bool:
@@ -26,6 +28,10 @@ class ObservedLayer(Protocol):
     @property
     def is_initialized(self) -> bool:
         """Whether data has set the layer's parameters."""
+
+    @property
+    def state(self) -> State:
+        """A copy of the buffers that :meth:`commit` changes and a forward reads."""
 
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds statistics in and recomputes what follows from them."""
@@ -38,6 +44,10 @@ class ObserverSynchronizer:
     ranks compute the same function in a step, whatever part of the data they see, and one all-reduce for the whole
     model keeps them agreed. A run in one process takes the same order, and so the same values.
 
+    A step that the optimizer then does not take (``torch.amp.GradScaler`` skips one whose gradients are not finite)
+    has shown its batch all the same, as it has to batch normalization: the batch is one of the data, and where its
+    values were not finite, its extremes are ignored.
+
     Args:
         layers: the layers whose observers belong together, in an order that all ranks share.
     """
@@ -45,18 +55,24 @@ class ObserverSynchronizer:
     def __init__(self, layers: Sequence[ObservedLayer]) -> None:
         self.layers = layers
         self.pending: dict[int, BatchStatistics] = {}
+        self.history = ForwardHistory()
+        self.has_warned = False
         for index, layer in enumerate(layers):
             layer.synchronizer = self
             layer.synchronizer_index = index
 
     def defer(self, index: int, statistics: BatchStatistics) -> None:
         """Holds what the layer of that index measured until :meth:`commit`; a second batch joins the first."""
+        if not self.history.is_kept and self.layers[index].training and may_be_recomputed():
+            self.history.is_kept = True
         held = self.pending.get(index)
         self.pending[index] = statistics if held is None else _joined(held, statistics)
 
     def discard(self) -> None:
         """Drops what a forward that did not end has left behind."""
         self.pending.clear()
+        if not torch.compiler.is_compiling():
+            self.history.begin()
 
     def commit(self) -> None:
         """Reduces over ranks, updates every layer and forgets."""
@@ -76,18 +92,22 @@ class ObserverSynchronizer:
                 # Only a layer that this rank has never reached has to ask whether another one has.
                 if index in pending or self.layers[index].is_initialized or bool(torch.isfinite(batch.extremes).any())
             }
+        if self.history.is_kept and not torch.compiler.is_compiling():
+            self.history.end({index: self.layers[index].state for index in pending})
         for index, batch in pending.items():
             self.layers[index].commit(batch)
 
 
 def discard_statistics(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a prepared model."""
-    module.observer_synchronizer.discard()  # type: ignore[union-attr, operator]
+    if not is_recomputing():
+        module.observer_synchronizer.discard()  # type: ignore[union-attr, operator]
 
 
 def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a prepared model."""
-    module.observer_synchronizer.commit()  # type: ignore[union-attr, operator]
+    if not is_recomputing():
+        module.observer_synchronizer.commit()  # type: ignore[union-attr, operator]
 
 
 def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics]:

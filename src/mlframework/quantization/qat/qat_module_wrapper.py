@@ -16,12 +16,14 @@ from ..int8.folding import IntegerWeights, fold
 from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import in_format_of
 from ..scheme import QuantizationScheme
+from ..scheme_state import hint_at_reason
 from .computed_parameters import computed, evaluated, move_computation
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .integer_product import IntegerProduct, integer_product
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, normalized_and_quantized
+from .recomputation import as_in_forward, is_recomputing
 from .traced_evaluation import traced_evaluation
 from .weight_range import is_up_to_date, keep_loaded_scale, require_finite, update_range, weight_node
 
@@ -218,10 +220,13 @@ class QATModuleWrapper(nn.Module):
         nodes = [self.input_source, self.weight_fake_quantize]
         if self.output_fake_quantize is not None:
             nodes.append(self.output_fake_quantize)
-        return all(node is not None and node.fake_quantize_enabled and not node.calibrating for node in nodes)
+        return all(node is not None and node.quantizes for node in nodes)
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output, fake-quantized (or, on integers, dequantized): shape and dtype of the layer's own."""
+        if is_recomputing():
+            with as_in_forward([self.input_source, self.output_fake_quantize]):
+                return self._simulate(input)
         if isinstance(self.layer, nn.Embedding) or not self.computes_integers:
             return self._simulate(input)
         if torch.compiler.is_compiling():
@@ -286,7 +291,8 @@ class QATModuleWrapper(nn.Module):
 
     def _run_layer(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Calls the user's module with the fake-quantized weight, and the bias it has on integers, in its registry."""
-        if self.weight_fake_quantize is not None:
+        source = self.input_source
+        if self.weight_fake_quantize is not None and (source is None or not source.lets_pass):
             weight = self.weight_fake_quantize(weight)
         if bias is not None and self._batch_norm[0] is None:
             bias = self._simulated_bias(bias)
@@ -433,6 +439,11 @@ class QATModuleWrapper(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._cached = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+        # PyTorch expects anything of a submodule that is None.
+        absent = tuple(f"{prefix}{name}." for name, module in self._modules.items() if module is None)
+        unexpected: list[str] = args[3]
+        unexpected += [key for key in state_dict if absent and key.startswith(absent)]
+        hint_at_reason(unexpected, prefix)
         node = self.weight_fake_quantize
         comes = any(f"{prefix}{name}" in state_dict for name in self._parameters if name.startswith("weight"))
         if node is not None and comes and f"{prefix}weight_fake_quantize.scale" not in state_dict:

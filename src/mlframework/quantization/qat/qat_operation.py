@@ -17,6 +17,7 @@ from .fake_quantize_layer import FakeQuantizeLayer
 from .layer_types import Clip, clip_of
 from .qat_module_wrapper import activation_node, in_dtype_of
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, looked_up
+from .recomputation import as_in_forward, is_recomputing
 
 
 class QATOperation(nn.Module):
@@ -71,10 +72,16 @@ class QATOperation(nn.Module):
         if self.training or torch.is_grad_enabled():
             return False
         nodes = (*self.sources, self.output_fake_quantize)
-        return all(node.fake_quantize_enabled and not node.calibrating for node in nodes)
+        return all(node.quantizes for node in nodes)
 
     def forward(self, *operands: Tensor) -> Tensor:
         """The operation's result, fake-quantized (or, of codes, dequantized)."""
+        if is_recomputing():
+            with as_in_forward([*self.sources, self.output_fake_quantize]):
+                return self._forward(*operands)
+        return self._forward(*operands)
+
+    def _forward(self, *operands: Tensor) -> Tensor:
         integers = self.computes_integers
         if integers and not has_user_hooks(*self.operation.modules(), *self._activation):
             return self._on_codes(*operands)

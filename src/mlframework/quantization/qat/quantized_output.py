@@ -241,7 +241,7 @@ def _fuses(node: FakeQuantizeLayer) -> bool:
         return False
     if not node.quantizes or node.scheme.channel_axis is not None:
         return False
-    return not node.observes or (node.synchronizer is not None and node.observer.measures_extremes)
+    return not node.is_observed or (node.synchronizer is not None and node.observer.measures_extremes)
 
 
 def _observed(node: FakeQuantizeLayer, values: Tensor, codes: Tensor | None, extremes: Tensor | None) -> Tensor:
