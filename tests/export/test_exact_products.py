@@ -23,9 +23,10 @@ class CallsTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.twice, self.last = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
-        self.register_forward_hook(lambda module, args, output: None)  # else each call is traced as a layer of its own
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.isnan().all():  # else each call is traced as a layer of its own
+            return x
         return self.last(self.twice(torch.relu(self.twice(torch.relu(self.first(x))))))
 
 

@@ -55,7 +55,8 @@ def _line_of_forward() -> str:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         first = next(iter(frame.f_code.co_varnames), "")
-        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get(first), nn.Module):
+        is_forward = frame.f_code.co_name == "forward" or frame.f_code.co_name.startswith("_graph_")  # generated
+        if is_forward and isinstance(frame.f_locals.get(first), nn.Module):
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split(";")[0].strip()
             return f" ({line})" if line else ""
         frame = frame.f_back
