@@ -115,10 +115,16 @@ def _prepared_parts(model: nn.Module) -> list[nn.Module]:
 def _float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that the model computes in where it computes on floats."""
     for module in model.modules():
-        if isinstance(module, QATModuleWrapper):
-            weight: Tensor = module.layer.weight  # type: ignore[assignment]
-            return weight.dtype
-    return torch.float32
+        if isinstance(module, QATModuleWrapper) and isinstance(module.layer.weight, Tensor):
+            return module.layer.weight.dtype
+    own = [
+        parameter
+        for module in model.modules()
+        if not isinstance(module, FakeQuantizeLayer)
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point()
+    ]
+    return own[0].dtype if own else torch.float32
 
 
 def _warn_of_unreached_layers(model: nn.Module) -> None:

@@ -10,9 +10,12 @@ from ..graph.nodes import unused_name
 from ..int8.lookup import Lookup
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.given_weight import GivenWeightWrapper, arguments_of_call
 from ..qat.qat_module_wrapper import QATModuleWrapper, activation_node
 from ..qat.qat_operation import QATOperation
+from ..scheme import QuantizationScheme
 from . import operations
+from .function_layers import FunctionLayer
 from .placement import Chain, Joined, Placement
 from .report import ReportEntry
 
@@ -34,6 +37,7 @@ class GraphRewriter:
         self.config = config
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.weight_nodes: dict[tuple[str, QuantizationScheme], FakeQuantizeLayer] = {}
         self.device = next((tensor.device for tensor in (*root.parameters(), *root.buffers())), None)
 
     def rewrite(self, placement: Placement) -> list[ReportEntry]:
@@ -47,8 +51,12 @@ class GraphRewriter:
         for chain, wrapper in zip(placement.chains, wrappers, strict=True):
             if chain.source is not None:
                 wrapper.take_input_from(self.grid_of[chain.source], self._modules_of(chain.dropouts))
-            self._put_wrapper(chain, wrapper)
-            accounts[chain.node] = layer_entry(str(chain.node.target), wrapper)
+            if chain.function is None:
+                self._put_wrapper(chain, wrapper)
+                name = str(chain.node.target)
+            else:
+                name = self._put_given_weight_wrapper(chain, chain.function, wrapper)
+            accounts[chain.node] = layer_entry(name, wrapper)
         for entry, operation in zip(joined, operation_modules, strict=True):
             accounts[entry.node] = self._put_operation(entry, operation)
         for node, layer in zip(placement.quantized, nodes, strict=True):
@@ -56,18 +64,34 @@ class GraphRewriter:
         return [accounts[node] for node in sorted(accounts, key=order.__getitem__)]
 
     def _wrapper(self, chain: Chain) -> QATModuleWrapper:
-        wrapper = QATModuleWrapper(
-            self.modules[str(chain.node.target)],
-            chain.config,
-            batch_norm=None if chain.batch_norm is None else self.modules[str(chain.batch_norm.target)],
-            activation=None if chain.activation is None else operations.clipping_module(chain.activation, self.modules),
-        )
+        batch_norm = None if chain.batch_norm is None else self.modules[str(chain.batch_norm.target)]
+        activation = None if chain.activation is None else operations.clipping_module(chain.activation, self.modules)
+        if chain.function is None:
+            wrapper = QATModuleWrapper(chain.layer, chain.config, batch_norm=batch_norm, activation=activation)
+        else:
+            wrapper = self._given_weight_wrapper(chain, chain.function, batch_norm, activation)
         wrapper.input_fake_quantize = None
         if chain.quantizes_output:
             assert wrapper.output_fake_quantize is not None
             self.grid_of[chain.end] = wrapper.output_fake_quantize
         else:
             wrapper.output_fake_quantize = None
+        return wrapper
+
+    def _given_weight_wrapper(
+        self, chain: Chain, function: FunctionLayer, batch_norm: nn.Module | None, activation: nn.Module | None
+    ) -> GivenWeightWrapper:
+        weight, bias = function.values(self.modules)
+        function.layer.train(self.modules[function.owner].training)
+        wrapper = GivenWeightWrapper(
+            function.layer, weight, bias, chain.config, batch_norm=batch_norm, activation=activation
+        )
+        if function.weight.op == "get_attr":  # a parameter read at several places is quantized by one node
+            node = wrapper.weight_fake_quantize
+            assert node is not None
+            wrapper.weight_fake_quantize = self.weight_nodes.setdefault(
+                (str(function.weight.target), node.scheme), node
+            )
         return wrapper
 
     def _node(self, node: fx.Node, config: QATConfig) -> FakeQuantizeLayer:
@@ -110,6 +134,19 @@ class GraphRewriter:
         self.root.set_submodule(name, wrapper)
         chain.node.args, chain.node.kwargs = tuple(chain.node.all_input_nodes), {}
         self._close_up(chain.end, chain.node, chain.activation, chain.batch_norm)
+
+    def _put_given_weight_wrapper(self, chain: Chain, function: FunctionLayer, wrapper: QATModuleWrapper) -> str:
+        """Puts it into the module whose code calls the function; returns the layer's name in the model."""
+        owner = self.root.get_submodule(function.owner)
+        last = unused_name(owner, _description(chain.node, self.modules))
+        owner.add_module(last, wrapper)
+        name = ".".join(filter(None, (function.owner, last)))
+        call = arguments_of_call(chain.node.target, chain.node.args, chain.node.kwargs)  # type: ignore[arg-type]
+        with self.graph.inserting_before(chain.node):
+            replacement = self.graph.call_module(name, (call["input"], *function.given))
+        replacement.meta = dict(chain.node.meta)
+        self._close_up(chain.end, replacement, chain.activation, chain.batch_norm, chain.node)
+        return function.owner if isinstance(owner, type(function.layer)) else name
 
     def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer, why_float: str | None) -> ReportEntry:
         name = unused_name(self.root, f"{node.name}_fake_quantize")
@@ -164,13 +201,14 @@ class GraphRewriter:
                 or node.op not in ("call_module", "call_function", "call_method")
             ):
                 continue
-            if not operations.is_float_tensor(node) or node in placement.sharing:
+            if not operations.is_float_tensor(node) or node in placement.sharing or node in placement.weights:
                 continue
             if operations.preserves_values(node, self.modules):
                 continue
             if str(node.target) in placement.float_layers:
                 continue
-            accounts[node] = ReportEntry(node.name, _description(node, self.modules), False, "no integer form")
+            reason = placement.float_functions.get(node, "no integer form")
+            accounts[node] = ReportEntry(node.name, _description(node, self.modules), False, reason)
         return accounts
 
 

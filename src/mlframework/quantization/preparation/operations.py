@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .identities import returns_its_input
+
 # Whose code reads the weights of its layers without calling them, so that no node inside it would ever be reached.
 OPAQUE_MODULES = (
     nn.MultiheadAttention,
@@ -24,7 +26,7 @@ OPAQUE_MODULES = (
 )
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_PRESERVING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, *DROPOUTS)
+_PRESERVING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
 # Selections and movements that PyTorch has for floats, or for few integers: max pooling of uint8 fails on images of
 # more than 255 pixels.
 _SELECTING_MODULES = (
@@ -144,9 +146,16 @@ def preserves_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the node only moves or selects values of its first argument, so that they stay on their grid."""
     if node.op == "call_module" and getattr(modules[str(node.target)], "return_indices", False):
         return False  # its value is no tensor
+    if node.op == "call_module" and is_dropout(modules[str(node.target)]):
+        return True
     return is_selection(node, modules) or is_call_of(
         node, modules, _PRESERVING_MODULES, _PRESERVING_FUNCTIONS | _PRESERVING_METHODS
     )
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether the module is the identity in evaluation, and something else in training."""
+    return isinstance(module, DROPOUTS) or returns_its_input(module)
 
 
 def is_division(node: fx.Node) -> bool:

@@ -11,10 +11,12 @@ from torch import Tensor, fx, nn
 
 from ..graph.clone import clone_sharing_parameters
 from ..graph.example_run import copies, random_state_kept
+from ..graph.fixed_values import put_shapes_in
 from ..graph.generated_forward import set_forward
 from ..graph.tracing import trace
 from ..int8.folding import BATCH_NORMS
 from ..int8.integer_module import IntegerModule
+from ..qat.batch_norms import evaluation_form
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.layer_types import layer_type_of
@@ -23,6 +25,7 @@ from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from ..scheme_state import check_schemes
 from . import operations
+from .batch_norm_parts import take_batch_norms_apart
 from .graph_rewriter import GraphRewriter, layer_entry
 from .placement import place, skip_reason
 from .report import NEVER_REACHED, PreparationReport, ReportEntry
@@ -83,7 +86,8 @@ def _prepare(
         prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
         entries = [layer_entry("", prepared)]
     else:
-        traced = trace(prepared, example_inputs, kwargs, _is_leaf)
+        leaves = {module for module in prepared.modules() if _is_leaf(module)}  # some tried, which a trace would record
+        traced = trace(prepared, example_inputs, kwargs, leaves.__contains__)
         if traced.graph is None:
             entries = _wrap_layers(prepared, "", config, f"the model is not traced: {traced.kept_whole['']}")
         else:
@@ -134,12 +138,19 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return layer_type_of(module) is not None or isinstance(module, (*BATCH_NORMS, *operations.OPAQUE_MODULES))
+    return (
+        layer_type_of(module) is not None
+        or isinstance(module, (*BATCH_NORMS, *operations.OPAQUE_MODULES))
+        or evaluation_form(module) is not None
+        or operations.is_dropout(module)
+    )
 
 
 def _rewrite(root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], config: QATConfig) -> list[ReportEntry]:
     """Puts the nodes where :func:`place` says and makes the graph the model's forward."""
+    take_batch_norms_apart(root, graph)
     modules = dict(root.named_modules())
+    put_shapes_in(graph, modules)
     placement = place(graph, modules, config)
     entries = GraphRewriter(root, graph, modules, config).rewrite(placement)
     for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
@@ -150,6 +161,8 @@ def _rewrite(root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], confi
     reported = {entry.name for entry in entries}
     for name, module in modules.items():
         if layer_type_of(module) is not None and name not in reported:
+            if name in placement.read_layers:
+                continue
             reason = placement.float_layers.get(name, NEVER_REACHED)
             entries.append(ReportEntry(name, type(module).__name__, False, reason))
     return entries
