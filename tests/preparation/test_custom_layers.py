@@ -251,7 +251,8 @@ def test_other_weights_stay_float(weight: Callable[[nn.Module, Tensor], Tensor])
     def run(model: nn.Module, x: Tensor) -> Tensor:
         return F.conv2d(x, weight(model, x))
 
-    prepared = prepare(Runs(run, conv=nn.Conv2d(3, 4, 1)), None, (images(),))
+    with pytest.warns(UserWarning, match="its weight depends on the input, or is random"):
+        prepared = prepare(Runs(run, conv=nn.Conv2d(3, 4, 1)), None, (images(),))
     assert not any(isinstance(module, QATModuleWrapper) for module in prepared.modules())
 
 
@@ -259,7 +260,8 @@ def test_a_bias_that_depends_on_the_input_is_the_reason() -> None:
     def run(model: nn.Module, x: Tensor) -> Tensor:
         return F.linear(x, model.fc.weight, x.mean(0))
 
-    report = preparation_report(prepare(Runs(run, fc=nn.Linear(8, 8)), None, (rows(),)))
+    with pytest.warns(UserWarning, match="its bias depends on the input"):
+        report = preparation_report(prepare(Runs(run, fc=nn.Linear(8, 8)), None, (rows(),)))
     assert [entry.detail for entry in report.left_float if entry.kind == "linear"] == ["its bias depends on the input"]
 
 

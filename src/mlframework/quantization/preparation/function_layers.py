@@ -50,17 +50,16 @@ class FunctionLayer(NamedTuple):
 
 
 def function_layer(node: fx.Node, modules: Mapping[str, nn.Module]) -> FunctionLayer | str | None:
-    """The layer that a call amounts to; why it cannot be quantized, where it is no call of a layer's kind; None where
-    the node is another operation, or its weight depends on the model's inputs."""
+    """The layer that a call amounts to; why it cannot be quantized, or None where the node is another operation."""
     function: Any = node.target
     if node.op != "call_function" or function not in FUNCTIONS or not operations.is_float_tensor(node):
         return None
     settings = arguments_of_call(function, node.args, node.kwargs)
     input, weight, bias = settings.pop("input"), settings.pop("weight"), settings.pop("bias", None)
-    if not isinstance(weight, fx.Node) or not is_fixed(weight, modules):
+    if not isinstance(input, fx.Node) or not operations.is_float_tensor(input) or not isinstance(weight, fx.Node):
         return None
-    if not isinstance(input, fx.Node) or not operations.is_float_tensor(input):
-        return None
+    if not is_fixed(weight, modules):
+        return "its weight depends on the input, or is random"
     shape = weight.meta["tensor"].shape
     if len(shape) < 2:
         return "its weight is a vector"

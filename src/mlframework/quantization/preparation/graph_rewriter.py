@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx, nn
 
-from ..graph.nodes import unused_name
+from ..graph.nodes import owner_of, unused_name
 from ..int8.lookup import Lookup
+from ..qat.batch_norms import Normalization, plain_batch_norm
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
-from ..qat.given_weight import GivenWeightWrapper, arguments_of_call
+from ..qat.given_weight import FUNCTIONS, GivenWeightWrapper, arguments_of_call
 from ..qat.qat_module_wrapper import QATModuleWrapper, activation_node
 from ..qat.qat_operation import QATOperation
 from ..scheme import QuantizationScheme
@@ -18,6 +20,7 @@ from . import operations
 from .function_layers import FunctionLayer
 from .placement import Chain, Joined, Placement
 from .report import ReportEntry
+from .shares import multiply_adds_of
 
 
 class GraphRewriter:
@@ -38,6 +41,7 @@ class GraphRewriter:
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.weight_nodes: dict[tuple[str, QuantizationScheme], FakeQuantizeLayer] = {}
+        self.work = {node: _multiply_adds(node) for node in graph.nodes}
         self.device = next((tensor.device for tensor in (*root.parameters(), *root.buffers())), None)
 
     def rewrite(self, placement: Placement) -> list[ReportEntry]:
@@ -56,12 +60,13 @@ class GraphRewriter:
                 name = str(chain.node.target)
             else:
                 name = self._put_given_weight_wrapper(chain, chain.function, wrapper)
-            accounts[chain.node] = layer_entry(name, wrapper)
+            accounts[chain.node] = replace(layer_entry(name, wrapper), multiply_adds=self.work[chain.node])
         for entry, operation in zip(joined, operation_modules, strict=True):
             accounts[entry.node] = self._put_operation(entry, operation)
         for node, layer in zip(placement.quantized, nodes, strict=True):
-            accounts[node] = self._put_node(node, layer, placement.float_layers.get(str(node.target)))
-        return [accounts[node] for node in sorted(accounts, key=order.__getitem__)]
+            accounts[node] = self._put_node(node, layer, self._why_float(node, placement))
+        found = {accounts[node].name: accounts[node] for node in sorted(accounts, key=order.__getitem__, reverse=True)}
+        return list(reversed(found.values()))  # of a module that is called several times, the first account
 
     def _wrapper(self, chain: Chain) -> QATModuleWrapper:
         batch_norm = None if chain.batch_norm is None else self.modules[str(chain.batch_norm.target)]
@@ -157,11 +162,11 @@ class GraphRewriter:
         with self.graph.inserting_after(position):
             call = self.graph.call_module(name, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        name = str(node.target) if node.op == "call_module" else node.name
-        kind = _description(node, self.modules)
+        name, kind = self._name(node), _description(node, self.modules)
         if node.op in ("placeholder", "get_attr"):
             return ReportEntry(name, kind, True, str(layer.scheme))
-        return ReportEntry(name, kind, False, f"{why_float or 'computed in float'}, output {layer.scheme}")
+        detail = f"{why_float or 'computed in float'}, output {layer.scheme}"
+        return ReportEntry(name, kind, False, detail, self.work[node])
 
     def _put_operation(self, entry: Joined, operation: QATOperation) -> ReportEntry:
         name = unused_name(self.root, entry.node.name)
@@ -201,15 +206,36 @@ class GraphRewriter:
                 or node.op not in ("call_module", "call_function", "call_method")
             ):
                 continue
-            if not operations.is_float_tensor(node) or node in placement.sharing or node in placement.weights:
+            returns_several = node.op == "call_module" and "tensor" not in node.meta
+            if not (returns_several or operations.is_float_tensor(node)):
+                continue
+            if node in placement.sharing or node in placement.weights:
                 continue
             if operations.preserves_values(node, self.modules):
                 continue
             if str(node.target) in placement.float_layers:
                 continue
-            reason = placement.float_functions.get(node, "no integer form")
-            accounts[node] = ReportEntry(node.name, _description(node, self.modules), False, reason)
+            reason = self._why_float(node, placement) or "no integer form"
+            accounts[node] = ReportEntry(
+                self._name(node), _description(node, self.modules), False, reason, self.work[node]
+            )
         return accounts
+
+    def _why_float(self, node: fx.Node, placement: Placement) -> str | None:
+        """What is known of why a node computes in float."""
+        if operations.is_call_of(node, self.modules, operations.OPAQUE_MODULES, set()):
+            return "it reads the weights of its layers without calling them"
+        return placement.float_functions.get(node) or placement.float_layers.get(str(node.target))
+
+    def _name(self, node: fx.Node) -> str:
+        """What an operation is called in the report: as the model names the module that it is."""
+        owner = owner_of(node)
+        if node.op == "call_module" and isinstance(self.modules[str(node.target)], Normalization):
+            return owner
+        if node.op == "call_module":
+            return str(node.target)
+        kind = FUNCTIONS[node.target][1] if node.target in FUNCTIONS else ()
+        return owner if isinstance(self.modules[owner], kind) else node.name
 
 
 def layer_entry(name: str, wrapper: QATModuleWrapper, how: str = "") -> ReportEntry:
@@ -221,9 +247,19 @@ def layer_entry(name: str, wrapper: QATModuleWrapper, how: str = "") -> ReportEn
     return ReportEntry(name, type(wrapper.layer).__name__, True, detail)
 
 
+def _multiply_adds(node: fx.Node) -> int:
+    """Of the example, where the node calls a function that is a layer."""
+    if node.target not in FUNCTIONS or "tensor" not in node.meta:
+        return 0
+    call = arguments_of_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    shapes = [each.meta["tensor"].shape for each in (call["weight"], call["input"], node)]
+    return multiply_adds_of(FUNCTIONS[node.target][1], *shapes)
+
+
 def _description(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     if node.op == "call_module":
-        return type(modules[str(node.target)]).__name__
+        module = modules[str(node.target)]
+        return type(plain_batch_norm(module) or module).__name__
     if node.op in ("placeholder", "get_attr"):
         return "input" if node.op == "placeholder" else "parameter"
     return str(getattr(node.target, "__name__", node.target))

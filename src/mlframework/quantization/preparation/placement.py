@@ -25,8 +25,7 @@ from . import operations
 from .function_layers import FunctionLayer, function_layer
 from .integer_operations import integer_operation
 from .pointwise import pointwise_region
-
-SKIPPED = "skipped by the configuration"
+from .report import SKIPPED
 
 
 @dataclass
@@ -82,7 +81,7 @@ class Joined:
 class Placement:
     """Chains and joined operations to wrap, other values to quantize with their configuration, what shares the grid of
     its input, what computes weights, the layers that stay float with the reason (by name, or by node where a function
-    is the layer), and the layers whose weight functions take."""
+    is the layer), and the parameters that functions take as weights, quantized or skipped."""
 
     chains: list[Chain] = field(default_factory=list)
     joined: list[Joined] = field(default_factory=list)
@@ -90,7 +89,8 @@ class Placement:
     sharing: set[fx.Node] = field(default_factory=set)
     weights: set[fx.Node] = field(default_factory=set)
     float_layers: dict[str, str] = field(default_factory=dict)
-    read_layers: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    skipped: set[str] = field(default_factory=set)
     float_functions: dict[fx.Node, str] = field(default_factory=dict)
 
 
@@ -175,13 +175,14 @@ class _Placer:
             self.placement.float_functions[node] = found
             return None
         config = found.config(self.config, self.modules)
+        nodes = {step for given in found.given for step in computing_nodes(given)}
+        read = {str(step.target) for step in nodes if step.op == "get_attr"}
         if config is None:
             self.placement.float_functions[node] = SKIPPED
+            self.placement.skipped |= read
             return None
-        for given in found.given:
-            nodes = computing_nodes(given)
-            self.placement.weights.update(nodes)
-            self.placement.read_layers |= {str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"}
+        self.placement.weights |= nodes
+        self.placement.read |= read
         return Chain(node, found.layer, config, found)
 
     def _start_chain(self, chain: Chain) -> None:

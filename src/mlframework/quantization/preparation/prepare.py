@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,8 +29,9 @@ from ..scheme_state import check_schemes
 from . import operations
 from .batch_norm_parts import take_batch_norms_apart
 from .graph_rewriter import GraphRewriter, layer_entry
-from .placement import place, skip_reason
-from .report import NEVER_REACHED, PreparationReport, ReportEntry
+from .placement import Placement, place, skip_reason
+from .report import ALONE, NEVER_REACHED, UNCALLED, PreparationReport, ReportEntry
+from .shares import Work, counted, shares, warning_of, with_work
 
 
 def prepare(
@@ -62,6 +65,10 @@ def prepare(
         ValueError: the model is prepared or converted already, does not run on the examples, or a selector of the
             configuration matches no layer.
 
+    Warns:
+        UserWarning: less than half of the weights or of the multiply-adds is quantized, of all that the configuration
+            does not skip.
+
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
         >>> prepared = prepare(model, QATConfig(), (torch.randn(1, 1, 4, 4),))
@@ -78,10 +85,11 @@ def prepare(
 def _prepare(
     model: nn.Module, config: QATConfig, example_inputs: tuple[Any, ...], kwargs: dict[str, Any], recompute: bool
 ) -> nn.Module:
-    _check(model, config, example_inputs, kwargs)
+    work = _check(model, config, example_inputs, kwargs)
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be a bool, got {recompute!r}")
     prepared = clone_sharing_parameters(model)
+    placement = Placement()
     if layer_type_of(prepared) is not None and skip_reason("", prepared, config) is None:
         prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
         entries = [layer_entry("", prepared)]
@@ -89,18 +97,27 @@ def _prepare(
         leaves = {module for module in prepared.modules() if _is_leaf(module)}  # some tried, which a trace would record
         traced = trace(prepared, example_inputs, kwargs, leaves.__contains__)
         if traced.graph is None:
-            entries = _wrap_layers(prepared, "", config, f"the model is not traced: {traced.kept_whole['']}")
+            reason = f"the model is not traced: {traced.kept_whole['']}"
+            entries = [ReportEntry("", type(model).__name__, False, reason)]
+            entries += _wrap_layers(prepared, "", config, reason)
         else:
-            entries = _rewrite(prepared, traced.graph, traced.kept_whole, config)
-    prepared.preparation_report = PreparationReport(tuple(entries), config.target)  # type: ignore[assignment]
+            entries, placement = _rewrite(prepared, traced.graph, traced.kept_whole, config)
+    entries = with_work(entries, work)
+    report = PreparationReport(
+        tuple(entries), config.target, *shares(model, entries, placement.read, placement.skipped, work)
+    )
+    prepared.preparation_report = report  # type: ignore[assignment]
     _connect(prepared)
     for module in prepared.modules():
         if isinstance(module, QATModuleWrapper):
             module.recompute = recompute
+    warning = warning_of(report)
+    if warning is not None:
+        warnings.warn(warning, UserWarning, stacklevel=3)
     return prepared
 
 
-def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, QATConfig):
@@ -124,14 +141,14 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
     unused = config.unused_selectors(dict(model.named_modules()))
     if unused:
         raise ValueError(f"overrides and skip must match layers of the model; these match none: {unused}")
-    _check_runs(model, args, kwargs)
+    return _check_runs(model, args, kwargs)
 
 
 @torch.no_grad()
-def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
     probe = clone_sharing_parameters(model).eval()
     try:
-        probe.forward(*copies(args), **copies(kwargs))
+        return counted(probe, lambda: probe.forward(*copies(args), **copies(kwargs)))
     except Exception as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
         raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
@@ -146,8 +163,11 @@ def _is_leaf(module: nn.Module) -> bool:
     )
 
 
-def _rewrite(root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], config: QATConfig) -> list[ReportEntry]:
-    """Puts the nodes where :func:`place` says and makes the graph the model's forward."""
+def _rewrite(
+    root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], config: QATConfig
+) -> tuple[list[ReportEntry], Placement]:
+    """Puts the nodes where :func:`place` says and makes the graph the model's forward; returns the account, and
+    where what went."""
     take_batch_norms_apart(root, graph)
     modules = dict(root.named_modules())
     put_shapes_in(graph, modules)
@@ -156,16 +176,20 @@ def _rewrite(root: nn.Module, graph: fx.Graph, kept_whole: dict[str, str], confi
     for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
         if name in modules and layer_type_of(modules[name]) is None:
             reason = kept_whole.get(name, "its code is not traced")
+            if name in kept_whole:
+                entries = [
+                    replace(e, detail=f"run by its own code: {reason}") if e.name == name else e for e in entries
+                ]
             entries += _wrap_layers(modules[name], name, config, reason)
     set_forward(root, graph)
     reported = {entry.name for entry in entries}
     for name, module in modules.items():
         if layer_type_of(module) is not None and name not in reported:
-            if name in placement.read_layers:
+            if any(parameter.startswith(f"{name}.") for parameter in placement.read):
                 continue
             reason = placement.float_layers.get(name, NEVER_REACHED)
             entries.append(ReportEntry(name, type(module).__name__, False, reason))
-    return entries
+    return entries, placement
 
 
 def _wrap_layers(module: nn.Module, prefix: str, config: QATConfig, reason: str) -> list[ReportEntry]:
@@ -181,7 +205,7 @@ def _wrap_layers(module: nn.Module, prefix: str, config: QATConfig, reason: str)
         if layer_type_of(layer) is None or not name:
             continue
         if any(qualified.startswith(outer) for outer in opaque):
-            entries.append(ReportEntry(qualified, type(layer).__name__, False, "its weight is read without a call"))
+            entries.append(ReportEntry(qualified, type(layer).__name__, False, UNCALLED))
             continue
         layer_config = config.for_layer(qualified, layer)
         obstacle = skip_reason(qualified, layer, config)
@@ -190,7 +214,7 @@ def _wrap_layers(module: nn.Module, prefix: str, config: QATConfig, reason: str)
             continue
         if id(layer) not in found:
             found[id(layer)] = QATModuleWrapper(layer, layer_config)
-            entries.append(layer_entry(qualified, found[id(layer)], f"alone, between floats: {reason}"))
+            entries.append(layer_entry(qualified, found[id(layer)], f"{ALONE}: {reason}"))
         module.set_submodule(name, found[id(layer)])
     wrappers = list(found.values())
     if prefix == "" and wrappers and isinstance(wrappers[-1].layer, nn.Linear) and not config.quantize_last_linear:
