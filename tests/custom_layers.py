@@ -38,6 +38,11 @@ class OwnLinear(nn.Linear):
         return F.linear(x, self.weight, bias=self.bias)
 
 
+class CastingLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(dtype=x.dtype), self.bias.type_as(x))
+
+
 class LowRankLinear(nn.Module):
     """A layer's weight with an adapter added."""
 

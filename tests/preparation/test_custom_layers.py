@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from custom_layers import (
     BatchNormActivation,
     BatchNormReLU,
+    CastingLinear,
     DropPath,
     FrozenBatchNorm,
     GhostBatchNorm,
@@ -71,6 +72,7 @@ LAYERS: dict[str, Made] = {
     "same padding": (same, images, 2),
     "computed weights": (computed, images, 2),
     "own linear": (lambda: nn.Sequential(OwnLinear(8, 16), nn.ReLU(), OwnLinear(16, 4)), rows, 2),
+    "casts": (lambda: nn.Sequential(CastingLinear(8, 16), nn.ReLU(), CastingLinear(16, 4)), rows, 2),
     "tied": (TiedLanguageModel, tokens, 2),
     "low rank": (lambda: nn.Sequential(LowRankLinear(8, 16), nn.ReLU(), LowRankLinear(16, 4)), rows, 2),
     "upsampling": (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), UpsamplingConv(8, 4)), images, 2),

@@ -49,6 +49,26 @@ class FunctionLayer(NamedTuple):
         return own if own is not config else config.for_layer(self.owner, self.layer)
 
 
+def take_casts_out(graph: fx.Graph) -> None:
+    """Hands functions that are layers the parameter itself where it was cast to the dtype that it has anyway: mostly
+    the input's, which must not make the weight depend on the input. In place."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in FUNCTIONS:
+            for cast in filter(_is_idle_cast, node.all_input_nodes):
+                node.replace_input_with(cast, cast.all_input_nodes[0])
+                if not cast.users:
+                    graph.erase_node(cast)
+
+
+def _is_idle_cast(node: fx.Node) -> bool:
+    if node.op != "call_method" or node.target not in ("to", "type_as"):
+        return False
+    source = node.all_input_nodes[0]
+    if source.op != "get_attr" or not (operations.is_float_tensor(source) and operations.is_float_tensor(node)):
+        return False
+    return bool(source.meta["tensor"].dtype == node.meta["tensor"].dtype)
+
+
 def function_layer(node: fx.Node, modules: Mapping[str, nn.Module]) -> FunctionLayer | str | None:
     """The layer that a call amounts to; why it cannot be quantized, or None where the node is another operation."""
     function: Any = node.target

@@ -28,6 +28,7 @@ from ..qat.qat_operation import QATOperation
 from ..scheme_state import check_schemes
 from . import operations
 from .batch_norm_parts import take_batch_norms_apart
+from .function_layers import take_casts_out
 from .graph_rewriter import GraphRewriter, layer_entry
 from .placement import Placement, place, skip_reason
 from .report import ALONE, NEVER_REACHED, UNCALLED, PreparationReport, ReportEntry
@@ -171,6 +172,7 @@ def _rewrite(
     take_batch_norms_apart(root, graph)
     modules = dict(root.named_modules())
     put_shapes_in(graph, modules)
+    take_casts_out(graph)
     placement = place(graph, modules, config)
     entries = GraphRewriter(root, graph, modules, config).rewrite(placement)
     for name in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
