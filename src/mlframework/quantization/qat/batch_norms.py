@@ -92,7 +92,8 @@ def evaluation_form(module: nn.Module) -> EvaluationForm | None:
 def _tried_form(module: nn.Module) -> EvaluationForm | None:
     probe: Any = copy_of(module).eval()
     deviation = probe.eps**0.5
-    # Deviations so small that eps counts, and inputs and means of their size.
+    # Deviations so small that eps counts, and means of their size; inputs from a tenth to a thousand of them, so that
+    # whatever clips or saturates after the normalization shows.
     with torch.no_grad():
         for name in _TENSORS:
             tensor = getattr(probe, name)
@@ -100,7 +101,9 @@ def _tried_form(module: nn.Module) -> EvaluationForm | None:
                 values = torch.rand_like(tensor) * 9 * probe.eps if name == "running_var" else torch.randn_like(tensor)
                 tensor.copy_(values * deviation if name == "running_mean" else values)
     for size in ((4, 4), (4,), (), (4, 4, 4)):
-        input = torch.randn(3, len(probe.running_mean), *size).to(probe.running_mean) * 5 * deviation
+        shape = (64, len(probe.running_mean), *size)
+        input = 10 ** (torch.rand(shape) * 4 - 1) * torch.randn(shape).sign()
+        input = input.to(probe.running_mean) * deviation
         try:
             with torch.no_grad():
                 output = probe(input.clone())
