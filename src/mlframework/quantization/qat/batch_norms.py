@@ -98,10 +98,16 @@ def _tried_form(module: nn.Module) -> EvaluationForm | None:
         for name in _TENSORS:
             tensor = getattr(probe, name)
             if isinstance(tensor, Tensor):
-                values = torch.rand_like(tensor) * 9 * probe.eps if name == "running_var" else torch.randn_like(tensor)
-                tensor.copy_(values * deviation if name == "running_mean" else values)
-    for size in ((4, 4), (4,), (), (4, 4, 4)):
-        shape = (64, len(probe.running_mean), *size)
+                values = torch.randn_like(tensor)
+                if name == "running_mean":
+                    values *= deviation
+                elif name == "running_var":
+                    values = torch.rand_like(tensor) * 9 * probe.eps
+                elif name == "weight":
+                    values += values.sign()
+                tensor.copy_(values)
+    for batch, *size in ((4, 3, 3), (9, 4), (36,), (4, 2, 2, 2)):
+        shape = (batch, len(probe.running_mean), *size)
         input = 10 ** (torch.rand(shape) * 4 - 1) * torch.randn(shape).sign()
         input = input.to(probe.running_mean) * deviation
         try:
