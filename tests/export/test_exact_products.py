@@ -25,8 +25,7 @@ class CallsTwice(nn.Module):
         self.first, self.twice, self.last = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.isnan().all():  # else each call is traced as a layer of its own
-            return x
+        self.called = True  # else each call is traced as a layer of its own
         return self.last(self.twice(torch.relu(self.twice(torch.relu(self.first(x))))))
 
 

@@ -92,10 +92,12 @@ def test_a_skipped_layer_before_a_quantized_one_is_float_with_its_output_on_a_gr
 
 def test_it_prints_as_a_table() -> None:
     text = str(report_on(EXAMPLES["unused"]))
-    first, *rows, last = text.splitlines()
+    first, *rows, last, shares = text.splitlines()
     assert first.split() == ["name", "kind", "how,", "or", "why", "not"]
     assert len({row.index("  float") if " float " in row else row.index("  int8") for row in rows}) == 1
     assert last == "3 quantized, 1 float"
+    # The layer that is never reached holds 30 of 72 weights, and multiplies nothing.
+    assert shares == "58.3% of the weights and 100.0% of the multiply-adds are quantized"
 
 
 def test_only_a_prepared_model_has_one() -> None:

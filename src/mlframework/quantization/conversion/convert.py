@@ -15,11 +15,13 @@ from ..graph.unflattening import set_forwards
 from ..int8.integer_module import IntegerModule, PackedModule
 from ..preparation.report import NEVER_REACHED, PreparationReport
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.given_weight import GivenWeightWrapper
 from ..qat.observer_synchronizer import commit_statistics, discard_statistics
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from .between_floats import between_floats
 from .lowering import lower
+from .unreached import restore_float, unreached_parts
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -78,6 +80,10 @@ def _integer_form(converted: nn.Module) -> nn.Module:
     _remove_hooks(converted)
     if isinstance(converted, (QATModuleWrapper, FakeQuantizeLayer)):
         return between_floats(converted)
+    for name, part in unreached_parts(converted):
+        if is_part(part):  # it has not gone with another around it
+            warnings.warn(f"no data reached {name}: it stays float", UserWarning, stacklevel=4)
+            restore_float(part)
     for part in reversed(_prepared_parts(converted)):  # from the inside out
         graph = graph_of(part)
         _replace_nodes(part, {part.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"})
@@ -120,9 +126,16 @@ def _prepared_parts(model: nn.Module) -> list[nn.Module]:
 def _float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that the model computes in where it computes on floats."""
     for module in model.modules():
-        if isinstance(module, QATModuleWrapper):
+        if isinstance(module, QATModuleWrapper) and not isinstance(module, GivenWeightWrapper):
             return module.evaluated_weight().dtype
-    return torch.float32
+    own = [
+        parameter
+        for module in model.modules()
+        if not isinstance(module, FakeQuantizeLayer)
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point()
+    ]
+    return own[0].dtype if own else torch.float32
 
 
 def _warn_of_unreached_layers(model: nn.Module) -> None:
@@ -154,7 +167,10 @@ def _check(model: nn.Module) -> None:
                 f"apart ({node.scheme}, scale {node.scale.tolist()}): keep the model in float32 and run it under "
                 "torch.autocast"
             )
+    unreached = [part for _, part in unreached_parts(model)]
     for part in _prepared_parts(model):
+        if part in unreached:
+            continue
         for name in {str(node.target) for node in graph_of(part).nodes if node.op == "call_module"}:
             module = part.get_submodule(name)
             for called in (module, getattr(module, "output_fake_quantize", None)):

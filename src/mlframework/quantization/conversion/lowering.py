@@ -13,12 +13,12 @@ from ..graph.subgraph import module_of_nodes
 from ..int8.layers import Int8Embedding
 from ..int8.operations import Dequantize, Int8ReLU, Int8Selection, Quantize
 from ..preparation import operations
+from ..qat.batch_norms import Normalization, plain_batch_norm
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from .between_floats import between_floats
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+from .given_weights import drop_unread, take_weights_in
 
 
 def lower(root: nn.Module, graph: fx.Graph) -> CodeEdges:
@@ -57,6 +57,7 @@ class _Lowering:
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self.graph = graph
+        self.given = take_weights_in(root, graph)
         self.modules = operations.recognizable(root)
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
         self.calls = Calls(graph)
@@ -78,7 +79,7 @@ class _Lowering:
             self._read_codes(node, module.sources)
             self.replacements[str(node.target)] = module.to_integer()
             self.grid_of[node] = module.output_fake_quantize
-        elif isinstance(module, _DROPOUTS):
+        elif module is not None and operations.is_dropout(module):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             self.graph.erase_node(node)
         elif self._takes_codes(node):
@@ -88,7 +89,7 @@ class _Lowering:
 
     def _visit_wrapper(self, node: fx.Node, wrapper: QATModuleWrapper) -> None:
         name = str(node.target)
-        self.folded.update(wrapper.following)
+        self.folded.update(plain_batch_norm(module) or module for module in wrapper.following)
         if wrapper.input_fake_quantize is not None:  # a node of its own: an integer layer between floats
             self._to_floats(node)
             self.replacements[name] = between_floats(wrapper)
@@ -178,9 +179,13 @@ class _Lowering:
         for name, module in self.replacements.items():
             replace_module(self.root, self.modules[name], module)
         called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        called_batch_norms = {plain_batch_norm(self.modules.get(name)) for name in called}
         for name, module in self.modules.items():
-            if module in self.folded and name not in called:
-                self.root.set_submodule(name, nn.Identity())
+            if module in self.folded and name not in called and module not in called_batch_norms:
+                remains = nn.Identity()
+                remains._modules.update(_without_normalization(module))  # an activation inside may be called
+                self.root.set_submodule(name, remains)
+        drop_unread(self.root, self.graph, self.given)
 
     def _keep_parameters_read(self) -> None:
         """What the graph also reads by name (tied weights, running statistics) stays, under names of its own."""
@@ -198,6 +203,10 @@ class _Lowering:
                     container.register_parameter(name, value)
                 else:
                     container.register_buffer(name, value)
+
+
+def _without_normalization(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in module.named_children() if not isinstance(child, Normalization)}
 
 
 def _takes_one_part(node: fx.Node) -> bool:

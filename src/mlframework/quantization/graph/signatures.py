@@ -148,8 +148,7 @@ def run_own_code(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"{kind.__name__} must be called as in the example that it was prepared with ({expected}): after "
             "conversion, its own code for other arguments does not run. Prepare it with an example like this call"
         )
-    parts: list[Any] = [module.get_submodule(name) for name in source.calls]
-    contexts = [part.stands_alone() for part in parts if hasattr(part, "stands_alone")]
+    contexts = [part.stands_alone() for part in _called_alone(module, source.calls)]
     for context in contexts:
         context.__enter__()
     try:
@@ -157,3 +156,17 @@ def run_own_code(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     finally:
         for context in reversed(contexts):
             context.__exit__(None, None, None)
+
+
+def _called_alone(module: nn.Module, calls: Sequence[str]) -> list[Any]:
+    """The layers whose followers a module's own code calls by itself: those of its own graph, and those inside of
+    containers that run something from outside of these with their layer."""
+    found: list[Any] = []
+    for name, part in module.named_modules():
+        if not hasattr(part, "stands_alone"):
+            continue
+        outer = next((call for call in calls if name.startswith(f"{call}.")), None)
+        inside = set() if outer is None else set(module.get_submodule(outer).modules())
+        if outer is None or any(follower not in inside for follower in part.following):
+            found.append(part)
+    return found

@@ -43,22 +43,29 @@ def observed(
 ) -> dict[bool, Observation]:
     """What the model's own code does with the example, in training and in evaluation; on copies of the model."""
     observations = {}
-    is_leaf = also_pytorchs(is_leaf)
+    names = leaf_names(model, is_leaf)
     for mode in (True, False):
         copied = scratch_of(model)
         with random_state_kept():
-            observations[mode] = observe(copied.train(mode), args, kwargs, is_leaf)
+            observations[mode] = observe(copied.train(mode), args, kwargs, _leaves(copied, names))
     return observations
 
 
-def also_pytorchs(is_leaf: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
-    """Takes PyTorch's own modules for leaves, too, but for those that only call others in a row."""
+def leaf_names(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> set[str]:
+    """The names of a model's leaves: what ``is_leaf`` says, and PyTorch's own modules but for those that only call
+    others in a row."""
 
     def decide(module: nn.Module) -> bool:
         is_pytorchs = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
         return is_pytorchs or is_leaf(module)
 
-    return decide
+    return {name for name, module in model.named_modules() if name and decide(module)}
+
+
+def _leaves(model: nn.Module, names: set[str]) -> Callable[[nn.Module], bool]:
+    """Whether a module of the model is a leaf. A copy's leaves are those of what it was copied from, by name: a module
+    that is tried for it must not be so while something is recorded."""
+    return {module for name, module in model.named_modules() if name in names}.__contains__
 
 
 def trace(
@@ -82,7 +89,7 @@ def trace(
             found out where they are not given.
         own_code: modules of which it is known already that their own code has to run, with the reason.
     """
-    is_leaf = also_pytorchs(is_leaf)
+    leaves = leaf_names(model, is_leaf)
     if observations is None:
         observations = observed(model, args, kwargs, is_leaf)
     own_code = dict(own_code or {})
@@ -93,14 +100,16 @@ def trace(
     arguments = _by_name(model, args, kwargs)
     given = given_arguments(arguments, lambda part: isinstance(part, (Tensor, int, float, complex)))
     for name, module in model.named_modules():
-        if name and not is_leaf(module) and has_hooks(module):
+        if name and name not in leaves and has_hooks(module):
             own_code.setdefault(name, HAS_HOOKS)
     with random_state_kept():
         while True:
             known = len(own_code)
             # The code of modules that are called as they are runs many times here: on a copy.
             scratch = scratch_of(model)
-            attempt = _attempt(scratch, args, kwargs, arguments, given, is_leaf, own_code, observations)
+            attempt = _attempt(
+                scratch, args, kwargs, arguments, given, _leaves(scratch, leaves), own_code, observations
+            )
             if "" in own_code:
                 return Trace(None, {"": own_code[""]})
             if attempt is not None and len(own_code) == known:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx, nn
 
 from ..graph.containers import Calls, is_mark
 from ..graph.nodes import add_module, label_of, owner_of, replace_module
 from ..int8.lookup import Lookup
+from ..qat.batch_norms import Normalization, plain_batch_norm
 from ..qat.config import QATConfig
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.given_weight import FUNCTIONS, GivenWeightWrapper, arguments_of_call
 from ..qat.qat_module_wrapper import QATModuleWrapper, activation_node
 from ..qat.qat_operation import QATOperation
+from ..scheme import QuantizationScheme
 from . import operations
+from .function_layers import FunctionLayer
 from .placement import Chain, Joined, Placement
 from .report import ReportEntry
+from .shares import multiply_adds_of
 
 
 class GraphRewriter:
@@ -37,6 +43,8 @@ class GraphRewriter:
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
         self.first_wrapper: dict[nn.Module, QATModuleWrapper] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.weight_nodes: dict[tuple[str, QuantizationScheme], FakeQuantizeLayer] = {}
+        self.work = {node: _multiply_adds(node) for node in graph.nodes}
         self.device = next((tensor.device for tensor in (*root.parameters(), *root.buffers())), None)
 
     def rewrite(self, placement: Placement) -> list[ReportEntry]:
@@ -50,30 +58,55 @@ class GraphRewriter:
         for chain, wrapper in zip(placement.chains, wrappers, strict=True):
             if chain.source is not None:
                 wrapper.take_input_from(self.grid_of[chain.source], self._modules_of(chain.dropouts))
-            self._put_wrapper(chain, wrapper)
-            accounts[chain.node] = layer_entry(str(chain.node.target), wrapper)
+            if chain.function is None:
+                self._put_wrapper(chain, wrapper)
+                name = str(chain.node.target)
+            else:
+                name = self._put_given_weight_wrapper(chain, chain.function, wrapper)
+            accounts[chain.node] = replace(layer_entry(name, wrapper), multiply_adds=self.work[chain.node])
         for entry, operation in zip(joined, operation_modules, strict=True):
             accounts[entry.node] = self._put_operation(entry, operation)
         for node, layer in zip(placement.quantized, nodes, strict=True):
-            accounts[node] = self._put_node(node, layer, placement.float_layers.get(str(node.target)))
-        return [accounts[node] for node in sorted(accounts, key=order.__getitem__)]
+            accounts[node] = self._put_node(node, layer, self._why_float(node, placement))
+        found = {accounts[node].name: accounts[node] for node in sorted(accounts, key=order.__getitem__, reverse=True)}
+        return list(reversed(found.values()))  # of a module that is called several times, the first account
 
     def _wrapper(self, chain: Chain) -> QATModuleWrapper:
-        layer = self.modules[str(chain.node.target)]
-        wrapper = QATModuleWrapper(
-            layer,
-            chain.config,
-            batch_norm=None if chain.batch_norm is None else self.modules[str(chain.batch_norm.target)],
-            activation=None if chain.activation is None else operations.clipping_module(chain.activation, self.modules),
-            shares_weight_of=self.first_wrapper.get(layer),
-        )
-        self.first_wrapper.setdefault(layer, wrapper)
+        batch_norm = None if chain.batch_norm is None else self.modules[str(chain.batch_norm.target)]
+        activation = None if chain.activation is None else operations.clipping_module(chain.activation, self.modules)
+        if chain.function is None:
+            wrapper = QATModuleWrapper(
+                chain.layer,
+                chain.config,
+                batch_norm=batch_norm,
+                activation=activation,
+                shares_weight_of=self.first_wrapper.get(chain.layer),
+            )
+            self.first_wrapper.setdefault(chain.layer, wrapper)
+        else:
+            wrapper = self._given_weight_wrapper(chain, chain.function, batch_norm, activation)
         wrapper.input_fake_quantize = None
         if chain.quantizes_output:
             assert wrapper.output_fake_quantize is not None
             self.grid_of[chain.end] = wrapper.output_fake_quantize
         else:
             wrapper.output_fake_quantize = None
+        return wrapper
+
+    def _given_weight_wrapper(
+        self, chain: Chain, function: FunctionLayer, batch_norm: nn.Module | None, activation: nn.Module | None
+    ) -> GivenWeightWrapper:
+        weight, bias = function.values(self.modules)
+        function.layer.train(self.modules[function.owner].training)
+        wrapper = GivenWeightWrapper(
+            function.layer, weight, bias, chain.config, batch_norm=batch_norm, activation=activation
+        )
+        if function.weight.op == "get_attr":  # a parameter read at several places is quantized by one node
+            node = wrapper.weight_fake_quantize
+            assert node is not None
+            wrapper.weight_fake_quantize = self.weight_nodes.setdefault(
+                (str(function.weight.target), node.scheme), node
+            )
         return wrapper
 
     def _node(self, node: fx.Node, config: QATConfig) -> FakeQuantizeLayer:
@@ -116,6 +149,17 @@ class GraphRewriter:
         chain.node.args, chain.node.kwargs = tuple(chain.node.all_input_nodes), {}
         self._close_up(chain.end, chain.node, chain.activation, chain.batch_norm)
 
+    def _put_given_weight_wrapper(self, chain: Chain, function: FunctionLayer, wrapper: QATModuleWrapper) -> str:
+        """Puts it into the module whose code calls the function; returns the layer's name in the model."""
+        owner = self.root.get_submodule(function.owner)
+        name = add_module(self.root, function.owner, _description(chain.node, self.modules), wrapper)
+        call = arguments_of_call(chain.node.target, chain.node.args, chain.node.kwargs)  # type: ignore[arg-type]
+        with self.graph.inserting_before(chain.node):
+            replacement = self.graph.call_module(name, (call["input"], *function.given))
+        replacement.meta = dict(chain.node.meta)
+        self._close_up(chain.end, replacement, chain.activation, chain.batch_norm, chain.node)
+        return function.owner if isinstance(owner, type(function.layer)) else name
+
     def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer, why_float: str | None) -> ReportEntry:
         name = add_module(self.root, owner_of(node), f"{label_of(node)}_fake_quantize", layer)
         position = node
@@ -124,11 +168,11 @@ class GraphRewriter:
         with self.graph.inserting_after(position):
             call = self.graph.call_module(name, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        name = _name_of(node)
-        kind = _description(node, self.modules)
+        name, kind = self._name(node), _description(node, self.modules)
         if node.op in ("placeholder", "get_attr"):
             return ReportEntry(name, kind, True, str(layer.scheme))
-        return ReportEntry(name, kind, False, f"{why_float or 'computed in float'}, output {layer.scheme}")
+        detail = f"{why_float or 'computed in float'}, output {layer.scheme}"
+        return ReportEntry(name, kind, False, detail, self.work[node])
 
     def _put_operation(self, entry: Joined, operation: QATOperation) -> ReportEntry:
         self._swallow(entry)
@@ -142,7 +186,7 @@ class GraphRewriter:
         for node in reversed(entry.nodes):
             if not node.users:  # a part of a region may have other readers
                 self.graph.erase_node(node)
-        name = _name_of(entry.node) if entry.node.op == "call_module" else name
+        name = self._name(entry.node) if entry.node.op == "call_module" else name
         detail = f"output {operation.output_fake_quantize.scheme}"
         return ReportEntry(name, operation.operation.kind, True, detail)
 
@@ -160,6 +204,7 @@ class GraphRewriter:
             self._replace(end, replacement)
         for node in obsolete:
             if node is not None:
+                node.replace_all_uses_with(replacement, delete_user_cb=is_mark)
                 self.graph.erase_node(node)
 
     def _replace(self, end: fx.Node, replacement: fx.Node) -> None:
@@ -178,14 +223,38 @@ class GraphRewriter:
                 or node.op not in ("call_module", "call_function", "call_method")
             ):
                 continue
-            if not operations.is_float_tensor(node) or node in placement.sharing:
+            returns_several = node.op == "call_module" and "tensor" not in node.meta
+            if not (returns_several or operations.is_float_tensor(node)):
+                continue
+            if node in placement.sharing or node in placement.weights:
                 continue
             if operations.preserves_values(node, self.modules):
                 continue
             if str(node.target) in placement.float_layers:
                 continue
-            accounts[node] = ReportEntry(_name_of(node), _description(node, self.modules), False, "no integer form")
+            reason = self._why_float(node, placement) or "no integer form"
+            accounts[node] = ReportEntry(
+                self._name(node), _description(node, self.modules), False, reason, self.work[node]
+            )
         return accounts
+
+    def _why_float(self, node: fx.Node, placement: Placement) -> str | None:
+        """What is known of why a node computes in float."""
+        if operations.is_call_of(node, self.modules, operations.OPAQUE_MODULES, set()):
+            return "it reads the weights of its layers without calling them"
+        return placement.float_functions.get(node) or placement.float_layers.get(str(node.target))
+
+    def _name(self, node: fx.Node) -> str:
+        """What an operation is called in the report: as the model names the module that it is."""
+        owner = owner_of(node)
+        if node.op == "call_module" and isinstance(self.modules[str(node.target)], Normalization):
+            return owner
+        if node.op == "call_module":
+            return str(node.target)
+        kind = FUNCTIONS[node.target][1] if node.target in FUNCTIONS else ()
+        if isinstance(self.modules[owner], kind):
+            return owner
+        return f"{owner}.{node.name}" if owner else node.name
 
 
 def layer_entry(name: str, wrapper: QATModuleWrapper, how: str = "") -> ReportEntry:
@@ -197,17 +266,19 @@ def layer_entry(name: str, wrapper: QATModuleWrapper, how: str = "") -> ReportEn
     return ReportEntry(name, type(wrapper.layer).__name__, True, detail)
 
 
-def _name_of(node: fx.Node) -> str:
-    """The name of the module that a node calls, or one for the node among what its module calls."""
-    if node.op == "call_module":
-        return str(node.target)
-    owner = owner_of(node)
-    return f"{owner}.{node.name}" if owner else node.name
+def _multiply_adds(node: fx.Node) -> int:
+    """Of the example, where the node calls a function that is a layer."""
+    if node.target not in FUNCTIONS or "tensor" not in node.meta:
+        return 0
+    call = arguments_of_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    shapes = [each.meta["tensor"].shape for each in (call["weight"], call["input"], node)]
+    return multiply_adds_of(FUNCTIONS[node.target][1], *shapes)
 
 
 def _description(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     if node.op == "call_module":
-        return type(modules[str(node.target)]).__name__
+        module = modules[str(node.target)]
+        return type(plain_batch_norm(module) or module).__name__
     if node.op in ("placeholder", "get_attr"):
         return "input" if node.op == "placeholder" else "parameter"
     return str(getattr(node.target, "__name__", node.target))

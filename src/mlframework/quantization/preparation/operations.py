@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..graph.mode_differences import TrainingOnly
+from .identities import returns_its_input
+
 # Whose code reads the weights of its layers without calling them, so that no node inside it would ever be reached.
 OPAQUE_MODULES = (
     nn.MultiheadAttention,
@@ -24,7 +27,7 @@ OPAQUE_MODULES = (
 )
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_PRESERVING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, *DROPOUTS)
+_PRESERVING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
 # Selections and movements that PyTorch has for floats, or for few integers: max pooling of uint8 fails on images of
 # more than 255 pixels.
 _SELECTING_MODULES = (
@@ -135,10 +138,17 @@ class Patched(nn.Module):
     """Stands, where operations are recognized, for a module whose forward was replaced on the instance: what that
     computes, its class does not tell."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = (module,)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"][0], name)
+
 
 def recognizable(root: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by name, for recognizing by their classes what they compute."""
-    return {name: Patched() if is_patched(module) else module for name, module in root.named_modules()}
+    return {name: Patched(module) if is_patched(module) else module for name, module in root.named_modules()}
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -159,9 +169,16 @@ def preserves_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the node only moves or selects values of its first argument, so that they stay on their grid."""
     if node.op == "call_module" and getattr(modules[str(node.target)], "return_indices", False):
         return False  # its value is no tensor
+    if node.op == "call_module" and is_dropout(modules[str(node.target)]):
+        return True
     return is_selection(node, modules) or is_call_of(
         node, modules, _PRESERVING_MODULES, _PRESERVING_FUNCTIONS | _PRESERVING_METHODS
     )
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether the module is the identity in evaluation, and something else in training."""
+    return isinstance(module, (*DROPOUTS, TrainingOnly)) or returns_its_input(module)
 
 
 def is_division(node: fx.Node) -> bool:

@@ -8,24 +8,33 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..graph.fixed_values import put_shapes_in
 from ..graph.nodes import replace_module
 from ..graph.signatures import Given
-from ..graph.tracing import HAS_HOOKS, also_pytorchs, trace
+from ..graph.tracing import HAS_HOOKS, leaf_names, trace
 from ..graph.unflattening import set_forwards
 from ..graph.watching import Observation, is_inside
 from ..int8.folding import BATCH_NORMS
+from ..qat.batch_norms import evaluation_form
 from ..qat.config import QATConfig
 from ..qat.layer_types import layer_type_of
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from . import operations
+from .batch_norm_parts import take_batch_norms_apart
+from .function_layers import take_casts_out
 from .graph_rewriter import GraphRewriter, layer_entry
 from .placement import place, skip_reason
-from .report import NEVER_REACHED, ReportEntry
+from .report import ALONE, NEVER_REACHED, UNCALLED, ReportEntry
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is called as it is, whatever its code does."""
-    return layer_type_of(module) is not None or isinstance(module, (*BATCH_NORMS, *operations.OPAQUE_MODULES))
+    """Whether a module is called as it is, whatever its code does. Some are tried for it."""
+    return (
+        layer_type_of(module) is not None
+        or isinstance(module, (*BATCH_NORMS, *operations.OPAQUE_MODULES))
+        or evaluation_form(module) is not None
+        or operations.is_dropout(module)
+    )
 
 
 class PartPreparation:
@@ -42,7 +51,9 @@ class PartPreparation:
         self.config = config
         self.observations = observations
         self.modules = dict(root.named_modules())
-        self.is_leaf = also_pytorchs(is_leaf)
+        self.read: set[str] = set()  # the names of parameters that functions take as weights
+        self.skipped: set[str] = set()  # and of those that stay float by the configuration
+        self.leaves = leaf_names(root, is_leaf)
         self.done: set[nn.Module] = set()
 
     def prepare_model(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[ReportEntry]:
@@ -53,6 +64,8 @@ class PartPreparation:
             if name not in reported and name and operations.is_patched(module):
                 entries.append(ReportEntry(name, type(module).__name__, False, PATCHED))
             elif layer_type_of(module) is not None and name not in reported:
+                if any(parameter.startswith(f"{name}.") for parameter in self.read):
+                    continue
                 entries.append(ReportEntry(name, type(module).__name__, False, self._why_unreached(name)))
         return entries
 
@@ -61,7 +74,7 @@ class PartPreparation:
         while outer:
             outer = outer.rpartition(".")[0]
             if isinstance(self.modules.get(outer), operations.OPAQUE_MODULES):
-                return "its weight is read without a call"
+                return UNCALLED
         return NEVER_REACHED
 
     def _prepare(
@@ -73,8 +86,9 @@ class PartPreparation:
         traced = trace(part, args, kwargs, is_leaf, seen, own_code)
         if traced.graph is None:
             reason = traced.own_code[""]
+            own_entry = ReportEntry(name, type(part).__name__, False, f"run by its own code: {reason}")
             called = dict.fromkeys(callee for each in seen.values() for callee in each.callees.get("", ()))
-            entries = self._wrap_layers(name, list(called), reason)
+            entries = [own_entry, *self._wrap_layers(name, list(called), reason)]
             reasons: Mapping[str, str] = own_code
         else:
             called = dict.fromkeys(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
@@ -83,7 +97,7 @@ class PartPreparation:
         for callee in called:
             path = _joined(name, callee)
             module = self.modules.get(path)
-            if module is None or module in self.done or self.is_leaf(module):
+            if module is None or module in self.done or path in self.leaves:
                 continue
             calls = next((each.calls[callee] for each in (seen[False], seen[True]) if callee in each.calls), None)
             if calls is None:
@@ -93,15 +107,21 @@ class PartPreparation:
                 for key, why in reasons.items()
                 if (key == callee and why != HAS_HOOKS) or key.startswith(f"{callee}.")
             }
+            entries = [entry for entry in entries if entry.name != path]
             entries += self._prepare(path, calls[0].args, calls[0].kwargs, known)
         return entries
 
     def _rewrite(self, prefix: str, part: nn.Module, graph: fx.Graph, given: tuple[Given, ...]) -> list[ReportEntry]:
         """Puts the nodes where :func:`place` says and makes the graph the part's forward."""
+        take_batch_norms_apart(part, graph)
         modules = operations.recognizable(part)
+        put_shapes_in(graph, modules)
+        take_casts_out(graph)
         placement = place(graph, modules, self.config, prefix)
         entries = GraphRewriter(part, graph, modules, self.config).rewrite(placement)
         set_forwards(part, graph, given)
+        self.read |= {_joined(prefix, name) for name in placement.read}
+        self.skipped |= {_joined(prefix, name) for name in placement.skipped}
         reported = {entry.name for entry in entries}
         entries += [
             ReportEntry(name, type(modules[name]).__name__, False, reason)
@@ -132,7 +152,7 @@ class PartPreparation:
                 entries.append(ReportEntry(qualified, type(layer).__name__, False, str(obstacle)))
                 continue
             wrapper = QATModuleWrapper(layer, config)
-            entries.append(layer_entry(qualified, wrapper, f"alone, between floats: {reason}"))
+            entries.append(layer_entry(qualified, wrapper, f"{ALONE}: {reason}"))
             replace_module(self.root, layer, wrapper)
             is_last = prefix == "" and called[-1:] == [name] and isinstance(layer, nn.Linear)
             if is_last and not self.config.quantize_last_linear:

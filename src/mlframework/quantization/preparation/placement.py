@@ -14,26 +14,31 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from ..graph.containers import Calls, readers
+from ..graph.fixed_values import computing_nodes
 from ..graph.subgraph import module_of_nodes
 from ..int8.average_pooling import AveragePooling, Mean
-from ..int8.folding import BATCH_NORMS
 from ..int8.integer_operation import IntegerOperation, Multiplication
 from ..int8.lookup import Lookup
+from ..qat.batch_norms import evaluation_form
 from ..qat.config import QATConfig
 from ..qat.layer_types import layer_type_of, obstacle_of, takes_batch_norm
 from . import operations
+from .function_layers import FunctionLayer, function_layer
 from .integer_operations import integer_operation
 from .pointwise import pointwise_region
+from .report import SKIPPED
 
 
 @dataclass
 class Chain:
-    """A layer with what runs in its wrapper. ``end`` is the last node of the chain, whose value is quantized;
-    ``source`` is the node whose grid the input is on, where the layer takes values, and ``dropouts`` are what lies
-    between and takes values off it in training."""
+    """A layer, a module or a ``function``, with what runs in its wrapper. ``end`` is the last node of the chain, whose
+    value is quantized; ``source`` is the node whose grid the input is on, where the layer takes values, and
+    ``dropouts`` are what lies between and takes values off it in training."""
 
     node: fx.Node
+    layer: nn.Module
     config: QATConfig
+    function: FunctionLayer | None = None
     batch_norm: fx.Node | None = None
     activation: fx.Node | None = None
     quantizes_output: bool = True
@@ -76,13 +81,18 @@ class Joined:
 @dataclass
 class Placement:
     """Chains and joined operations to wrap, other values to quantize with their configuration, what shares the grid of
-    its input, and the layers that stay float with the reason."""
+    its input, what computes weights, the layers that stay float with the reason (by name, or by node where a function
+    is the layer), and the parameters that functions take as weights, quantized or skipped."""
 
     chains: list[Chain] = field(default_factory=list)
     joined: list[Joined] = field(default_factory=list)
     quantized: dict[fx.Node, QATConfig] = field(default_factory=dict)
     sharing: set[fx.Node] = field(default_factory=set)
+    weights: set[fx.Node] = field(default_factory=set)
     float_layers: dict[str, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+    skipped: set[str] = field(default_factory=set)
+    float_functions: dict[fx.Node, str] = field(default_factory=dict)
 
 
 def place(graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig, prefix: str = "") -> Placement:
@@ -100,7 +110,7 @@ def place(graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig, 
 def skip_reason(name: str, layer: nn.Module, config: QATConfig) -> str | None:
     """Why a layer of a supported type stays float; None where it is quantized."""
     if config.for_layer(name, layer) is None:
-        return "skipped by the configuration"
+        return SKIPPED
     return obstacle_of(layer)
 
 
@@ -117,8 +127,9 @@ class _Placer:
 
     def place(self) -> Placement:
         for node in self.graph.nodes:
-            if node.op == "call_module":
-                self._start_chain(node)
+            chain = self._layer_of_module(node) if node.op == "call_module" else self._layer_of_function(node)
+            if chain is not None:
+                self._start_chain(chain)
         for chain in self.placement.chains:
             chain.quantizes_output = not self._is_linear_result(chain)
             if chain.quantizes_output:
@@ -152,39 +163,59 @@ class _Placer:
         readers = [chain.config for chain in self.placement.chains if chain.source is node]
         return max(readers, key=lambda config: config.activation_bits, default=self.config)
 
-    def _start_chain(self, node: fx.Node) -> None:
+    def _layer_of_module(self, node: fx.Node) -> Chain | None:
         name, layer = str(node.target), self.modules[str(node.target)]
         if layer_type_of(layer) is None:
-            return
+            return None
         reason = skip_reason(f"{self.prefix}{name}", layer, self.config)
         config = self.config.for_layer(f"{self.prefix}{name}", layer)
         if reason is not None or config is None:
             self.placement.float_layers[name] = str(reason)
-            return
+            return None
         if len(node.args) + len(node.kwargs) != 1:
             self.placement.float_layers[name] = "it is called with more than its input"
-            return
-        chain = Chain(node, config)
-        follower = _only_user(node)
-        if follower is not None and self._folds(follower, node):
+            return None
+        return Chain(node, layer, config)
+
+    def _layer_of_function(self, node: fx.Node) -> Chain | None:
+        found = function_layer(node, self.modules)
+        if found is None:
+            return None
+        if isinstance(found, str):
+            self.placement.float_functions[node] = found
+            return None
+        config = found.config(self.config, self.modules, self.prefix)
+        nodes = {step for given in found.given for step in computing_nodes(given)}
+        read = {str(step.target) for step in nodes if step.op == "get_attr"}
+        if config is None:
+            self.placement.float_functions[node] = SKIPPED
+            self.placement.skipped |= read
+            return None
+        self.placement.weights |= nodes
+        self.placement.read |= read
+        return Chain(node, found.layer, config, found)
+
+    def _start_chain(self, chain: Chain) -> None:
+        follower = _only_user(chain.node)
+        if follower is not None and self._folds(follower, chain):
             chain.batch_norm = follower
-            follower = _only_user(follower)
+            form = evaluation_form(self.modules[str(follower.target)])
+            follower = _only_user(follower) if form is not None and form.activation is None else None
         if follower is not None and operations.clipping_module(follower, self.modules) is not None:
             chain.activation = follower
         self.placement.chains.append(chain)
         self.chain_of_end[chain.end] = chain
 
-    def _folds(self, follower: fx.Node, node: fx.Node) -> bool:
-        if follower.op != "call_module" or not isinstance(self.modules[str(follower.target)], BATCH_NORMS):
+    def _folds(self, follower: fx.Node, chain: Chain) -> bool:
+        if follower.op != "call_module":
             return False
-        layer = self.modules[str(node.target)]
-        if isinstance(layer, nn.Linear) and len(node.meta["tensor"].shape) != 2:
+        if isinstance(chain.layer, nn.Linear) and len(chain.node.meta["tensor"].shape) != 2:
             return False  # batch normalization runs over axis 1, the layer's channels lie along the last
-        return takes_batch_norm(layer, self.modules[str(follower.target)])
+        return takes_batch_norm(chain.layer, self.modules[str(follower.target)])
 
     def _is_linear_result(self, chain: Chain) -> bool:
         """Whether a linear layer gives the model's result: no quantized layer reads what is computed from it."""
-        if chain.config.quantize_last_linear or not isinstance(self.modules[str(chain.node.target)], nn.Linear):
+        if chain.config.quantize_last_linear or not isinstance(chain.layer, nn.Linear):
             return False
         layers = {other.node for other in self.placement.chains}
         pending, seen = [chain.end], {chain.end}
@@ -211,9 +242,7 @@ class _Placer:
         """What takes values off their grid in training, on the way to these."""
         path = (node for operand in operands for node in self._path(operand))
         return tuple(
-            node
-            for node in path
-            if node.op == "call_module" and isinstance(self.modules[str(node.target)], operations.DROPOUTS)
+            node for node in path if node.op == "call_module" and operations.is_dropout(self.modules[str(node.target)])
         )
 
     def _shares_grid(self, node: fx.Node) -> bool:

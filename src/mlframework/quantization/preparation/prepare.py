@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..graph.clone import clone_sharing_parameters
-from ..graph.example_run import random_state_kept
+from ..graph.example_run import copies, random_state_kept
 from ..graph.padded_positions import compute_padded_positions
 from ..graph.tracing import observed
 from ..int8.integer_module import IntegerModule
@@ -25,6 +27,7 @@ from .graph_rewriter import layer_entry
 from .parts import PartPreparation, is_leaf
 from .placement import skip_reason
 from .report import PreparationReport
+from .shares import Work, counted, shares, warning_of, with_work
 
 
 def prepare(
@@ -61,6 +64,10 @@ def prepare(
         ValueError: the model is prepared or converted already, does not run on the examples, a parameter to be
             quantized is not finite, or a selector of the configuration matches no layer.
 
+    Warns:
+        UserWarning: less than half of the weights or of the multiply-adds is quantized, of all that the configuration
+            does not skip.
+
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
         >>> prepared = prepare(model, QATConfig(), (torch.randn(1, 1, 4, 4),))
@@ -77,30 +84,35 @@ def prepare(
 def _prepare(
     model: nn.Module, config: QATConfig, example_inputs: tuple[Any, ...], kwargs: dict[str, Any], recompute: bool
 ) -> nn.Module:
-    _check(model, config, example_inputs, kwargs)
+    work = _check(model, config, example_inputs, kwargs)
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute must be a bool, got {recompute!r}")
     observations = observed(model, example_inputs, kwargs, is_leaf)
-    error = observations[False].error
-    if error is not None:
-        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in example_inputs]
-        raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
     prepared = clone_sharing_parameters(model)
     compute_padded_positions(prepared)
+    read: set[str] = set()
+    skipped: set[str] = set()
     if layer_type_of(prepared) is not None and skip_reason("", prepared, config) is None:
         prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
         entries = [layer_entry("", prepared)]
     else:
-        entries = PartPreparation(prepared, config, observations).prepare_model(example_inputs, kwargs)
-    prepared.preparation_report = PreparationReport(tuple(entries), config.target)  # type: ignore[assignment]
+        preparation = PartPreparation(prepared, config, observations)
+        entries = preparation.prepare_model(example_inputs, kwargs)
+        read, skipped = preparation.read, preparation.skipped
+    entries = with_work(entries, work)
+    report = PreparationReport(tuple(entries), config.target, *shares(model, entries, read, skipped, work))
+    prepared.preparation_report = report  # type: ignore[assignment]
     _connect(prepared)
     for module in prepared.modules():
         if isinstance(module, QATModuleWrapper):
             module.recompute = recompute
+    warning = warning_of(report)
+    if warning is not None:
+        warnings.warn(warning, UserWarning, stacklevel=3)
     return prepared
 
 
-def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, QATConfig):
@@ -127,6 +139,17 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
     for name, module in model.named_modules():
         if layer_type_of(module) is not None and skip_reason(name, module, config) is None:
             require_finite_parameters(module, name)
+    return _check_runs(model, args, kwargs)
+
+
+@torch.no_grad()
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
+    probe = clone_sharing_parameters(model).eval()
+    try:
+        return counted(probe, lambda: probe.forward(*copies(args), **copies(kwargs)))
+    except Exception as error:
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
+        raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
 
 
 def _connect(prepared: nn.Module) -> None:

@@ -7,6 +7,25 @@ from dataclasses import dataclass
 from torch import nn
 
 NEVER_REACHED = "the forward never reaches it"
+SKIPPED = "skipped by the configuration"
+UNCALLED = "its weight is read without a call"
+ALONE = "alone, between floats"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a whole, both counted."""
+
+    quantized: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        """Between 0 and 1; all of nothing is 1."""
+        return self.quantized / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        return f"{self.fraction:.1%}"
 
 
 @dataclass(frozen=True)
@@ -14,12 +33,14 @@ class ReportEntry:
     """One layer or operation: its qualified name, its kind, whether it computes on integers, and how (or why not).
 
     An operation that computes in float may still have its output on a grid, for the layers that read it.
+    ``multiply_adds`` are those of the example, of layers and of modules that are run by their own code.
     """
 
     name: str
     kind: str
     quantized: bool
     detail: str
+    multiply_adds: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,10 +50,14 @@ class PreparationReport:
     Attributes:
         entries: layers and operations, in the order of the graph.
         target: the engine that the model was prepared for.
+        weights: how many elements of its weights are quantized, of all but those that the configuration skips.
+        multiply_adds: how many of those that the model does on the example are of integers.
     """
 
     entries: tuple[ReportEntry, ...]
     target: str
+    weights: Share
+    multiply_adds: Share
 
     @property
     def quantized(self) -> tuple[ReportEntry, ...]:
@@ -44,6 +69,11 @@ class PreparationReport:
         """What stays float, with the reason."""
         return tuple(entry for entry in self.entries if not entry.quantized)
 
+    @property
+    def shares(self) -> str:
+        """Both shares, in words."""
+        return f"{self.weights} of the weights and {self.multiply_adds} of the multiply-adds"
+
     def __str__(self) -> str:
         header = ReportEntry("name", "kind", True, "how, or why not")
         rows = [("", header), *(("int8" if entry.quantized else "float", entry) for entry in self.entries)]
@@ -53,6 +83,7 @@ class PreparationReport:
             for status, entry in rows
         ]
         lines.append(f"{len(self.quantized)} quantized, {len(self.left_float)} float")
+        lines.append(f"{self.shares} are quantized")
         return "\n".join(lines)
 
 

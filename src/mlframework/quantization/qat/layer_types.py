@@ -11,10 +11,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..int8.folding import IntegerWeights
+from ..int8.folding import BATCH_NORMS, IntegerWeights
 from ..int8.layers import Int8Convolution, Int8ConvTranspose2d, Int8Layer, Int8Linear
 from ..kernels import ConvolutionGeometry
 from ..parameters import QuantizationParameters
+from .batch_norms import evaluation_form, plain_batch_norm
 from .computed_parameters import has_unknown_computation
 
 Clip = tuple[float, float]
@@ -172,10 +173,12 @@ def clip_of(activation: nn.Module | None) -> Clip | None:
 
 
 def takes_batch_norm(layer: nn.Module, batch_norm: nn.Module) -> bool:
-    """Whether that batch normalization folds into that layer."""
+    """Whether that batch normalization, with the activation inside of it if there is one, folds into that layer."""
     layer_type = layer_type_of(layer)
     if layer_type is None or layer_type.batch_norm is None:
         return False
-    if type(batch_norm) not in (layer_type.batch_norm, nn.SyncBatchNorm):
+    form = evaluation_form(batch_norm)
+    if form is None or clip_of(form.activation) is None or batch_norm.running_mean is None:
         return False
-    return batch_norm.running_mean is not None
+    own = plain_batch_norm(batch_norm) or batch_norm
+    return isinstance(own, (layer_type.batch_norm, nn.SyncBatchNorm)) or not isinstance(own, BATCH_NORMS)

@@ -17,6 +17,7 @@ from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import in_format_of
 from ..scheme import QuantizationScheme
 from ..scheme_state import hint_at_reason
+from .batch_norms import evaluation_form
 from .computed_parameters import computed, evaluated, move_computation
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
@@ -56,7 +57,8 @@ class QATModuleWrapper(nn.Module):
     Args:
         layer: Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d or Embedding.
         config: grids, observers, estimator.
-        batch_norm: batch normalization of the layer's output, run here; folded in for integers.
+        batch_norm: batch normalization of the layer's output, run here; folded in for integers. Any module counts that
+            is one in evaluation, by its own statistics; a clipping activation may be part of it.
         activation: ReLU, ReLU6 or Hardtanh that follows, run here; a choice of saturation for integers.
         shares_weight_of: the wrapper of another call of the same layer, which has the node of the weight and whatever
             computes it.
@@ -105,7 +107,8 @@ class QATModuleWrapper(nn.Module):
             raise TypeError(f"layer {layer} cannot be quantized: {obstacle}")
         if batch_norm is not None and not takes_batch_norm(layer, batch_norm):
             raise TypeError(f"batch_norm {batch_norm} does not fold into {layer}")
-        clip = clip_of(activation)
+        form = None if batch_norm is None else evaluation_form(batch_norm)
+        clip = clip_of(activation if form is None or form.activation is None else form.activation)
         if clip is None:
             raise TypeError(f"activation must only clip (ReLU, ReLU6, Hardtanh), got {type(activation).__name__}")
         # The layer is no submodule, which would rename its parameters: the wrapper shares its registries instead.

@@ -18,13 +18,11 @@ from ..graph.hooks import is_watched
 from ..int8.lookup import Lookup
 from .activation_observer import BatchStatistics
 from .attached_codes import attach_codes
+from .batch_norms import plain_batch_norm
 from .fake_quantize_layer import FakeQuantizeLayer
 from .integer_product import IntegerProduct
 from .layer_types import Clip
 from .native_function import apply_of, refuse_gradient_of_gradient
-
-# Of nn.BatchNorm1d and nn.BatchNorm2d; SyncBatchNorm has its own.
-_FORWARD = nn.BatchNorm2d.forward
 
 
 class _NormalizeAndQuantize(torch.autograd.Function):
@@ -164,20 +162,19 @@ def normalized_and_quantized(
     """
     if not kernels.can_normalize(input) or input.numel() <= input.shape[1]:
         return None
-    if not isinstance(batch_norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or type(batch_norm).forward is not _FORWARD:
-        return None
-    if not (batch_norm.training and batch_norm.track_running_stats):
-        return None
     if is_watched(batch_norm, activation) or not _fuses(node):
         return None
-    state = batch_norm.weight, batch_norm.bias, batch_norm.running_mean, batch_norm.running_var
+    plain = plain_batch_norm(batch_norm)
+    if not isinstance(plain, (nn.BatchNorm1d, nn.BatchNorm2d)) or not (plain.training and plain.track_running_stats):
+        return None
+    state = plain.weight, plain.bias, plain.running_mean, plain.running_var
     if not all(each is None or (each.dtype is torch.float32 and each.is_contiguous()) for each in state):
         return None
     mean, inverse_deviation = kernels.batch_statistics(
-        input.detach(), batch_norm.running_mean, batch_norm.running_var, _momentum(batch_norm), batch_norm.eps
+        input.detach(), plain.running_mean, plain.running_var, _momentum(plain), plain.eps
     )
     values, codes, extremes = _normalize_and_quantize(
-        input, batch_norm.weight, batch_norm.bias, mean, inverse_deviation, clip, node, product
+        input, plain.weight, plain.bias, mean, inverse_deviation, clip, node, product
     )
     return _observed(node, values, codes, extremes)
 
@@ -263,5 +260,5 @@ def _momentum(batch_norm: nn.BatchNorm1d | nn.BatchNorm2d) -> float:
 
 
 def any_dropout_is_active(dropouts: Sequence[nn.Module]) -> bool:
-    """Whether any of these changes values now."""
-    return any(module.training and module.p != 0 for module in dropouts)
+    """Whether any of these changes values now: in training, unless its probability is known to be 0."""
+    return any(module.training and getattr(module, "p", None) != 0 for module in dropouts)
