@@ -241,21 +241,29 @@ def test_a_tied_table_that_stays_float_stays_in_the_converted_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "weight",
+    ("weight", "reason"),
     [
-        lambda model, x: model.conv.weight * x.mean(),
-        lambda model, x: model.conv.weight + torch.randn_like(model.conv.weight),
-        lambda model, x: x.new_ones(4, 3, 1, 1),
+        (lambda model, x: model.conv.weight * x.mean(), "its weight depends on the input, or is random"),
+        (lambda model, x: x.new_ones(4, 3, 1, 1), "its weight depends on the input, or is random"),
     ],
-    ids=["depends on the input", "random", "made of the input"],
+    ids=["depends on the input", "made of the input"],
 )
-def test_other_weights_stay_float(weight: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def test_other_weights_stay_float(weight: Callable[[nn.Module, Tensor], Tensor], reason: str) -> None:
     def run(model: nn.Module, x: Tensor) -> Tensor:
         return F.conv2d(x, weight(model, x))
 
-    with pytest.warns(UserWarning, match="its weight depends on the input, or is random"):
+    with pytest.warns(UserWarning, match=reason):
         prepared = prepare(Runs(run, conv=nn.Conv2d(3, 4, 1)), None, (images(),))
     assert not any(isinstance(module, QATModuleWrapper) for module in prepared.modules())
+
+
+def test_a_random_weight_stays_float() -> None:
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        return F.conv2d(x, model.conv.weight + torch.randn_like(model.conv.weight))
+
+    with pytest.warns(UserWarning, match="it draws random numbers"):
+        report = preparation_report(prepare(Runs(run, conv=nn.Conv2d(3, 4, 1)), None, (images(),)))
+    assert not report.quantized
 
 
 def test_a_bias_that_depends_on_the_input_is_the_reason() -> None:

@@ -49,7 +49,7 @@ class Scores(nn.Module):
 
 
 def test_products_of_activations_count_as_float() -> None:
-    with pytest.warns(UserWarning, match=r"only 100.0% of the weights and 40.0% .*; float: matmul \(matmul\)"):
+    with pytest.warns(UserWarning, match=r"only 100.0% of the weights and 40.0% .*; float: 1.matmul \(matmul\)"):
         report = report_on(nn.Sequential(nn.Linear(4, 4), Scores(), nn.Linear(4, 4)), torch.randn(2, 6, 4))
     layers, products = 2 * 2 * 6 * 16, 2 * 2 * 6 * 6 * 4
     assert report.multiply_adds == Share(layers, layers + products)

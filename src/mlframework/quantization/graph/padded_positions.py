@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 
 
@@ -16,3 +20,15 @@ def compute_padded_positions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+
+
+@contextmanager
+def without_fused_encoders() -> Iterator[None]:
+    """PyTorch's encoders compute as in training: their fused operator, which other settings than the mode switch on and
+    off, rounds differently."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

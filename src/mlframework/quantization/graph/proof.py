@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .decisions import is_guard
 from .example_run import Recorder, agree, copies, plain, random_state_kept, state_kept, values_agree
 from .nodes import owner_of
+from .padded_positions import without_fused_encoders
 from .watching import Observation
 
 _DIFFERS = "its trace does not reproduce its {}"
@@ -40,7 +41,7 @@ def prove(
         arguments: the same, by the names of the placeholders.
         observations: what the model's own code did, in training and in evaluation.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_fused_encoders():
         warnings.simplefilter("ignore")
         return _prove(model, graph, args, kwargs, arguments, observations)
 

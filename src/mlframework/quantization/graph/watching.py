@@ -19,6 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .padded_positions import without_fused_encoders
 from .random_draws import RANDOM_FUNCTIONS, draws_outside_torch
 
 _MODULE_CALL = nn.Module.__call__
@@ -97,7 +98,7 @@ def observe(
         is_leaf: modules whose inside is of no concern.
     """
     watch = _Watch(model, is_leaf)
-    with torch.enable_grad(), warnings.catch_warnings(), watch.watching():
+    with torch.enable_grad(), without_fused_encoders(), warnings.catch_warnings(), watch.watching():
         warnings.simplefilter("ignore")  # what it has to say, it says when it is called in earnest
         try:
             # Without the hooks of the model itself, which are no part of what it computes.

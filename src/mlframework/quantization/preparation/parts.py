@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..graph.decisions import drop_unread_answers
 from ..graph.fixed_values import put_shapes_in
 from ..graph.nodes import replace_module
 from ..graph.signatures import Given
@@ -117,6 +118,7 @@ class PartPreparation:
         modules = operations.recognizable(part)
         put_shapes_in(graph, modules)
         take_casts_out(graph)
+        drop_unread_answers(graph)
         placement = place(graph, modules, self.config, prefix)
         entries = GraphRewriter(part, graph, modules, self.config).rewrite(placement)
         set_forwards(part, graph, given)

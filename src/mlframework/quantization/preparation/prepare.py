@@ -146,7 +146,9 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
     probe = clone_sharing_parameters(model).eval()
     try:
-        return counted(probe, lambda: probe.forward(*copies(args), **copies(kwargs)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the model has to say, it says when it is called in earnest
+            return counted(probe, lambda: probe.forward(*copies(args), **copies(kwargs)))
     except Exception as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
         raise ValueError(f"example_inputs must run through the model, got {shapes}: {error}") from error
