@@ -7,6 +7,7 @@ The module keeps its class as a base, and with it its methods, attributes, submo
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import linecache
 import weakref
@@ -19,7 +20,7 @@ from torch import fx, nn
 
 from .hooks import is_watched
 from .nodes import ADDED
-from .signatures import VARIANT, Given, dispatcher
+from .signatures import VARIANT, Given, dispatcher, parameters_of
 from .values import Path, with_parts
 
 # One class for each forward: copies and what is unpickled share it.
@@ -164,7 +165,7 @@ def _generated_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
 
 
 def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
-    namespace = {
+    namespace: dict[str, Any] = {
         name: importlib.import_module(value) if isinstance(value, _ModuleName) else value
         for name, value in source.names.items()
     }
@@ -177,10 +178,24 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
         parts: Any = base.__reduce_ex__(self, protocol)
         return _rebuild, (base, source), *parts[2:]
 
+    names = [parameter.name for parameter in parameters_of(base)] if source.on_codes else []
+    # The variants of which the placeholders are the arguments, as many as there are.
+    whole = {
+        variant: len(names)
+        for variant in source.on_codes
+        if list(inspect.signature(namespace[f"_graph_{variant}"]).parameters)[1:] == names
+    }
+
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get(VARIANT, 0) in source.on_codes and is_watched(self):
+        variant = kwargs.get(VARIANT, 0)
+        if variant not in source.on_codes:
+            return base.__call__(self, *args, **kwargs)
+        if is_watched(self):
             return _through_floats(self, source, args, kwargs)
-        return base.__call__(self, *args, **kwargs)
+        # All that nn.Module does where there are no hooks; small models would feel the rest.
+        if len(args) == whole.get(variant) and len(kwargs) == 1:
+            return namespace[f"_graph_{variant}"](self, *args)
+        return self.forward(*args, **kwargs)
 
     made = type(
         base.__name__,

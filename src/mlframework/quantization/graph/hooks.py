@@ -27,8 +27,9 @@ def is_watched(*modules: nn.Module | None) -> bool:
     for module in modules:
         if module is None:
             continue
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True
-        if "forward" in module.__dict__:
+        if "forward" in own:
             return True
     return False
