@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from .containers import ends, is_mark
+from .values import parts_of, tensors_of, with_tensors
 
 
 class TensorInfo(NamedTuple):
@@ -56,7 +56,7 @@ class Recorder(fx.Interpreter):
             measurable = result.is_floating_point() and result.numel() > 0
             extent = float(result.detach().abs().max()) if measurable else 0.0
             self.tensors[n] = TensorInfo(result.dtype, result.shape, extent)
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+        tensors = [tensor for tensor in tensors_of(result) if tensor.layout is torch.strided]
         self.storages[n] = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}  # type: ignore[no-untyped-call]
         return result
 
@@ -70,8 +70,13 @@ def recorded(model: nn.Module, graph: fx.Graph, arguments: dict[str, Any]) -> tu
 
 def agree(expected: Any, actual: Any) -> bool:
     """Whether a model's result and its interpreted graph's are the same, bit for bit."""
-    (leaves, structure), (others, other_structure) = tree_flatten(expected), tree_flatten(plain(actual))
-    return structure == other_structure and all(map(values_agree, leaves, others))
+    actual = plain(actual)
+    parts, others = dict(parts_of(expected)), dict(parts_of(actual))
+    return (
+        type(expected) is type(actual)
+        and parts.keys() == others.keys()
+        and all(values_agree(part, others[path]) for path, part in parts.items())
+    )
 
 
 @contextmanager
@@ -126,7 +131,7 @@ def random_state_kept() -> Iterator[None]:
 
 def copies(values: Any) -> Any:
     """In-place operations of a forward must not reach the caller's examples."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
+    return with_tensors(values, lambda tensor: tensor.detach().clone())
 
 
 def plain(value: Any) -> Any:

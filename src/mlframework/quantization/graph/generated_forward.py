@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 
 from .hooks import is_watched
@@ -156,12 +157,17 @@ def _with_direct_access(source: str, graph: fx.Graph) -> str:
 
 
 def _generated_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
-    names = ((name, value if isinstance(value, str) else id(value)) for name, value in source.names.items())
+    names = ((name, _identity(value)) for name, value in source.names.items())
     key = (base, source.text, tuple(source.on_codes.items()), *source[4:], tuple(names))
     made = _classes.get(key)
     if made is None:
         _classes[key] = made = _make_class(base, source)
     return made
+
+
+def _identity(value: Any) -> Any:
+    """What tells a value that a source uses from another, also of what was unpickled."""
+    return repr(value) if isinstance(value, (str, int, float, torch.dtype, torch.device)) else id(value)
 
 
 def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:

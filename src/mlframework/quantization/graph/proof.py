@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .decisions import is_guard
 from .example_run import Recorder, agree, copies, plain, random_state_kept, state_kept, values_agree
 from .nodes import owner_of
 from .padded_positions import without_fused_encoders
+from .values import tensors_of, with_tensors
 from .watching import Observation
 
 _DIFFERS = "its trace does not reproduce its {}"
@@ -104,7 +104,7 @@ def _compare_gradients(
     def run_graph(inputs: list[Tensor]) -> Any:
         return plain(recorder.run(*_placeholder_values(graph, _with_tensors(dict(arguments), inputs))))
 
-    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    tensors = tensors_of((args, dict(kwargs)))
     expected = _run(model, tensors, run_code)
     try:
         actual = _run(model, tensors, run_graph)
@@ -137,7 +137,7 @@ def _run(model: nn.Module, tensors: list[Tensor], function: Any) -> _Run:
     with state_kept(model), torch.enable_grad():
         result = function([leaf.clone() for leaf in leaves])  # of which in-place operations are legal
         buffers = [buffer.clone() for buffer in model.buffers()]
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        outputs = [tensor for tensor in tensors_of(result) if tensor.requires_grad]
         wanted = [tensor for tensor in (*leaves, *model.parameters()) if tensor.requires_grad]
         if not outputs or not wanted:
             return _Run(result, [], buffers)
@@ -152,7 +152,7 @@ def _run(model: nn.Module, tensors: list[Tensor], function: Any) -> _Run:
 
 def _with_tensors(structure: Any, tensors: list[Tensor]) -> Any:
     remaining = iter(tensors)
-    return tree_map_only(Tensor, lambda _: next(remaining), structure)
+    return with_tensors(structure, lambda _: next(remaining))
 
 
 def _first_difference(recorder: Recorder, seen: Observation) -> str:
@@ -163,8 +163,8 @@ def _first_difference(recorder: Recorder, seen: Observation) -> str:
         index = counts[name] = counts.get(name, -1) + 1
         calls = seen.calls.get(name, [])
         if index < len(calls):
-            expected = [leaf for leaf in tree_leaves(calls[index].result) if isinstance(leaf, Tensor)]
-            actual = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
+            expected = tensors_of(calls[index].result)
+            actual = parts
             if len(expected) != len(actual) or not all(map(values_agree, expected, actual)):
                 return name
     return ""
@@ -179,7 +179,7 @@ def _prove_other_batch(
     answer for one example differs from that for many. Where the graph computes what the model computes on the other
     kind of batch as well, nothing hangs on the answer.
     """
-    tensors = [leaf for leaf in tree_leaves(dict(arguments)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    tensors = [tensor for tensor in tensors_of(dict(arguments)) if tensor.dim() > 0]
     if not tensors:
         return {}
     batch = tensors[0].shape[0]
@@ -190,7 +190,7 @@ def _prove_other_batch(
                 return tensor.detach().clone()
             return tensor[:1].detach().clone() if batch > 1 else torch.cat([tensor, tensor]).detach()
 
-        return tree_map_only(Tensor, resize, values)
+        return with_tensors(values, resize)
 
     runner = _PastGuards(model, graph)
     with state_kept(model):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 # How to get from a value to one of its parts: items of sequences and dictionaries, fields of dataclasses.
 Step = tuple[str, Any]
@@ -32,6 +32,16 @@ def children_of(value: Any) -> list[tuple[Step, Any]] | None:
     if isinstance(value, dict):
         return [(("item", key), part) for key, part in value.items()]
     return None
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors among the parts of a value, in order."""
+    return [part for _, part in parts_of(value) if isinstance(part, Tensor)]
+
+
+def with_tensors(value: Any, replace: Callable[[Tensor], Any]) -> Any:
+    """The same structure with what ``replace`` makes of every tensor."""
+    return with_parts(value, lambda path, part: replace(part) if isinstance(part, Tensor) else part)
 
 
 def node_at(graph: fx.Graph, node: fx.Node, path: Path) -> fx.Node:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .padded_positions import without_fused_encoders
 from .random_draws import RANDOM_FUNCTIONS, draws_outside_torch
+from .values import tensors_of, with_tensors
 
 _MODULE_CALL = nn.Module.__call__
 
@@ -160,7 +160,7 @@ class _Watch(TorchFunctionMode):
 
     def _check_functions(self, result: Any, *, are_own: bool) -> None:
         """Looks for custom functions in what autograd has recorded since the last look."""
-        pending = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        pending = [tensor.grad_fn for tensor in tensors_of(result)]
         while pending:
             function = pending.pop()
             if function is None or function in self.recorded:
@@ -316,11 +316,11 @@ def _requiring_grad(values: Any) -> Any:
         copied = tensor.detach().clone()
         return copied.requires_grad_().clone() if copied.is_floating_point() else copied
 
-    return tree_map_only(Tensor, follow, values)
+    return with_tensors(values, follow)
 
 
 def _detached(values: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.detach, values)
+    return with_tensors(values, Tensor.detach)
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,361 @@
+"""Containers stay modules: a prepared and a converted model call them, and their hooks see what they ever saw."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.utils._pytree import tree_leaves
+
+from example_models import train_briefly
+from mlframework.quantization import FakeQuantizeLayer, QATConfig, calibrate, convert, prepare
+from zoo import NETWORKS
+
+IMAGES = torch.randn(4, 3, 8, 8)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.body(x))
+
+
+class Network(nn.Module):
+    """A block called once, one called twice, and another method that calls a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.Sequential(Residual(8), Residual(8))
+        self.twice = Residual(8)
+        self.head = nn.Linear(8, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.twice(self.twice(self.blocks(self.stem(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def disabled(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeLayer):
+            module.fake_quantize_enabled = module.observer.enabled = False
+    return model
+
+
+def prepared(model: nn.Module | None = None) -> nn.Module:
+    return prepare(Network() if model is None else model, QATConfig(), (IMAGES,))
+
+
+def calibrated(model: nn.Module | None = None) -> nn.Module:
+    result = prepared(model)
+    calibrate(result, [torch.randn_like(IMAGES) for _ in range(3)])
+    return result.eval()
+
+
+CONTAINERS = ("stem", "blocks", "blocks.0", "blocks.0.body", "blocks.1", "blocks.1.body", "twice", "twice.body")
+
+
+def seen_by_hooks(model: nn.Module, x: Tensor, names: tuple[str, ...] = CONTAINERS) -> list[tuple[str, Tensor, Tensor]]:
+    """What forward hooks see of every call of these containers, in order."""
+    seen: list[tuple[str, Tensor, Tensor]] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.append((name, args[0].clone(), output.clone()))
+        )
+        for name in names
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def assert_alike(ones: list[tuple[str, Tensor, Tensor]], others: list[tuple[str, Tensor, Tensor]]) -> None:
+    assert [name for name, _, _ in ones] == [name for name, _, _ in others]
+    for (_, given, result), (_, other_given, other_result) in zip(ones, others, strict=True):
+        assert torch.equal(given, other_given)
+        assert torch.equal(result, other_result)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_put_on_containers_see_what_the_float_model_shows(training: bool) -> None:
+    model = Network()
+    result = disabled(prepared(model)).train(training)
+    expected = seen_by_hooks(model.train(training), IMAGES)
+    assert len(expected) == 10
+    assert_alike(seen_by_hooks(result, IMAGES), expected)
+
+
+def test_hooks_on_a_converted_model_see_the_values_of_the_prepared_one() -> None:
+    result = calibrated()
+    converted = convert(result)
+    with torch.no_grad():
+        expected = result(IMAGES)
+        assert_alike(seen_by_hooks(converted, IMAGES), seen_by_hooks(result, IMAGES))
+        assert torch.equal(converted(IMAGES), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["resnet20", "mobilenet_v2", "unet", "gpt", "transformers_bert", "transformers_convnext"]
+)
+def test_every_container_of_a_network_is_called(name: str) -> None:
+    network = NETWORKS[name]
+    model = network.make().eval()
+    inputs = network.example_inputs(2)
+    result = disabled(prepare(model, QATConfig(), inputs)).eval()
+
+    def called(model: nn.Module, names: list[str]) -> list[str]:
+        order: list[str] = []
+        for name in names:
+            module = model.get_submodule(name)
+            module.register_forward_hook(lambda module, args, output, name=name: order.append(name))
+        model(*inputs)
+        return order
+
+    containers = [name for name, module in model.named_modules() if name and any(True for _ in module.children())]
+    assert called(result, containers) == called(model, containers)
+
+
+def test_a_hook_changes_what_follows() -> None:
+    model = Network().eval()
+    result = disabled(prepared(model)).eval()
+    before = result(IMAGES)
+    for each in (model, result):
+        each.blocks.register_forward_hook(lambda module, args, output: output * 2)
+    assert torch.equal(result(IMAGES), model(IMAGES))
+    assert not torch.equal(result(IMAGES), before)
+
+
+def test_other_methods_find_floats_in_containers() -> None:
+    result = calibrated()
+    converted = convert(result)
+    with torch.no_grad():
+        features = converted.features(IMAGES)
+        assert features.dtype is torch.float32
+        assert torch.equal(features, result.features(IMAGES))
+        assert torch.equal(converted.blocks(converted.stem(IMAGES)), result.blocks(result.stem(IMAGES)))
+
+
+def test_a_block_called_twice_has_nodes_for_each_call() -> None:
+    result = calibrated()
+    nodes = {name for name, module in result.twice.named_modules() if isinstance(module, FakeQuantizeLayer)}
+    assert len([name for name in nodes if "output_fake_quantize" in name]) == 4
+    with torch.no_grad():
+        assert torch.equal(convert(result)(IMAGES), result(IMAGES))
+
+
+def test_sequences_stay_as_long_as_they_were() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    for result in (prepared(model), convert(calibrated(model))):
+        assert len(result) == 4
+        assert [type(module) for module in result][2] is nn.Flatten
+        assert result[-1] is result.get_submodule("3")
+        assert len(result[1:3]) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_wrapper_may_be_put_around_a_block(reentrant: bool) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
+
+    model = Network()
+    results = [calibrated(copy.deepcopy(model)).train() for _ in range(2)]
+    results[1].load_state_dict(results[0].state_dict())
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    results[1].blocks[0] = checkpoint_wrapper(results[1].blocks[0], checkpoint_impl=kind)
+    outputs = [result(IMAGES) for result in results]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    gradients = [[parameter.grad for parameter in result.parameters()] for result in results]
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.fixture
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.filterwarnings("ignore")  # what fully_shard has to say of a mesh of one CPU
+def test_blocks_may_be_sharded() -> None:
+    whole = prepared()
+    sharded = copy.deepcopy(whole)
+    for block in (sharded.stem, *sharded.blocks, sharded.twice, sharded):
+        fully_shard(block)
+    for model in (whole, sharded):
+        train_briefly(model, (IMAGES,), steps=3)
+    for (name, parameter), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(parameter, other.full_tensor()), name
+
+
+# --- what containers return and are given ---
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@dataclass
+class Record:
+    first: Tensor
+    second: Tensor | None = None
+
+
+class Returns(nn.Module):
+    def __init__(self, make: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.make = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(self.a(x), self.b(x))
+
+
+class Reads(nn.Module):
+    def __init__(self, make: Callable[[Tensor, Tensor], Any], read: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.inner, self.outer, self.read = Returns(make), Takes(read), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        values = self.inner(x)
+        return self.read(self.outer(values, scale=2.0)), values
+
+
+class Takes(nn.Module):
+    def __init__(self, read: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.conv, self.read = nn.Conv2d(4, 4, 1), read
+
+    def forward(self, values: Any, *, scale: float) -> Tensor:
+        first, second = self.read(values)
+        return self.conv(first) * scale + second
+
+
+STRUCTURES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "tuple": (lambda a, b: (a, b), tuple),
+    "list": (lambda a, b: [a, b], tuple),
+    "nested": (lambda a, b: {"a": [a, None], "b": (b, "text")}, lambda v: (v["a"][0], v["b"][0])),
+    "named tuple": (Pair, lambda v: (v.first, v.second)),
+    "dataclass": (Record, lambda v: (v.first, v.second)),
+    "ordered dictionary": (lambda a, b: OrderedDict(x=a, y=b), lambda v: (v["x"], v["y"])),
+    "the same twice": (lambda a, b: (a, a + b, a), lambda v: (v[0], v[1])),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_structures_pass_between_containers(structure: str) -> None:
+    model = Reads(*STRUCTURES[structure]).eval()
+    result = prepared(model)
+    calibrate(result, [IMAGES])
+    converted = convert(result)
+    with torch.no_grad():
+        expected, actual = result.eval()(IMAGES), converted(IMAGES)
+        assert type(actual[1]) is type(expected[1]) is type(model(IMAGES)[1])
+        assert torch.equal(actual[0], expected[0])
+        seen = seen_by_hooks_of_structures(converted), seen_by_hooks_of_structures(result)
+    assert all(map(torch.equal, *seen))
+    disabled(result)
+    assert torch.equal(result(IMAGES)[0], model(IMAGES)[0])
+
+
+def seen_by_hooks_of_structures(model: nn.Module) -> list[Tensor]:
+    seen: list[Any] = []
+    for module in (model.inner, model.outer):
+        module.register_forward_hook(lambda module, args, output: seen.extend((args, output)))
+    model(IMAGES)
+    return [
+        leaf
+        for leaf in tree_leaves([vars(v) if isinstance(v, Record) else v for v in seen])
+        if isinstance(leaf, Tensor)
+    ]
+
+
+def changes_in_place(self: Any, x: Tensor) -> Tensor:
+    return self.conv(x.relu_())
+
+
+class InPlace(nn.Module):
+    """Its block changes what it is given, which is read again afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.block(y) + y
+
+
+def test_a_block_that_changes_its_argument() -> None:
+    model = InPlace().eval()
+    result = calibrated(model)
+    with torch.no_grad():
+        assert torch.equal(convert(result)(IMAGES), result(IMAGES))
+    assert torch.equal(disabled(result)(IMAGES), model(IMAGES))
+
+
+# --- calls with other arguments ---
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, **options: float) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        return (y if gate is None else y * gate) * options.get("factor", 1.0)
+
+
+def test_a_converted_model_says_what_it_was_prepared_with() -> None:
+    converted = convert(calibrated(nn.Sequential(Gated(), nn.Conv2d(4, 2, 1))))
+    with pytest.raises(TypeError, match="must be called as in the example that it was prepared with"):
+        converted[0](IMAGES, torch.ones(4, 4, 1, 1))
+
+
+def test_weights_are_quantized_also_in_calls_with_other_arguments() -> None:
+    model, gate = Gated().eval(), torch.rand(4, 4, 1, 1)
+    result = calibrated(model)
+    with torch.no_grad():
+        actual, expected = result(IMAGES, gate, factor=2.0), model(IMAGES, gate, factor=2.0)
+        assert not torch.equal(actual, expected)
+        # The weight's rounding alone.
+        torch.testing.assert_close(actual, expected, atol=0.05, rtol=0)
+        assert torch.equal(result(IMAGES), convert(result)(IMAGES))
+
+
+# --- copies ---
+
+
+def test_copies_and_pickles_share_one_source() -> None:
+    result = calibrated()
+    copies: list[nn.Module] = [copy.deepcopy(result), pickle.loads(pickle.dumps(result))]
+    size = len(linecache.cache)
+    for _ in range(3):
+        copies += [copy.deepcopy(result), pickle.loads(pickle.dumps(copies[-1])), convert(result)]
+    with torch.no_grad():
+        assert all(torch.equal(each(IMAGES), copies[0](IMAGES)) for each in copies)
+    # The first conversion makes classes of its own.
+    assert len(linecache.cache) <= size + len(CONTAINERS) + 2
