@@ -36,6 +36,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
 
+    def extra_repr(self) -> str:
+        return self.function.__name__
+
 
 class Helper(nn.Module):
     """What blocks call with more than a tensor."""

@@ -147,6 +147,7 @@ def models(draw: st.DrawFn) -> Model:
     return Model([PATCHES[patch](Block(EFFECTS[effect])) for effect, patch in effects])
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @given(models())
 def test_random_models(model: Model) -> None:
     check(model)
@@ -154,6 +155,7 @@ def test_random_models(model: Model) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @settings(max_examples=500)
 @given(models())
 def test_many_random_models(model: Model) -> None:

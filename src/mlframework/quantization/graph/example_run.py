@@ -6,6 +6,7 @@ import copy
 import operator
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -88,14 +89,14 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modules_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers and attributes are as before afterwards, and so is what is in lists, dictionaries and sets."""
+    """Buffers, attributes and hooks are as before afterwards, and so is what is in lists, dictionaries and sets."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     held = [(registry, dict(registry)) for module in model.modules() for registry in (vars(module), module._buffers)]
     collections = [
         (value, copy.copy(value))
         for _, attributes in held
         for name, value in attributes.items()
-        if type(value) in (list, dict, set) and not name.startswith("_")
+        if type(value) in (list, dict, set, OrderedDict) and (name.endswith("_hooks") or not name.startswith("_"))
     ]
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,8 @@ def trace(
     own_code = dict(own_code or {})
     for seen in observations.values():
         own_code = {**seen.effects, **own_code}
+        if "" in seen.changing:
+            own_code.setdefault("", _CHANGES)
     if "" in own_code:
         return Trace(None, {"": own_code[""]})
     arguments = _by_name(model, args, kwargs)
@@ -104,6 +107,8 @@ def trace(
             own_code.setdefault(name, HAS_HOOKS)
     with random_state_kept():
         while True:
+            for seen in observations.values():
+                _add_callers_of_changing(own_code, seen)
             known = len(own_code)
             # The code of modules that are called as they are runs many times here: on a copy.
             scratch = scratch_of(model)
@@ -126,6 +131,19 @@ def trace(
     route_through_in_place_operations(model, graph)
     _reshapes_for_views(graph)
     return Trace(graph, own_code, given)
+
+
+_CHANGES = "it changes a list or dictionary that it is given"
+
+
+def _add_callers_of_changing(own_code: dict[str, str], seen: Observation) -> None:
+    """A graph hands a list over as a new one. What a module of which the own code runs does to it reaches only a caller
+    whose own code runs, too; a module that is part of the graph may change it."""
+    callers = {callee: caller for caller, callees in seen.callees.items() for callee in callees}
+    for name in [name for name in own_code if name in seen.changing]:
+        while name in seen.changing and name in callers:
+            name = callers[name]
+            own_code.setdefault(name, "a module that it calls changes a list or dictionary")
 
 
 def _attempt(
@@ -234,18 +252,41 @@ class _ModelTracer(MarkingTracer):
         self.called[name] = self.called.get(name, -1) + 1
         if self.is_leaf_module(m, name):
             return self._call_leaf(m, name, args, kwargs)
-        last = next(iter(reversed(self.graph.nodes)), None)
-        scope, stack, counts, called = self.scope, self.module_stack.copy(), dict(self.num_calls), dict(self.called)
+        undo = self._undoing()
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             self.own_code[name] = _does_not_trace(error)
+            undo()
+            return self._call_leaf(m, name, args, kwargs)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **more: Any) -> Any:
+        """A function that ``torch.fx.wrap`` keeps whole is looked into all the same, where its code traces: it may read
+        the weights of layers."""
+        if kind == "call_function" and _is_wrapped(target):
+            undo = self._undoing()
+            known = dict(self.own_code)
+            try:
+                return target(*args, **kwargs)
+            except Exception:  # as of any code that does not trace
+                undo()
+                self.own_code.clear()
+                self.own_code.update(known)
+        return super().create_proxy(kind, target, args, kwargs, *others, **more)
+
+    def _undoing(self) -> Callable[[], None]:
+        """What takes the trace back to where it is now."""
+        last = next(iter(reversed(self.graph.nodes)), None)
+        scope, stack, counts, called = self.scope, self.module_stack.copy(), dict(self.num_calls), dict(self.called)
+
+        def undo() -> None:
             for node in reversed(list(self.graph.nodes)):
                 if node is last:
                     break
                 self.graph.erase_node(node)
             self.scope, self.module_stack, self.num_calls, self.called = scope, stack, counts, called
-            return self._call_leaf(m, name, args, kwargs)
+
+        return undo
 
     def _call_leaf(self, m: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
         """A node; what it returns has the structure that it had when the example ran."""
@@ -267,6 +308,13 @@ class _ModelTracer(MarkingTracer):
         self.answers = ExampleAnswers(self.root, self.graph, self.arguments, lambda: self.module_stack.copy())
         parameters = {each.name: each for each in parameters_of(type(self.root))}
         return bound_to(root_fn, parameters, self.arguments_for(self.given, parameters)), [self.root]
+
+
+def _is_wrapped(target: Any) -> bool:
+    """Whether a called function is somebody's own, rather than PyTorch's or this library's."""
+    if not isinstance(target, FunctionType):
+        return False
+    return not target.__module__.startswith(("torch.", __name__.partition(".")[0] + "."))
 
 
 def _does_not_trace(error: Exception) -> str:

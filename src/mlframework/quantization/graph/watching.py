@@ -41,6 +41,7 @@ class Observation:
         calls: of every module by name, in order.
         callees: the modules that a container's code calls itself, by the container's name.
         effects: what the code of a container does beside computing values, by the container's name.
+        changing: the containers whose code changes a list or dictionary that it is given.
         failed: the modules that were running when the model raised an error, the innermost last; of a part that was
             not reached, the part.
         result: what the model returned.
@@ -50,6 +51,7 @@ class Observation:
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
     callees: dict[str, dict[str, None]] = field(default_factory=dict)
     effects: dict[str, str] = field(default_factory=dict)
+    changing: set[str] = field(default_factory=set)
     failed: tuple[str, ...] = ()
     result: Any = None
     error: Exception | None = None
@@ -62,11 +64,12 @@ class Observation:
 
         callees = {key: inside(value) for key, value in inside(self.callees).items()}
         calls = inside(self.calls)
+        changing = set(inside(dict.fromkeys(self.changing)))
         failed = tuple(each[len(name) :].removeprefix(".") for each in self.failed if is_inside(each, name))
         if name and "" not in calls:  # it was not reached, or not left
-            return Observation(calls, callees, inside(self.effects), failed or ("",))
+            return Observation(calls, callees, inside(self.effects), changing, failed or ("",))
         result = calls[""][0].result if name else self.result
-        return Observation(calls, callees, inside(self.effects), failed, result, self.error)
+        return Observation(calls, callees, inside(self.effects), changing, failed, result, self.error)
 
 
 def is_inside(name: str, outer: str) -> bool:
@@ -129,10 +132,9 @@ class _Watch(TorchFunctionMode):
         self.containers = [module for module in self.names if not is_leaf(module)]
         self.states = {module: _state_of(module) for module in self.containers}
 
-    def notice(self, effect: str, depth: int = 1) -> None:
-        """Keeps, for the innermost container (and those that called it, to that depth), the first effect found."""
-        for frame in self.frames[-depth:]:
-            self.observation.effects.setdefault(frame.name, effect)
+    def notice(self, effect: str) -> None:
+        """Keeps the first effect found in the innermost container's code."""
+        self.observation.effects.setdefault(self.frames[-1].name, effect)
 
     # --- what happens inside of a container's code ----------------------------------------------------------------
 
@@ -228,7 +230,7 @@ class _Watch(TorchFunctionMode):
         if changed is not None:
             self.notice(f"it changes {changed}")
         if any(_differs(_shallow(each), before) for each, before in frame.lists):
-            self.notice("it changes a list or dictionary that it is given", depth=2)
+            self.observation.changing.add(name)
         self.frames.pop()
         self.states[module] = _state_of(module)
         return result
