@@ -20,6 +20,14 @@ def layers() -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
 
 
+class Notes:
+    """What a block holds that is no module."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.history: dict[str, list[int]] = {"steps": []}
+
+
 class Block(nn.Module):
     """Layers, a layer that the block's own code calls, and state that this may write."""
 
@@ -29,7 +37,7 @@ class Block(nn.Module):
         super().__init__()
         self.inner, self.layer = layers(), nn.Linear(WIDTH, WIDTH)
         self.helper = Helper()
-        self.count, self.seen = 0, []
+        self.count, self.seen, self.notes = 0, [], Notes()
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.function = forward
 
@@ -210,6 +218,21 @@ def appends(block: Block, x: Tensor) -> Tensor:
     return y
 
 
+def counts_elsewhere(block: Block, x: Tensor) -> Tensor:
+    block.notes.steps += 1
+    return block.layer(block.inner(x))
+
+
+def appends_elsewhere(block: Block, x: Tensor) -> Tensor:
+    block.notes.history["steps"].append(len(block.notes.history["steps"]))
+    return block.layer(block.inner(x))
+
+
+def clips_a_weight(block: Block, x: Tensor) -> Tensor:
+    block.layer.weight.data.clamp_(-0.3, 0.3)
+    return block.layer(block.inner(x))
+
+
 # --- checkpointing and autocast ---------------------------------------------------------------------------------------
 
 
@@ -231,6 +254,11 @@ def enters_autocast(block: Block, x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = block.layer(x)
     return block.inner(y.float())
+
+
+def asks_for_autocast(block: Block, x: Tensor) -> Tensor:
+    y = block.layer(x)
+    return y if torch.is_autocast_enabled("cpu") else block.inner(y)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -275,6 +303,16 @@ def zips(block: Block, x: Tensor) -> Tensor:
     return torch.stack([a + b for a, b in zip(block.inner(x), block.layer(x), strict=True)])
 
 
+def slices_rows(block: Block, x: Tensor) -> Tensor:
+    y = block.inner(x)
+    return torch.cat([block.layer(y[index : index + 1]) for index in range(x.shape[0])])
+
+
+def cuts_long_batches(block: Block, x: Tensor) -> Tensor:
+    y = block.layer(block.inner(x))
+    return y * 2 if len(x) > 4 else y
+
+
 def averages_by_length(block: Block, x: Tensor) -> Tensor:
     return block.layer(x) + block.inner(x).sum(0) / len(x)
 
@@ -291,7 +329,8 @@ EFFECTS: dict[str, Forward] = {
         drops_layers_by_python, drops_paths, adds_noise, drops_out, counts, sets_a_buffer, sets_data, updates_a_buffer,
         appends, checkpoints, checkpoints_reentrantly, leaves_autocast, enters_autocast, has_items_written,
         has_items_popped, has_a_key_added, passes_a_gate, passes_keywords, iterates, unbinds, zips, averages_by_length,
-        makes_tensors,
+        makes_tensors, counts_elsewhere, appends_elsewhere, clips_a_weight, asks_for_autocast,
+        slices_rows, cuts_long_batches,
     )
 }  # fmt: skip
 

@@ -346,6 +346,89 @@ def test_weights_are_quantized_also_in_calls_with_other_arguments() -> None:
         assert torch.equal(result(IMAGES), convert(result)(IMAGES))
 
 
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, *rest: Tensor, bias: Tensor, **others: Tensor) -> Tensor:
+        y = self.layer(x) if gate is None else self.layer(x) * gate
+        return sum((*rest, *others.values()), y + bias)
+
+
+@pytest.mark.parametrize("given", ["bias", "gate", "all"])
+def test_every_kind_of_parameter(given: str) -> None:
+    x, more = torch.randn(3, 4), [torch.randn(3, 4) for _ in range(4)]
+    args = {"bias": (x,), "gate": (x, more[0]), "all": (x, more[0], more[1])}[given]
+    kwargs = {"bias": more[2], **({"other": more[3]} if given == "all" else {})}
+    model = Keywords().eval()
+    result = disabled(prepare(model, QATConfig(quantize_last_linear=True), args, kwargs)).eval()
+    calls: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = [
+        (args, kwargs),
+        ((x,), {"bias": more[0]}),
+        ((x, more[1]), {"bias": more[0]}),
+        ((x, more[1], more[2], more[3]), {"bias": more[0], "a": x, "b": more[1]}),
+    ]
+    for each, named in calls:
+        assert torch.equal(result(*each, **named), model(*each, **named))
+
+
+def test_preparing_changes_nothing_of_the_model() -> None:
+    class Clips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layer.weight.data.clamp_(-0.1, 0.1)
+            return self.layer(x)
+
+    model = nn.Sequential(Clips(), nn.ReLU())
+    before = copy.deepcopy(model.state_dict())
+    prepare(model, QATConfig(), (torch.randn(2, 4),))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class MomentumEncoder(nn.Module):
+    """One layer's weights follow another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast, self.slow = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                for slow, fast in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
+                    slow.mul_(0.9).add_(fast, alpha=0.1)
+        return self.fast(x) + self.slow(x)
+
+
+def test_weights_that_follow_others_go_on_doing_so() -> None:
+    model = nn.Sequential(MomentumEncoder(), nn.ReLU())
+    result = disabled(prepare(copy.deepcopy(model), QATConfig(), (torch.randn(2, 4),)))
+    for _ in range(3):
+        x = torch.randn(2, 4)
+        assert torch.equal(result(x), model(x))
+    assert all(map(torch.equal, result.parameters(), model.parameters()))
+
+
+def test_sequences_refuse_to_change_their_length() -> None:
+    result = prepared()
+    for change in (lambda: result.stem.append(nn.ReLU()), lambda: result.stem.pop(-1)):
+        with pytest.raises(TypeError, match="must stay as long as it is"):
+            change()
+    with pytest.raises(TypeError, match="must stay as long as it is"):
+        del result.stem[-1]
+
+
+def test_hooks_of_a_layer_fire_for_every_call() -> None:
+    result, calls = prepared(), []
+    result.twice.body[0].register_forward_hook(lambda module, args, output: calls.append(module))
+    result(IMAGES)
+    assert len(calls) == len(set(calls)) == 2
+
+
 # --- copies ---
 
 

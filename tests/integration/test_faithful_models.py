@@ -38,10 +38,10 @@ def run(model: nn.Module, seed: int, x: Tensor, *args: Any, **kwargs: Any) -> Ru
     torch.manual_seed(seed)
     random.seed(seed)
     x = x.clone().requires_grad_()
-    storages: dict[int, int] = {}
+    storages: dict[int, Any] = {}  # by address; held, so that no other takes it
 
     def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -51,7 +51,8 @@ def run(model: nn.Module, seed: int, x: Tensor, *args: Any, **kwargs: Any) -> Ru
     for tensor in tensors.values():
         tensor.grad = None
     (output.float() * torch.linspace(1, 2, output.numel()).view(output.shape)).sum().backward()
-    return Run(output, {name: tensor.grad for name, tensor in tensors.items()}, sum(storages.values()), draws)
+    kept = sum(storage.nbytes() for storage in storages.values())
+    return Run(output, {name: tensor.grad for name, tensor in tensors.items()}, kept, draws)
 
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -92,6 +93,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, Block):
             state[f"{name}.count"], state[f"{name}.seen"] = module.count, list(module.seen)
+            state[f"{name}.notes"] = module.notes.steps, list(module.notes.history["steps"])
     return state
 
 

@@ -260,9 +260,7 @@ def test_other_modules_are_no_regions(module: nn.Module) -> None:
 
 
 def test_a_parameter_is_no_number() -> None:
-    model = OfTwo(lambda x: x)
-    model.function = lambda x: x * model.factor
-    region, _ = region_of(model, torch.rand(4, 4))
+    region, _ = region_of(Runs(lambda self, x: x * self.layer.weight, layer=nn.PReLU()), torch.rand(4, 4))
     assert region is None
 
 

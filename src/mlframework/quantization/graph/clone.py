@@ -15,7 +15,19 @@ def clone_sharing_parameters(model: nn.Module) -> nn.Module:
     Hooks are the same objects too (a recorder goes on recording), unless they belong to a module of the model, whose
     copy then has its own.
     """
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    return _with_hooks_of_others(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def scratch_of(model: nn.Module) -> nn.Module:
+    """A copy to run as often as need be: its parameters are its own, and no backward hook of the user's fires."""
+    scratch = _with_hooks_of_others(model, {})
+    for module in scratch.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return scratch
+
+
+def _with_hooks_of_others(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     inside = {id(module) for module in model.modules()}
     for module in model.modules():
         for name, hooks in vars(module).items():
@@ -24,15 +36,6 @@ def clone_sharing_parameters(model: nn.Module) -> nn.Module:
                     if id(getattr(hook, "__self__", None)) not in inside:
                         memo[id(hook)] = hook
     return copy_of(model, memo)
-
-
-def scratch_of(model: nn.Module) -> nn.Module:
-    """A clone to run as often as need be: no backward hook of the user's fires."""
-    scratch = clone_sharing_parameters(model)
-    for module in scratch.modules():
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-    return scratch
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

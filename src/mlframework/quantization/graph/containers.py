@@ -199,9 +199,7 @@ class MarkingTracer(fx.Tracer):
 
         values = {}
         for name, like in given:
-            default = parameters[name].default
-            known = () if default is inspect.Parameter.empty else (default,)
-            values[name] = self.structure_of(self.create_proxy("placeholder", name, known, {}), like)
+            values[name] = self.structure_of(self.create_proxy("placeholder", name, (), {}), like)
         return values
 
     def structure_of(self, whole: fx.Proxy, like: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Proves that a graph does what a model's own code does: values, gradients and buffers, in training and in evaluation,
-with the example and with another batch size."""
+"""Proves that a graph does what a model's own code does: values in evaluation; values, gradients and buffers in
+training; and values with batches of other sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .decisions import is_guard
-from .example_run import Recorder, agree, copies, plain, random_state_kept, state_kept, values_agree
+from .example_run import Recorder, agree, copies, modules_kept, plain, random_state_kept, state_kept, values_agree
 from .nodes import owner_of
 from .padded_positions import without_fused_encoders
 from .values import tensors_of, with_tensors
@@ -62,7 +62,7 @@ def _prove(
         model.train(True)
         found = _compare_gradients(model, graph, args, kwargs, arguments, observations[True])
     model.train(False)
-    return found or _prove_other_batch(model, graph, args, kwargs, arguments)
+    return found or _prove_other_batches(model, graph, args, kwargs, arguments)
 
 
 def _compare_values(
@@ -173,47 +173,50 @@ def _first_difference(recorder: Recorder, seen: Observation) -> str:
     return ""
 
 
-def _prove_other_batch(
+def _prove_other_batches(
     model: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The same for a batch of another size, where the model takes one.
+    """The values for batches of other sizes, a small and a large one, where the model takes such.
 
     Code that expands what would broadcast anyway (``if positions.shape[0] != batch``) asks for the batch size, and its
-    answer for one example differs from that for many. Where the graph computes what the model computes on the other
-    kind of batch as well, nothing hangs on the answer.
+    answer for one example differs from that for many. Where the graph computes what the model computes on both other
+    batches as well, the guards that would have stopped it go.
     """
     tensors = [tensor for tensor in tensors_of(dict(arguments)) if tensor.dim() > 0]
-    if not tensors:
+    if not tensors or tensors[0].shape[0] == 0:
         return {}
     batch = tensors[0].shape[0]
+    idle: dict[fx.Node, None] = {}
+    for size in (1, 2 * batch + 1):
+        if size == batch:
+            continue
+        rows = torch.arange(size) % batch
 
-    def resized(values: Any) -> Any:
-        def resize(tensor: Tensor) -> Tensor:
-            if tensor.dim() == 0 or tensor.shape[0] != batch:
-                return tensor.detach().clone()
-            return tensor[:1].detach().clone() if batch > 1 else torch.cat([tensor, tensor]).detach()
+        def resize(tensor: Tensor, rows: Tensor = rows) -> Tensor:
+            has_batch = tensor.dim() > 0 and tensor.shape[0] == batch
+            return tensor.detach()[rows.to(tensor.device)] if has_batch else tensor.detach().clone()
 
-        return with_tensors(values, resize)
-
-    runner = _PastGuards(model, graph)
-    with state_kept(model):
-        try:
-            with random_state_kept():
-                expected = type(model).forward(model, *resized(args), **resized(dict(kwargs)))
-        except Exception:  # it takes no batch of another size
-            return {}
-        values = resized(dict(arguments))
-        try:
-            same = agree(expected, runner.run(*_placeholder_values(graph, values)))
-        except Exception:  # what was decided for one size does not run on the other
-            same = False
-    if same:
-        for guard in runner.stopping:
-            graph.erase_node(guard)
-        return {}
-    if runner.stopping:
-        return {owner_of(guard): _BATCH for guard in runner.stopping}
-    return {owner_of(runner.running) if runner.running is not None else "": _BATCH}
+        runner = _PastGuards(model, graph)
+        with state_kept(model):
+            try:
+                with random_state_kept(), modules_kept(model):
+                    expected = type(model).forward(
+                        model, *with_tensors(args, resize), **with_tensors(dict(kwargs), resize)
+                    )
+            except Exception:  # it takes no batch of another size
+                continue
+            values = with_tensors(dict(arguments), resize)
+            try:
+                same = agree(expected, runner.run(*_placeholder_values(graph, values)))
+            except Exception:  # what was decided for one size does not run on the other
+                same = False
+        if not same:
+            stopped = runner.stopping or ([] if runner.running is None else [runner.running])
+            return {owner_of(node): _BATCH for node in stopped} or {"": _BATCH}
+        idle.update(dict.fromkeys(runner.stopping))
+    for guard in idle:
+        graph.erase_node(guard)
+    return {}
 
 
 class _PastGuards(Recorder):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .clone import scratch_of
-from .containers import MarkingTracer, bound_to
+from .containers import MarkingTracer, bound_to, readers
 from .decisions import AnsweringProxy, ExampleAnswers, drop_unread_answers
 from .dropouts import modules_for_dropouts
 from .example_run import modules_kept, random_state_kept
@@ -137,13 +137,26 @@ _CHANGES = "it changes a list or dictionary that it is given"
 
 
 def _add_callers_of_changing(own_code: dict[str, str], seen: Observation) -> None:
-    """A graph hands a list over as a new one. What a module of which the own code runs does to it reaches only a caller
-    whose own code runs, too; a module that is part of the graph may change it."""
+    """What a module of which the own code runs does to a list that it is given reaches only a caller whose own code
+    runs, too: a graph hands lists over as new ones. A module that is part of the graph may change them."""
     callers = {callee: caller for caller, callees in seen.callees.items() for callee in callees}
     for name in [name for name in own_code if name in seen.changing]:
         while name in seen.changing and name in callers:
             name = callers[name]
             own_code.setdefault(name, "a module that it calls changes a list or dictionary")
+
+
+def _readers_of_written(graph: fx.Graph, own_code: Mapping[str, str], writing: set[str]) -> dict[str, str]:
+    """The modules whose code reads a tensor again that a module changes of which the own code runs: the graph knows
+    tensors by the nodes that made them."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    return {
+        owner_of(node): "a module that it calls changes a tensor that is read again"
+        for node in graph.find_nodes(op="call_module")
+        if str(node.target) in own_code and str(node.target) in writing
+        for read in node.all_input_nodes
+        if any(order[reader] > order[node] for reader in readers(read))
+    }
 
 
 def _attempt(
@@ -178,8 +191,10 @@ def _attempt(
     if len(own_code) > known:
         return None
     culprit = change_through_view(model, graph, arguments)
-    if culprit is not None:
-        own_code.update([culprit])
+    own_code.update([] if culprit is None else [culprit])
+    for seen in observations.values():
+        own_code.update(_readers_of_written(graph, own_code, seen.writing))
+    if len(own_code) > known:
         return None
     names += modules_for_dropouts(model, graph, graphs[True])
     constants = _buffers_for_constants(model, graph)

@@ -8,9 +8,11 @@ arguments that it changes. Of modules that do such things, the code itself has t
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ class Observation:
         callees: the modules that a container's code calls itself, by the container's name.
         effects: what the code of a container does beside computing values, by the container's name.
         changing: the containers whose code changes a list or dictionary that it is given.
+        writing: the containers whose code changes a tensor that it is given.
         failed: the modules that were running when the model raised an error, the innermost last; of a part that was
             not reached, the part.
         result: what the model returned.
@@ -52,6 +55,7 @@ class Observation:
     callees: dict[str, dict[str, None]] = field(default_factory=dict)
     effects: dict[str, str] = field(default_factory=dict)
     changing: set[str] = field(default_factory=set)
+    writing: set[str] = field(default_factory=set)
     failed: tuple[str, ...] = ()
     result: Any = None
     error: Exception | None = None
@@ -64,12 +68,12 @@ class Observation:
 
         callees = {key: inside(value) for key, value in inside(self.callees).items()}
         calls = inside(self.calls)
-        changing = set(inside(dict.fromkeys(self.changing)))
+        changing, writing = (set(inside(dict.fromkeys(each))) for each in (self.changing, self.writing))
         failed = tuple(each[len(name) :].removeprefix(".") for each in self.failed if is_inside(each, name))
         if name and "" not in calls:  # it was not reached, or not left
-            return Observation(calls, callees, inside(self.effects), changing, failed or ("",))
+            return Observation(calls, callees, inside(self.effects), changing, writing, failed or ("",))
         result = calls[""][0].result if name else self.result
-        return Observation(calls, callees, inside(self.effects), changing, failed, result, self.error)
+        return Observation(calls, callees, inside(self.effects), changing, writing, failed, result, self.error)
 
 
 def is_inside(name: str, outer: str) -> bool:
@@ -129,6 +133,7 @@ class _Watch(TorchFunctionMode):
         self.observation = Observation()
         self.draws = draws_outside_torch()
         self.recorded: set[Any] = set()  # by autograd
+        self.weights = {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
         self.containers = [module for module in self.names if not is_leaf(module)]
         self.states = {module: _state_of(module) for module in self.containers}
 
@@ -143,10 +148,19 @@ class _Watch(TorchFunctionMode):
             self._check_modes()
             if func is torch._C._set_grad_enabled:
                 self.notice(_MODES[0])
+            if self._writes(func, args, kwargs or {}):
+                self.notice("it writes to weights")
             # What training alone draws, its trace shows.
             if func in RANDOM_FUNCTIONS and not self.model.training:
                 self.notice("it draws random numbers")
         return func(*args, **(kwargs or {}))
+
+    def _writes(self, function: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a function changes a parameter in place, or through what shares its memory."""
+        name = getattr(function, "__name__", "")
+        changes = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
+        changed = kwargs.get("out", args[0] if args and changes else None)
+        return isinstance(changed, Tensor) and changed.data_ptr() in self.weights
 
     def _check_modes(self) -> None:
         before, now = self.frames[-1].modes, _modes()
@@ -218,7 +232,8 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _run_code(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        lists = [(each, _shallow(each)) for each in _lists(args, kwargs)]
+        lists = [(each, _contents(each)) for each in _lists(args, kwargs)]
+        versions = [(tensor, tensor._version) for tensor in tensors_of((args, kwargs))]
         frame = _Frame(name, module, _modes(), _state_of(module), lists)
         self.frames.append(frame)
         if "forward" in vars(module):
@@ -229,8 +244,10 @@ class _Watch(TorchFunctionMode):
         changed = _first_change(frame.state, _state_of(module))
         if changed is not None:
             self.notice(f"it changes {changed}")
-        if any(_differs(_shallow(each), before) for each, before in frame.lists):
+        if any(_differs(_contents(each), before) for each, before in frame.lists):
             self.observation.changing.add(name)
+        if any(tensor._version != version for tensor, version in versions):
+            self.observation.writing.add(name)
         self.frames.pop()
         self.states[module] = _state_of(module)
         return result
@@ -273,6 +290,22 @@ class _Watch(TorchFunctionMode):
                 watch.notice(_MODES[2])
             return enter(autocast)  # type: ignore[no-untyped-call]
 
+        def asking(owner: Any, name: str, effect: str) -> None:
+            function = getattr(owner, name)
+
+            def ask(*args: Any, **kwargs: Any) -> Any:
+                if watch.frames and not watch.leaves:
+                    watch.notice(effect)
+                return function(*args, **kwargs)
+
+            patched.append((owner, name, function))
+            setattr(owner, name, ask)
+
+        patched: list[tuple[Any, str, Any]] = []
+        for name in ("is_autocast_enabled", "is_grad_enabled", "is_inference_mode_enabled"):
+            asking(torch, name, "it asks for the gradient or autocast mode")
+        for name in ("grad", "backward"):
+            asking(torch.autograd, name, "it computes gradients")
         set_attribute = nn.Module.__setattr__
         enter = torch.autocast.__enter__
         replaced: dict[str, Any] = {"__call__": call, "__setattr__": setting}
@@ -286,11 +319,17 @@ class _Watch(TorchFunctionMode):
             with self:
                 yield
         finally:
+            for owner, name, function in patched:
+                setattr(owner, name, function)
             torch.autocast.__enter__ = enter  # type: ignore[method-assign]
             for name, function in own.items():
                 setattr(nn.Module, name, function)
 
 
+# Which are others while a model is watched.
+_is_autocast_enabled = torch.is_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_is_inference_mode_enabled = torch.is_inference_mode_enabled
 _OF_HOOKS = "BackwardHookFunctionBackward"  # of PyTorch, around modules that have backward hooks
 _MODES = (
     "it changes the gradient mode",
@@ -302,10 +341,10 @@ _MODES = (
 
 def _modes() -> tuple[Any, ...]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
+    autocast = [(_is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
     return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
+        _is_grad_enabled(),
+        _is_inference_mode_enabled(),
         (autocast, torch.is_autocast_cache_enabled()),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
@@ -328,21 +367,35 @@ def _detached(values: Any) -> Any:
 def _state_of(module: nn.Module) -> dict[str, Any]:
     """What a module holds itself: attributes, buffers and parameters, in a form that tells of changes."""
     held = {name: value for name, value in vars(module).items() if not name.endswith("_hooks") and name != "training"}
-    state = {name: _shallow(value) for name, value in held.items() if name not in ("_buffers", "_parameters")}
+    state = {name: _contents(value) for name, value in held.items() if name not in ("_buffers", "_parameters")}
     for registry in (module._buffers, module._parameters):
-        state.update({name: _shallow(value) for name, value in registry.items()})
+        state.update({name: _contents(value) for name, value in registry.items()})
     return state
 
 
-def _shallow(value: Any) -> Any:
-    """An object with what is in it now, which is compared by identity."""
-    if isinstance(value, Tensor):
-        return (value, value._version, value.data_ptr() if value.layout is torch.strided else 0)
-    if isinstance(value, dict):
-        return (value, *value.keys(), *value.values())
-    if isinstance(value, (list, set)) or type(value).__name__ == "deque":
-        return (value, *value)
-    return (value,)
+_LARGEST = 10_000  # objects looked at in one attribute
+
+
+def _contents(value: Any) -> tuple[Any, ...]:
+    """An object with all that is in it now, which is compared by identity."""
+    found: list[Any] = []
+    pending, seen = [value], set()
+    while pending and len(found) < _LARGEST:
+        each = pending.pop()
+        found.append(each)
+        if isinstance(each, Tensor):
+            found += [each._version, each.data_ptr() if each.layout is torch.strided else 0]
+            continue
+        if id(each) in seen or isinstance(each, (nn.Module, type, ModuleType, FunctionType)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, dict):
+            pending += [*each.keys(), *each.values()]
+        elif isinstance(each, (list, tuple, set, frozenset, deque)):
+            pending += each
+        elif hasattr(each, "__dict__"):
+            pending += vars(each).values()
+    return tuple(found)
 
 
 def _differs(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.clone import clone_sharing_parameters
+from ..graph.clone import clone_sharing_parameters, scratch_of
 from ..graph.example_run import copies, random_state_kept
 from ..graph.padded_positions import compute_padded_positions
 from ..graph.tracing import observed
@@ -144,7 +144,7 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
 
 @torch.no_grad()
 def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
-    probe = clone_sharing_parameters(model).eval()
+    probe = scratch_of(model).eval()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the model has to say, it says when it is called in earnest
