@@ -4,12 +4,14 @@ training; and values with batches of other sizes."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from .containers import ends
 from .decisions import is_guard
 from .example_run import Recorder, agree, copies, modules_kept, plain, random_state_kept, state_kept, values_agree
 from .nodes import owner_of
@@ -199,7 +201,7 @@ def _prove_other_batches(
         runner = _PastGuards(model, graph)
         with state_kept(model):
             try:
-                with random_state_kept(), modules_kept(model):
+                with random_state_kept(), modules_kept(model), _results_of(model, graph) as results:
                     expected = type(model).forward(
                         model, *with_tensors(args, resize), **with_tensors(dict(kwargs), resize)
                     )
@@ -207,7 +209,10 @@ def _prove_other_batches(
                 continue
             values = with_tensors(dict(arguments), resize)
             try:
-                same = agree(expected, runner.run(*_placeholder_values(graph, values)))
+                # Container by container: what differs inside may vanish on the way out.
+                same = agree(expected, runner.run(*_placeholder_values(graph, values))) and agree(
+                    results, [tensors for _, tensors in runner.ended]
+                )
             except Exception:  # what was decided for one size does not run on the other
                 same = False
         if not same:
@@ -217,6 +222,23 @@ def _prove_other_batches(
     for guard in idle:
         graph.erase_node(guard)
     return {}
+
+
+@contextmanager
+def _results_of(model: nn.Module, graph: fx.Graph) -> Iterator[list[list[Tensor]]]:
+    """Fills a list with the tensors that the containers in a graph return while the model's own code runs."""
+    results: list[list[Tensor]] = []
+
+    def keep(module: nn.Module, args: Any, result: Any) -> None:
+        results.append([tensor.detach().clone() for tensor in tensors_of(result)])
+
+    names = dict.fromkeys(str(node.args[0]) for node in graph.find_nodes(op="call_function", target=ends))
+    handles = [model.get_submodule(name).register_forward_hook(keep) for name in names]
+    try:
+        yield results
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _PastGuards(Recorder):
