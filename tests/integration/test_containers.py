@@ -389,6 +389,23 @@ def test_preparing_changes_nothing_of_the_model() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.alpha, self.unread = nn.Linear(4, 4), 0.5, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.alpha
+
+
+def test_attributes_that_the_trace_has_read_are_not_set_in_silence() -> None:
+    result = prepare(nn.Sequential(Weighted(), nn.ReLU()), QATConfig(), (torch.randn(2, 4),))
+    result[0].unread, result[0].alpha = 2, 0.5
+    for each in (result, copy.deepcopy(result)):
+        with pytest.warns(UserWarning, match=r"Weighted.alpha is set to 0.25, but its traced forward goes on with 0.5"):
+            each[0].alpha = 0.25
+
+
 class MomentumEncoder(nn.Module):
     """One layer's weights follow another's."""
 

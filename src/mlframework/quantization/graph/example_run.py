@@ -135,6 +135,16 @@ def copies(values: Any) -> Any:
     return with_tensors(values, lambda tensor: tensor.detach().clone())
 
 
+def requiring_grad(values: Any) -> Any:
+    """Copies that autograd follows, and that in-place operations may change."""
+
+    def follow(tensor: Tensor) -> Tensor:
+        copied = tensor.detach().clone()
+        return copied.requires_grad_().clone() if copied.is_floating_point() else copied
+
+    return with_tensors(values, follow)
+
+
 def plain(value: Any) -> Any:
     """Results as a generated forward returns them: an interpreter returns fx's own dictionaries and lists."""
     if type(value) in (dict, fx.immutable_collections.immutable_dict):

@@ -12,13 +12,14 @@ import itertools
 import linecache
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
+from .attributes_read import warn_of_change
 from .hooks import is_watched
 from .nodes import ADDED
 from .signatures import VARIANT, Given, dispatcher, parameters_of
@@ -76,6 +77,7 @@ class Source(NamedTuple):
     Attributes:
         on_codes: of the variants that take or return codes, by number: what stands at their edges.
         calls: the modules that are called, by name.
+        reads: plain attributes whose values are in the forward.
     """
 
     text: str
@@ -85,6 +87,7 @@ class Source(NamedTuple):
     calls: tuple[str, ...]
     runs_own_code: bool
     is_part: bool
+    reads: frozenset[str]
 
 
 def set_forward(
@@ -93,6 +96,7 @@ def set_forward(
     *,
     runs_own_code: bool = True,
     is_part: bool = False,
+    reads: Iterable[str] = (),
 ) -> None:
     """Makes graphs the forward of ``module``, in place.
 
@@ -102,6 +106,7 @@ def set_forward(
             of which a call's keyword ``graph_variant`` says which.
         runs_own_code: whether a call with other arguments runs the forward of the module's class, or is refused.
         is_part: whether the module was traced by itself, and is not a container inside of another.
+        reads: plain attributes whose values are in the graphs; those known already stay so.
     """
     graphs = [variants] if isinstance(variants, fx.Graph) else [variant.graph for variant in variants]
     variants = [] if isinstance(variants, fx.Graph) else list(variants)
@@ -128,6 +133,7 @@ def set_forward(
         tuple(calls),
         runs_own_code,
         is_part,
+        frozenset(reads) | (source_of(module).reads if has_generated_forward(module) else frozenset()),
     )
     module.__class__ = _generated_class(base, source)
 
@@ -203,12 +209,18 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
             return namespace[f"_graph_{variant}"](self, *args)
         return self.forward(*args, **kwargs)
 
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if name in source.reads:
+            warn_of_change(self, name, value)
+        base.__setattr__(self, name, value)
+
     made = type(
         base.__name__,
         (base,),
         {
             **({"__call__": call} if source.on_codes else {}),
             **(_SEQUENTIAL if issubclass(base, nn.Sequential) else {}),
+            **({"__setattr__": set_attribute} if source.reads else {}),
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,

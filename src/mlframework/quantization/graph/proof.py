@@ -13,7 +13,16 @@ from torch import Tensor, fx, nn
 
 from .containers import ends
 from .decisions import is_guard
-from .example_run import Recorder, agree, copies, modules_kept, plain, random_state_kept, state_kept, values_agree
+from .example_run import (
+    Recorder,
+    agree,
+    modules_kept,
+    plain,
+    random_state_kept,
+    requiring_grad,
+    state_kept,
+    values_agree,
+)
 from .nodes import owner_of
 from .padded_positions import without_fused_encoders
 from .values import tensors_of, with_tensors
@@ -72,9 +81,9 @@ def _compare_values(
 ) -> dict[str, str]:
     """In evaluation, with what the model's own code was seen to return."""
     recorder = Recorder(model, graph, measures=True)
-    with state_kept(model):
+    with state_kept(model), torch.enable_grad():  # as it was seen: products round by what requires gradients
         try:
-            actual = recorder.run(*_placeholder_values(graph, copies(dict(arguments))))
+            actual = recorder.run(*_placeholder_values(graph, requiring_grad(dict(arguments))))
         except Exception as error:
             return _failure(recorder, error)
     for node, value in recorder.tensors.items():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from .attributes_read import noting_reads
 from .clone import scratch_of
 from .containers import MarkingTracer, bound_to, readers
 from .decisions import AnsweringProxy, ExampleAnswers, drop_unread_answers
@@ -32,11 +33,13 @@ class Trace(NamedTuple):
         graph: its nodes have :class:`.TensorInfo`.
         own_code: why the code of a module has to run, by name; the empty name is the model itself.
         given: what the graph is called with.
+        reads: plain attributes that the code of each container has read, by the container's name.
     """
 
     graph: fx.Graph | None
     own_code: dict[str, str]
     given: tuple[Given, ...] = ()
+    reads: Mapping[str, set[str]] = MappingProxyType({})
 
 
 def observed(
@@ -119,7 +122,7 @@ def trace(
                 return Trace(None, {"": own_code[""]})
             if attempt is not None and len(own_code) == known:
                 break
-    graph, added = attempt
+    graph, added, reads = attempt
     for name, value in added.items():
         owner, _, last = name.rpartition(".")
         container = model.get_submodule(owner)
@@ -130,7 +133,7 @@ def trace(
     drop_unread_answers(graph)
     route_through_in_place_operations(model, graph)
     _reshapes_for_views(graph)
-    return Trace(graph, own_code, given)
+    return Trace(graph, own_code, given, reads)
 
 
 _CHANGES = "it changes a list or dictionary that it is given"
@@ -168,10 +171,12 @@ def _attempt(
     is_leaf: Callable[[nn.Module], bool],
     own_code: dict[str, str],
     observations: Mapping[bool, Observation],
-) -> tuple[fx.Graph, dict[str, nn.Module | Tensor]] | None:
-    """A graph, and modules and constants that it takes; None where ``own_code`` has grown, and all is to do again."""
+) -> tuple[fx.Graph, dict[str, nn.Module | Tensor], dict[str, set[str]]] | None:
+    """A graph, modules and constants that it takes, and attributes that it has read; None where ``own_code`` has grown,
+    and all is to do again."""
     known = len(own_code)
     graphs = {}
+    reads: dict[str, set[str]] = {}
     for mode in (True, False):
         model.train(mode)
         tracer = _ModelTracer(arguments, given, own_code, is_leaf, observations[mode].calls)
@@ -183,6 +188,8 @@ def _attempt(
             own_code[""] = reason
             return None
         graphs[mode] = tracer.graph
+        for name, attributes in tracer.reads.items():
+            reads.setdefault(name, set()).update(attributes)
     graph = graphs[False]
     if len(own_code) > known:
         return None
@@ -199,7 +206,7 @@ def _attempt(
     names += modules_for_dropouts(model, graph, graphs[True])
     constants = _buffers_for_constants(model, graph)
     own_code.update(prove(model, graph, args, kwargs, arguments, observations))
-    return graph, {**{name: model.get_submodule(name) for name in names}, **constants}
+    return graph, {**{name: model.get_submodule(name) for name in names}, **constants}, reads
 
 
 HAS_HOOKS = "it has hooks of its own"
@@ -236,14 +243,22 @@ class _ModelTracer(MarkingTracer):
         self.is_leaf = is_leaf
         self.calls = calls
         self.called: dict[str, int] = {}
+        self.reads: dict[str, set[str]] = {}
 
     def try_to_trace(self, model: nn.Module) -> str | None:
         """Traces; returns why the model's own code does not trace, or None."""
         try:
-            self.trace(model)
+            with noting_reads(self._note_read):
+                self.trace(model)
         except Exception as error:  # a model's own code may raise anything at a value that is not there
             return _does_not_trace(error)
         return None
+
+    def _note_read(self, module: nn.Module, name: str) -> None:
+        """Of the module whose code is being traced, that is."""
+        running = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+        if self.paths.get(module) == running:
+            self.reads.setdefault(running, set()).add(name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return AnsweringProxy(node, self)

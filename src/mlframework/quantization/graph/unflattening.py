@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
@@ -27,7 +27,13 @@ class Edges(Protocol):
 
 
 def set_forwards(
-    root: nn.Module, graph: fx.Graph, given: Sequence[Given], *, edges: Edges | None = None, runs_own_code: bool = True
+    root: nn.Module,
+    graph: fx.Graph,
+    given: Sequence[Given],
+    *,
+    edges: Edges | None = None,
+    runs_own_code: bool = True,
+    reads: Mapping[str, Collection[str]] | None = None,
 ) -> None:
     """Gives ``root`` and the containers called in its graph the forwards that the graph describes.
 
@@ -41,14 +47,22 @@ def set_forwards(
         edges: where the graph passes codes: a container takes and returns floats when it is called by anyone else, or
             has hooks.
         runs_own_code: see :func:`.generated_forward.set_forward`.
+        reads: the plain attributes that the code of each container has read, by the container's name.
     """
     tree = calls_in(graph)
     while _dissolve(root, tree):
         pass
     emitter = _Emitter(root, edges)
     emitter.emit(tree, given)
+    read_of = {root.get_submodule(name): names for name, names in (reads or {}).items()}
     for module, variants in emitter.variants.items():
-        set_forward(module, variants, runs_own_code=runs_own_code, is_part=module is root)
+        set_forward(
+            module,
+            variants,
+            runs_own_code=runs_own_code,
+            is_part=module is root,
+            reads=read_of.get(module, ()),
+        )
 
 
 def _dissolve(root: nn.Module, call: Call) -> bool:

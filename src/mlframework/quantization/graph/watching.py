@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
+from .example_run import requiring_grad
 from .padded_positions import without_fused_encoders
 from .random_draws import RANDOM_FUNCTIONS, draws_outside_torch
 from .values import tensors_of, with_tensors
@@ -109,7 +110,7 @@ def observe(
         warnings.simplefilter("ignore")  # what it has to say, it says when it is called in earnest
         try:
             # Without the hooks of the model itself, which are no part of what it computes.
-            result = watch._run_code("", model, _requiring_grad(args), _requiring_grad(dict(kwargs)))
+            result = watch._run_code("", model, requiring_grad(args), requiring_grad(dict(kwargs)))
             watch.observation.result = _detached(result)
         except Exception as error:  # a model's own code may raise anything in a mode that the example is not for
             watch.observation.error = error
@@ -348,16 +349,6 @@ def _modes() -> tuple[Any, ...]:
         (autocast, torch.is_autocast_cache_enabled()),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
-
-
-def _requiring_grad(values: Any) -> Any:
-    """Copies that autograd follows, and that in-place operations may change."""
-
-    def follow(tensor: Tensor) -> Tensor:
-        copied = tensor.detach().clone()
-        return copied.requires_grad_().clone() if copied.is_floating_point() else copied
-
-    return with_tensors(values, follow)
 
 
 def _detached(values: Any) -> Any:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from ..graph.decisions import drop_unread_answers
 from ..graph.fixed_values import put_shapes_in
 from ..graph.nodes import replace_module
-from ..graph.signatures import Given
-from ..graph.tracing import HAS_HOOKS, leaf_names, trace
+from ..graph.tracing import HAS_HOOKS, Trace, leaf_names, trace
 from ..graph.unflattening import set_forwards
 from ..graph.watching import Observation, is_inside
 from ..int8.folding import BATCH_NORMS
@@ -93,7 +92,7 @@ class PartPreparation:
             reasons: Mapping[str, str] = own_code
         else:
             called = dict.fromkeys(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
-            entries = self._rewrite(name, part, traced.graph, traced.given)
+            entries = self._rewrite(name, part, traced)
             reasons = traced.own_code
         for callee in called:
             path = _joined(name, callee)
@@ -112,8 +111,10 @@ class PartPreparation:
             entries += self._prepare(path, calls[0].args, calls[0].kwargs, known)
         return entries
 
-    def _rewrite(self, prefix: str, part: nn.Module, graph: fx.Graph, given: tuple[Given, ...]) -> list[ReportEntry]:
+    def _rewrite(self, prefix: str, part: nn.Module, traced: Trace) -> list[ReportEntry]:
         """Puts the nodes where :func:`place` says and makes the graph the part's forward."""
+        graph = traced.graph
+        assert graph is not None
         take_batch_norms_apart(part, graph)
         modules = operations.recognizable(part)
         put_shapes_in(graph, modules)
@@ -121,7 +122,7 @@ class PartPreparation:
         drop_unread_answers(graph)
         placement = place(graph, modules, self.config, prefix)
         entries = GraphRewriter(part, graph, modules, self.config).rewrite(placement)
-        set_forwards(part, graph, given)
+        set_forwards(part, graph, traced.given, reads=traced.reads)
         self.read |= {_joined(prefix, name) for name in placement.read}
         self.skipped |= {_joined(prefix, name) for name in placement.skipped}
         reported = {entry.name for entry in entries}
