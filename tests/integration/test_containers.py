@@ -439,13 +439,6 @@ def test_sequences_refuse_to_change_their_length() -> None:
         del result.stem[-1]
 
 
-def test_hooks_of_a_layer_fire_for_every_call() -> None:
-    result, calls = prepared(), []
-    result.twice.body[0].register_forward_hook(lambda module, args, output: calls.append(module))
-    result(IMAGES)
-    assert len(calls) == len(set(calls)) == 2
-
-
 # --- copies ---
 
 

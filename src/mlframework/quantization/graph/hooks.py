@@ -33,10 +33,3 @@ def is_watched(*modules: nn.Module | None) -> bool:
         if "forward" in own:
             return True
     return False
-
-
-def share_hooks(module: nn.Module, other: nn.Module) -> None:
-    """Has the hooks of one module, those put on it later too, fire for another that stands for it."""
-    for name in vars(module):
-        if "_hooks" in name and not name.startswith(("_state_dict", "_load_state_dict")):
-            vars(other)[name] = vars(module)[name]

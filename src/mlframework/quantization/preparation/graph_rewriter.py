@@ -8,7 +8,6 @@ from dataclasses import replace
 from torch import fx, nn
 
 from ..graph.containers import Calls, is_mark
-from ..graph.hooks import share_hooks
 from ..graph.nodes import add_module, label_of, owner_of, replace_module
 from ..int8.lookup import Lookup
 from ..qat.batch_norms import Normalization, plain_batch_norm
@@ -83,8 +82,7 @@ class GraphRewriter:
                 activation=activation,
                 shares_weight_of=self.first_wrapper.get(chain.layer),
             )
-            first = self.first_wrapper.setdefault(chain.layer, wrapper)
-            share_hooks(first, wrapper)
+            self.first_wrapper.setdefault(chain.layer, wrapper)
         else:
             wrapper = self._given_weight_wrapper(chain, chain.function, batch_norm, activation)
         wrapper.input_fake_quantize = None
