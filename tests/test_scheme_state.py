@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mlframework.quantization import QATConfig, calibrate, convert, prepare
 
+pytestmark = pytest.mark.slow
+
 INPUTS = torch.randn(16, 6)
 State = dict[str, Tensor]
 

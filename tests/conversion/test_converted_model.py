@@ -23,7 +23,7 @@ from mlframework.quantization.int8.layers import Int8Embedding, Int8Layer
 from mlframework.quantization.int8.operations import Dequantize, Int8Operation
 
 # One of the examples has a layer that its forward never reaches, of which convert() warns.
-pytestmark = pytest.mark.filterwarnings("ignore:no data reached spare")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:no data reached spare")]
 
 # Attention, norms that do not fold, and layers that stay float keep parameters.
 WITH_FLOATS = {"attention", "transformer", "unet", "unused", "preactivation", "branches at root"}

@@ -22,6 +22,8 @@ from example_models import train_briefly
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, calibrate, convert, prepare
 from zoo import NETWORKS
 
+pytestmark = pytest.mark.slow
+
 IMAGES = torch.randn(4, 3, 8, 8)
 
 

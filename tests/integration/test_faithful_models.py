@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from example_effects import EFFECTS, PATCHES, WIDTH, Block, Model
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, calibrate, convert, preparation_report, prepare
 
+pytestmark = pytest.mark.slow
+
 SIZES = (6, 3)
 
 

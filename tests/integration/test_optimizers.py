@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from mlframework.quantization import QATConfig, QATSchedule, parameter_groups, prepare, quantization_parameters
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[[Iterable[Any], float], Optimizer]
 
 OPTIMIZERS: dict[str, tuple[Make, float]] = {

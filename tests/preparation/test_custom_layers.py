@@ -33,6 +33,8 @@ from mlframework.quantization.qat.given_weight import GivenWeightWrapper
 from mlframework.quantization.qat.qat_module_wrapper import QATModuleWrapper
 from placement_probes import Runs
 
+pytestmark = pytest.mark.slow
+
 
 def images() -> Tensor:
     return torch.randn(4, 3, 8, 8)

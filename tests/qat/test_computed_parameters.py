@@ -16,7 +16,7 @@ from mlframework.quantization import QATConfig, QATModuleWrapper, convert, prepa
 from mlframework.quantization.parameters import QuantizationParameters
 from mlframework.quantization.qat.fake_quantize_layer import FakeQuantizeLayer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")]
 
 
 class LowRank(nn.Module):

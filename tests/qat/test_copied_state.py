@@ -17,6 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mlframework.quantization import HistogramObserver, QATConfig, convert, prepare
 
+pytestmark = pytest.mark.slow
+
 INPUTS = torch.randn(16, 6)
 CONFIGS = pytest.mark.parametrize(
     "config", [QATConfig(), QATConfig(learnable=True), QATConfig(activation_observer=HistogramObserver)]

@@ -27,7 +27,7 @@ from mlframework.quantization import (
 )
 from mlframework.quantization.kernels import native
 
-pytestmark = needs_integer_layers
+pytestmark = [pytest.mark.slow, needs_integer_layers]
 
 CONFIG = QATConfig(quantize_last_linear=True)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

@@ -16,7 +16,7 @@ from mlframework.quantization.kernels import reference_kernels
 from mlframework.quantization.qat.recomputation import FORWARDS_KEPT, is_recomputing
 
 # Of the example, which has no gradients, when prepare() runs a model that has reentrant checkpoints inside.
-pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")]
 
 SHAPE = (4, 3, 6, 6)
 CONFIGS = {

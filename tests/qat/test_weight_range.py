@@ -23,6 +23,8 @@ from mlframework.quantization import (
     verify,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["native", "reference"], autouse=True)
 def _path(request: pytest.FixtureRequest) -> Iterator[None]:

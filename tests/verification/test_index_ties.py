@@ -14,6 +14,8 @@ from mlframework.quantization import QATConfig, calibrate, export_onnx, prepare,
 from mlframework.quantization.verification.compare import VerificationError
 from mlframework.quantization.verification.index_ties import IndexTies
 
+pytestmark = pytest.mark.slow
+
 VALUES = torch.tensor([[3.0, 5.0, 5.0, 1.0], [2.0, 2.0, 2.0, 7.0]])
 
 
