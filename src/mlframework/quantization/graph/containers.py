@@ -194,13 +194,9 @@ class MarkingTracer(fx.Tracer):
         """Every reader reads for itself, where its code is."""
         return super().getattr(attr, attr_val, {})
 
-    def arguments_for(self, given: Sequence[Given], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    def arguments_for(self, given: Sequence[Given]) -> dict[str, Any]:
         """Proxies where a graph reads values, and constants, by the names of the arguments."""
-
-        values = {}
-        for name, like in given:
-            values[name] = self.structure_of(self.create_proxy("placeholder", name, (), {}), like)
-        return values
+        return {name: self.structure_of(self.create_proxy("placeholder", name, (), {}), like) for name, like in given}
 
     def structure_of(self, whole: fx.Proxy, like: Any) -> Any:
         """A structure like a value that stands for a node: of constants, and of proxies of its parts."""
@@ -227,14 +223,13 @@ class _CallTracer(MarkingTracer):
         return not has_generated_forward(m) or is_part(m)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        kind = base_of_generated(type(self.root))
-        parameters = {parameter.name: parameter for parameter in parameters_of(kind)}
-        return bound_to(root_fn, parameters, self.arguments_for(self.given, parameters)), [self.root]
+        parameters = parameters_of(base_of_generated(type(self.root)))
+        return bound_to(root_fn, parameters, self.arguments_for(self.given)), [self.root]
 
 
-def bound_to(function: Any, parameters: Mapping[str, inspect.Parameter], values: Mapping[str, Any]) -> Any:
+def bound_to(function: Any, parameters: Sequence[inspect.Parameter], values: Mapping[str, Any]) -> Any:
     """A function of a module alone, which calls ``function`` with these values for its parameters."""
-    bound = inspect.BoundArguments(inspect.Signature(list(parameters.values())), OrderedDict(values))
+    bound = inspect.BoundArguments(inspect.Signature(parameters), OrderedDict(values))
 
     def call(root: nn.Module) -> Any:
         return function(root, *bound.args, **bound.kwargs)

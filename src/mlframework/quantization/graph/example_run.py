@@ -7,7 +7,7 @@ import operator
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .containers import ends, is_mark
+from .nodes import owner_of
 from .values import parts_of, tensors_of, with_tensors
 
 
@@ -31,8 +32,7 @@ class TensorInfo(NamedTuple):
 
 
 class Recorder(fx.Interpreter):
-    """Notes what every value is (where it ``measures``), which storages it lies in (references that are unique and keep
-    no memory), and what containers return.
+    """Notes what every value is (where it ``measures``), and what containers return.
 
     Attributes:
         running: the node that runs, or was running when an error ended the run.
@@ -43,7 +43,6 @@ class Recorder(fx.Interpreter):
         super().__init__(model, graph=graph)
         self.measures = measures
         self.tensors: dict[fx.Node, TensorInfo] = {}
-        self.storages: dict[fx.Node, set[StorageWeakRef]] = {}
         self.running: fx.Node | None = None
         self.ended: list[tuple[fx.Node, Any]] = []
 
@@ -57,16 +56,32 @@ class Recorder(fx.Interpreter):
             measurable = result.is_floating_point() and result.numel() > 0
             extent = float(result.detach().abs().max()) if measurable else 0.0
             self.tensors[n] = TensorInfo(result.dtype, result.shape, extent)
+        return result
+
+
+class StorageRecorder(Recorder):
+    """Notes, too, which storages every value lies in: references that are unique and keep no memory."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph)
+        self.storages: dict[fx.Node, set[StorageWeakRef]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
         tensors = [tensor for tensor in tensors_of(result) if tensor.layout is torch.strided]
         self.storages[n] = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}  # type: ignore[no-untyped-call]
         return result
 
 
-def recorded(model: nn.Module, graph: fx.Graph, arguments: dict[str, Any]) -> tuple[Recorder, Any]:
-    """Runs the graph on the example; returns what was noted, and the result."""
-    recorder = Recorder(model, graph)
-    placeholders = [arguments[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
-    return recorder, recorder.run(*copies(placeholders))
+def placeholder_values(graph: fx.Graph, arguments: Mapping[str, Any]) -> list[Any]:
+    """What a run of the graph takes, of arguments by name."""
+    return [arguments[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
+
+
+def failure(recorder: Recorder, error: Exception) -> tuple[str, str]:
+    """The module whose code was taken down for something else than what runs, where the graph fails; and the reason."""
+    owner = "" if recorder.running is None else owner_of(recorder.running)
+    return owner, f"its trace fails ({(str(error).splitlines() or [''])[0]})"
 
 
 def agree(expected: Any, actual: Any) -> bool:
@@ -109,10 +124,10 @@ def modules_kept(model: nn.Module) -> Iterator[None]:
             value.extend(before) if isinstance(value, list) else value.update(before)
         with torch.no_grad():
             for buffer, tensor in buffers:
-                if buffer.shape == tensor.shape:
-                    buffer.copy_(tensor)
-                else:
+                if buffer.shape != tensor.shape:
                     buffer.data = tensor
+                elif not torch.equal(buffer, tensor):  # else autograd need not hear of it
+                    buffer.copy_(tensor)
 
 
 @contextmanager

@@ -164,7 +164,8 @@ def _with_direct_access(source: str, graph: fx.Graph) -> str:
 
 def _generated_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
     names = ((name, _identity(value)) for name, value in source.names.items())
-    key = (base, source.text, tuple(source.on_codes.items()), *source[4:], tuple(names))
+    flags = source.runs_own_code, source.is_part, source.reads
+    key = (base, source.text, tuple(names), tuple(source.on_codes.items()), source.calls, flags)
     made = _classes.get(key)
     if made is None:
         _classes[key] = made = _make_class(base, source)

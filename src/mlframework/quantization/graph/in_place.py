@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from .containers import readers
-from .example_run import recorded, state_kept
+from .example_run import StorageRecorder, copies, failure, placeholder_values, state_kept
 from .nodes import owners_of
 
 _IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -19,8 +19,13 @@ def change_through_view(model: nn.Module, graph: fx.Graph, arguments: dict[str, 
     it cannot be traced: in a graph, values pass from node to node only."""
     if not any(_is_in_place(model, node) for node in graph.nodes):
         return None
-    with state_kept(model):
-        storages = recorded(model, graph, arguments)[0].storages
+    recorder = StorageRecorder(model, graph)
+    try:
+        with state_kept(model):
+            recorder.run(*copies(placeholder_values(graph, arguments)))
+    except Exception as error:
+        return failure(recorder, error)
+    storages = recorder.storages
     order = {node: index for index, node in enumerate(graph.nodes)}
     # A change's result stands for the node it changes, and is what later readers of either will read.
     stands_for: dict[fx.Node, fx.Node] = {}

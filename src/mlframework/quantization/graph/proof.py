@@ -16,7 +16,9 @@ from .decisions import is_guard
 from .example_run import (
     Recorder,
     agree,
+    failure,
     modules_kept,
+    placeholder_values,
     plain,
     random_state_kept,
     requiring_grad,
@@ -53,27 +55,16 @@ def prove(
         observations: what the model's own code did, in training and in evaluation.
     """
     with warnings.catch_warnings(), without_fused_encoders():
-        warnings.simplefilter("ignore")
-        return _prove(model, graph, args, kwargs, arguments, observations)
-
-
-def _prove(
-    model: nn.Module,
-    graph: fx.Graph,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    observations: Mapping[bool, Observation],
-) -> dict[str, str]:
-    found: dict[str, str] = {}
-    if "" not in observations[False].failed:
+        warnings.simplefilter("ignore")  # what the model has to say, it says when it is called in earnest
+        found: dict[str, str] = {}
+        if "" not in observations[False].failed:
+            model.train(False)
+            found = _compare_values(model, graph, arguments, observations[False])
+        if not found and "" not in observations[True].failed:
+            model.train(True)
+            found = _compare_gradients(model, graph, args, kwargs, arguments, observations[True])
         model.train(False)
-        found = _compare_values(model, graph, arguments, observations[False])
-    if not found and "" not in observations[True].failed:
-        model.train(True)
-        found = _compare_gradients(model, graph, args, kwargs, arguments, observations[True])
-    model.train(False)
-    return found or _prove_other_batches(model, graph, args, kwargs, arguments)
+        return found or _prove_other_batches(model, graph, args, kwargs, arguments)
 
 
 def _compare_values(
@@ -83,9 +74,9 @@ def _compare_values(
     recorder = Recorder(model, graph, measures=True)
     with state_kept(model), torch.enable_grad():  # as it was seen: products round by what requires gradients
         try:
-            actual = recorder.run(*_placeholder_values(graph, requiring_grad(dict(arguments))))
+            actual = recorder.run(*placeholder_values(graph, requiring_grad(dict(arguments))))
         except Exception as error:
-            return _failure(recorder, error)
+            return dict([failure(recorder, error)])
     for node, value in recorder.tensors.items():
         node.meta["tensor"] = value
     return {} if agree(seen.result, actual) else {_first_difference(recorder, seen): _DIFFERS.format("output")}
@@ -113,7 +104,7 @@ def _compare_gradients(
         return type(model).forward(model, *own_args, **own_kwargs)
 
     def run_graph(inputs: list[Tensor]) -> Any:
-        return plain(recorder.run(*_placeholder_values(graph, _with_tensors(dict(arguments), inputs))))
+        return plain(recorder.run(*placeholder_values(graph, _with_tensors(dict(arguments), inputs))))
 
     tensors = tensors_of((args, dict(kwargs)))
     try:
@@ -123,7 +114,7 @@ def _compare_gradients(
     try:
         actual = _run(model, tensors, run_graph)
     except Exception as error:
-        return _failure(recorder, error)
+        return dict([failure(recorder, error)])
     if not agree(expected.result, actual.result):
         return {_first_difference(recorder, seen): _DIFFERS.format("output")}
     if not all(map(values_agree, expected.buffers, actual.buffers)):
@@ -133,16 +124,6 @@ def _compare_gradients(
     ):
         return {"": _DIFFERS.format("gradients")}
     return {}
-
-
-def _failure(recorder: Recorder, error: Exception) -> dict[str, str]:
-    """Where the graph fails, code was taken down that is not what runs."""
-    owner = "" if recorder.running is None else owner_of(recorder.running)
-    return {owner: f"its trace fails ({(str(error).splitlines() or [''])[0]})"}
-
-
-def _placeholder_values(graph: fx.Graph, values: Mapping[str, Any]) -> list[Any]:
-    return [values[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
 
 
 def _run(model: nn.Module, tensors: list[Tensor], function: Any) -> _Run:
@@ -178,8 +159,7 @@ def _first_difference(recorder: Recorder, seen: Observation) -> str:
         calls = seen.calls.get(name, [])
         if index < len(calls):
             expected = tensors_of(calls[index].result)
-            actual = parts
-            if len(expected) != len(actual) or not all(map(values_agree, expected, actual)):
+            if len(expected) != len(parts) or not all(map(values_agree, expected, parts)):
                 return name
     return ""
 
@@ -219,7 +199,7 @@ def _prove_other_batches(
             values = with_tensors(dict(arguments), resize)
             try:
                 # Container by container: what differs inside may vanish on the way out.
-                same = agree(expected, runner.run(*_placeholder_values(graph, values))) and agree(
+                same = agree(expected, runner.run(*placeholder_values(graph, values))) and agree(
                     results, [tensors for _, tensors in runner.ended]
                 )
             except Exception:  # what was decided for one size does not run on the other

@@ -336,8 +336,7 @@ class _ModelTracer(MarkingTracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         self.answers = ExampleAnswers(self.root, self.graph, self.arguments, lambda: self.module_stack.copy())
-        parameters = {each.name: each for each in parameters_of(type(self.root))}
-        return bound_to(root_fn, parameters, self.arguments_for(self.given, parameters)), [self.root]
+        return bound_to(root_fn, parameters_of(type(self.root)), self.arguments_for(self.given)), [self.root]
 
 
 def _is_wrapped(target: Any) -> bool:

@@ -114,10 +114,10 @@ def observe(
             watch.observation.result = _detached(result)
         except Exception as error:  # a model's own code may raise anything in a mode that the example is not for
             watch.observation.error = error
-            watch.observation.failed = tuple(frame.name for frame in watch.frames)
+            watch.observation.failed = watch.failed
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            watch.notice(f"it raises an error {watch.mode} with the example inputs ({reason})")
-            watch.frames.clear()
+            effect = f"it raises an error {watch.mode} with the example inputs ({reason})"
+            watch.observation.effects.setdefault(watch.failed[-1], effect)
     watch.notice_hidden_changes()
     return watch.observation
 
@@ -131,6 +131,8 @@ class _Watch(TorchFunctionMode):
         self.names = {module: name for name, module in model.named_modules()}
         self.frames: list[_Frame] = []
         self.leaves = 0  # that are running
+        self.raised: BaseException | None = None  # last, and the containers that were running
+        self.failed: tuple[str, ...] = ()
         self.observation = Observation()
         self.draws = draws_outside_torch()
         self.recorded: set[Any] = set()  # by autograd
@@ -221,35 +223,47 @@ class _Watch(TorchFunctionMode):
             else:
                 module.__dict__["forward"] = own
             paused, self.leaves = self.leaves, 0
-            result = self._run_code(name, module, args, kwargs)
-            self.leaves = paused
-            return result
+            try:
+                return self._run_code(name, module, args, kwargs)
+            finally:
+                self.leaves = paused
 
         module.__dict__["forward"] = forward
         self.leaves += 1
-        result = _MODULE_CALL(module, *args, **kwargs)
-        self.leaves -= 1
+        try:
+            result = _MODULE_CALL(module, *args, **kwargs)
+        finally:
+            self.leaves -= 1
         self.draws = draws_outside_torch()
         return result
 
     def _run_code(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         lists = [(each, _contents(each)) for each in _lists(args, kwargs)]
-        versions = [(tensor, tensor._version) for tensor in tensors_of((args, kwargs))]
         frame = _Frame(name, module, _modes(), _state_of(module), lists)
         self.frames.append(frame)
+        try:
+            return self._run_in(frame, module, args, kwargs)
+        except BaseException as error:  # which code around may catch
+            if error is not self.raised:
+                self.raised, self.failed = error, tuple(each.name for each in self.frames)
+            raise
+        finally:
+            self.frames.pop()
+
+    def _run_in(self, frame: _Frame, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        versions = [(tensor, tensor._version) for tensor in tensors_of((args, kwargs))]
         if "forward" in vars(module):
             self.notice("its forward was replaced on the instance")
-        result = module.forward(*args, **kwargs)  # if it raises, the frames say where
+        result = module.forward(*args, **kwargs)
         self._check_draws()
         self._check_functions(result, are_own=True)
         changed = _first_change(frame.state, _state_of(module))
         if changed is not None:
             self.notice(f"it changes {changed}")
         if any(_differs(_contents(each), before) for each, before in frame.lists):
-            self.observation.changing.add(name)
+            self.observation.changing.add(frame.name)
         if any(tensor._version != version for tensor, version in versions):
-            self.observation.writing.add(name)
-        self.frames.pop()
+            self.observation.writing.add(frame.name)
         self.states[module] = _state_of(module)
         return result
 
