@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import linecache
 import pickle
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,61 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
-from torch.utils._pytree import tree_leaves
 
+from example_containers import IMAGES, Network, calibrated, disabled, prepared
 from example_models import train_briefly
-from mlframework.quantization import FakeQuantizeLayer, QATConfig, calibrate, convert, prepare
+from mlframework.quantization import FakeQuantizeLayer, QATConfig, convert, prepare
 from zoo import NETWORKS
 
 pytestmark = pytest.mark.slow
-
-IMAGES = torch.randn(4, 3, 8, 8)
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.body(x))
-
-
-class Network(nn.Module):
-    """A block called once, one called twice, and another method that calls a container."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.blocks = nn.Sequential(Residual(8), Residual(8))
-        self.twice = Residual(8)
-        self.head = nn.Linear(8, 5)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.twice(self.twice(self.blocks(self.stem(x))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).mean((2, 3)))
-
-
-def disabled(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, FakeQuantizeLayer):
-            module.fake_quantize_enabled = module.observer.enabled = False
-    return model
-
-
-def prepared(model: nn.Module | None = None) -> nn.Module:
-    return prepare(Network() if model is None else model, QATConfig(), (IMAGES,))
-
-
-def calibrated(model: nn.Module | None = None) -> nn.Module:
-    result = prepared(model)
-    calibrate(result, [torch.randn_like(IMAGES) for _ in range(3)])
-    return result.eval()
-
 
 CONTAINERS = ("stem", "blocks", "blocks.0", "blocks.0.body", "blocks.1", "blocks.1.body", "twice", "twice.body")
 
@@ -210,112 +159,6 @@ def test_blocks_may_be_sharded() -> None:
         train_briefly(model, (IMAGES,), steps=3)
     for (name, parameter), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
         assert torch.equal(parameter, other.full_tensor()), name
-
-
-# --- what containers return and are given ---
-
-
-class Pair(NamedTuple):
-    first: Tensor
-    second: Tensor
-
-
-@dataclass
-class Record:
-    first: Tensor
-    second: Tensor | None = None
-
-
-class Returns(nn.Module):
-    def __init__(self, make: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.a, self.b, self.make = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), make
-
-    def forward(self, x: Tensor) -> Any:
-        return self.make(self.a(x), self.b(x))
-
-
-class Reads(nn.Module):
-    def __init__(self, make: Callable[[Tensor, Tensor], Any], read: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.inner, self.outer, self.read = Returns(make), Takes(read), nn.Conv2d(4, 2, 1)
-
-    def forward(self, x: Tensor) -> Any:
-        values = self.inner(x)
-        return self.read(self.outer(values, scale=2.0)), values
-
-
-class Takes(nn.Module):
-    def __init__(self, read: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.conv, self.read = nn.Conv2d(4, 4, 1), read
-
-    def forward(self, values: Any, *, scale: float) -> Tensor:
-        first, second = self.read(values)
-        return self.conv(first) * scale + second
-
-
-STRUCTURES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "tuple": (lambda a, b: (a, b), tuple),
-    "list": (lambda a, b: [a, b], tuple),
-    "nested": (lambda a, b: {"a": [a, None], "b": (b, "text")}, lambda v: (v["a"][0], v["b"][0])),
-    "named tuple": (Pair, lambda v: (v.first, v.second)),
-    "dataclass": (Record, lambda v: (v.first, v.second)),
-    "ordered dictionary": (lambda a, b: OrderedDict(x=a, y=b), lambda v: (v["x"], v["y"])),
-    "the same twice": (lambda a, b: (a, a + b, a), lambda v: (v[0], v[1])),
-}
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_structures_pass_between_containers(structure: str) -> None:
-    model = Reads(*STRUCTURES[structure]).eval()
-    result = prepared(model)
-    calibrate(result, [IMAGES])
-    converted = convert(result)
-    with torch.no_grad():
-        expected, actual = result.eval()(IMAGES), converted(IMAGES)
-        assert type(actual[1]) is type(expected[1]) is type(model(IMAGES)[1])
-        assert torch.equal(actual[0], expected[0])
-        seen = seen_by_hooks_of_structures(converted), seen_by_hooks_of_structures(result)
-    assert all(map(torch.equal, *seen))
-    disabled(result)
-    assert torch.equal(result(IMAGES)[0], model(IMAGES)[0])
-
-
-def seen_by_hooks_of_structures(model: nn.Module) -> list[Tensor]:
-    seen: list[Any] = []
-    for module in (model.inner, model.outer):
-        module.register_forward_hook(lambda module, args, output: seen.extend((args, output)))
-    model(IMAGES)
-    return [
-        leaf
-        for leaf in tree_leaves([vars(v) if isinstance(v, Record) else v for v in seen])
-        if isinstance(leaf, Tensor)
-    ]
-
-
-def changes_in_place(self: Any, x: Tensor) -> Tensor:
-    return self.conv(x.relu_())
-
-
-class InPlace(nn.Module):
-    """Its block changes what it is given, which is read again afterwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.block = nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        return self.block(y) + y
-
-
-def test_a_block_that_changes_its_argument() -> None:
-    model = InPlace().eval()
-    result = calibrated(model)
-    with torch.no_grad():
-        assert torch.equal(convert(result)(IMAGES), result(IMAGES))
-    assert torch.equal(disabled(result)(IMAGES), model(IMAGES))
 
 
 # --- calls with other arguments ---

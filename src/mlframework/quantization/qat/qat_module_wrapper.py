@@ -12,24 +12,23 @@ from torch import Tensor, nn
 
 from .. import arithmetic, kernels
 from ..graph.hooks import has_user_hooks, is_watched
-from ..int8.folding import IntegerWeights, fold
-from ..int8.layers import Int8Embedding, Int8Layer
+from ..int8.layers import Int8Layer
 from ..int8.operations import in_format_of
-from ..scheme import QuantizationScheme
 from ..scheme_state import hint_at_reason
 from .batch_norms import evaluation_form
 from .computed_parameters import computed, evaluated, move_computation
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .integer_product import IntegerProduct, integer_product
+from .integer_side import IntegerSide
 from .layer_types import LAYER_TYPES, Clip, clip_of, layer_type_of, obstacle_of, takes_batch_norm
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, normalized_and_quantized
 from .recomputation import as_in_forward, is_recomputing
 from .traced_evaluation import traced_evaluation
-from .weight_range import is_up_to_date, keep_loaded_scale, require_finite, update_range, weight_node
+from .weight_range import keep_loaded_scale, require_finite, update_range, weight_node
 
 
-class QATModuleWrapper(nn.Module):
+class QATModuleWrapper(IntegerSide):
     """Stands in a layer's place: the layer itself, with quantization noise on its input, its weight and its output.
 
     The wrapper holds the user's own module as ``layer`` and has its parameters and buffers for its own: the same
@@ -323,93 +322,6 @@ class QATModuleWrapper(nn.Module):
             return bias
         rounded = arithmetic.bias_on_grid(bias.detach().float(), (source.scale * weight_node.scale).detach())
         return rounded.to(bias.dtype) + (bias - bias.detach())
-
-    # --- integers -------------------------------------------------------------------------------------------------
-
-    def to_integer(self) -> Int8Layer | Int8Embedding:
-        """The integer layer of the present weights, statistics and scales, batch normalization folded in.
-
-        Raises:
-            RuntimeError: a node has seen no data.
-            ValueError: a parameter holds NaN or infinite values.
-        """
-        return self._integer_form(self.evaluated_weight(), self._evaluated_bias())
-
-    def _integer_form(self, weight: Tensor, bias: Tensor | None) -> Int8Layer | Int8Embedding:
-        self._require_finite(weight, bias)
-        if isinstance(self.layer, nn.Embedding):
-            codes, scale, _ = self._weight_codes(weight)
-            return Int8Embedding(codes, scale.clone())
-        layer_type = layer_type_of(self.layer)
-        assert layer_type is not None and layer_type.to_integer is not None
-        source = self.input_source
-        if source is None:
-            raise RuntimeError(
-                "input_fake_quantize is None and take_input_from() named no node: the input's grid is unknown"
-            )
-        output = self.output_fake_quantize
-        return layer_type.to_integer(
-            self.layer,
-            self._folded(weight, bias),
-            source.parameters_on_grid,
-            None if output is None else output.parameters_on_grid,
-            self._clip,
-        )
-
-    def _require_finite(self, weight: Tensor, bias: Tensor | None) -> None:
-        node = self.weight_fake_quantize
-        name = "" if node is None else node.name.removesuffix("weight_fake_quantize")
-        require_finite(weight, f"{name}weight")
-        require_finite(bias, f"{name}bias")
-        for part, tensor in self._batch_norm_state().items():
-            require_finite(tensor, f"{part} of the batch normalization after {name.removesuffix('.') or self.layer}")
-
-    def _batch_norm_state(self) -> dict[str, Tensor]:
-        batch_norm: Any = self._batch_norm[0]
-        if batch_norm is None:
-            return {}
-        state = {name: getattr(batch_norm, name) for name in ("weight", "bias", "running_mean", "running_var")}
-        return {name: tensor for name, tensor in state.items() if tensor is not None}
-
-    def _weight_codes(self, weight: Tensor) -> tuple[Tensor, Tensor, QuantizationScheme]:
-        node = self.weight_fake_quantize
-        if node is None:
-            raise RuntimeError("weight_fake_quantize is None: the weight has no grid")
-        update_range(node, weight)
-        return node.to_codes(weight).detach(), node.scale.detach(), node.scheme
-
-    def _folded(self, weight: Tensor, bias: Tensor | None) -> IntegerWeights:
-        source, layer_type = self.input_source, layer_type_of(self.layer)
-        assert source is not None and layer_type is not None
-        return fold(
-            *self._weight_codes(weight),
-            bias,
-            source.scale.detach(),
-            self._batch_norm[0],  # type: ignore[arg-type]
-            layer_type.output_axis,
-        )
-
-    def _integer_layer(self) -> Int8Layer:
-        weight, bias = self._parameters_now()
-        node = self.weight_fake_quantize
-        assert node is not None
-        key = self._key(weight, bias)
-        if self._cached is None or self._cached[0] != key or not is_up_to_date(node, key[0][0]):
-            layer = self._integer_form(weight, bias)
-            assert isinstance(layer, Int8Layer)
-            self._cached = (self._key(weight, bias), layer)  # which may have changed the scale of the weight
-        return self._cached[1]
-
-    def _key(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[int, ...], float | None]:
-        """What the integer layer is made from, the weight first."""
-        tensors = [weight] if bias is None else [weight, bias]
-        for node in (self.input_source, self.weight_fake_quantize, self.output_fake_quantize):
-            if node is not None:  # in every call, where a module's own look-up is slow
-                state: dict[str, Any] = node._parameters if node.learnable else node._buffers
-                tensors += (state["scale"], state["zero_point"])
-        batch_norm: Any = self._batch_norm[0]
-        tensors += self._batch_norm_state().values()
-        return kernels.fingerprints(tensors), None if batch_norm is None else batch_norm.eps
 
     def _run_integers(self, input: Tensor) -> Tensor:
         source, output = self.input_source, self.output_fake_quantize
