@@ -275,6 +275,19 @@ def test_weights_that_follow_others_go_on_doing_so() -> None:
     assert all(map(torch.equal, result.parameters(), model.parameters()))
 
 
+class DropsOut(nn.Sequential):
+    """Calls a dropout that is no module of it, and becomes one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.2, self.training)
+
+
+def test_sequences_with_code_of_their_own_stay_as_long_too() -> None:
+    result = prepare(DropsOut(nn.Linear(4, 4), nn.ReLU()), QATConfig(), (torch.randn(2, 4),))
+    assert len(result) == 2
+    assert [type(module) for module in result][1] is nn.ReLU
+
+
 def test_sequences_refuse_to_change_their_length() -> None:
     result = prepared()
     for change in (lambda: result.stem.append(nn.ReLU()), lambda: result.stem.pop(-1)):

@@ -42,10 +42,9 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: the model is not prepared.
-        ValueError: nothing in the model was quantized, or it was cast to a dtype (bfloat16) with too few digits for
-            its codes, so that it could not compute the same.
+        ValueError: nothing in the model was quantized; a parameter of a quantized layer is not finite; or the model was
+            cast to a dtype (bfloat16) with too few digits for its codes, so that it could not compute the same.
         RuntimeError: no data was seen, or a node is switched off.
-        ValueError: a parameter of a quantized layer is not finite.
 
     Warns:
         UserWarning: a layer that no data reached; it stays float.

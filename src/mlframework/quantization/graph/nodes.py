@@ -49,9 +49,14 @@ def add_module(root: nn.Module, owner: str, wanted: str, module: nn.Module) -> s
     has in ``root``."""
     container = root.get_submodule(owner)
     name = unused_name(container, wanted)
+    put_module(container, name, module)
+    return f"{owner}.{name}" if owner else name
+
+
+def put_module(container: nn.Module, name: str, module: nn.Module) -> None:
+    """Adds a module to a container under that name, and notes that it is not the user's."""
     container.add_module(name, module)
     vars(container).setdefault(ADDED, []).append(name)
-    return f"{owner}.{name}" if owner else name
 
 
 def replace_module(root: nn.Module, module: nn.Module, replacement: nn.Module) -> None:

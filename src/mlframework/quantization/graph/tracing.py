@@ -20,7 +20,7 @@ from .example_run import modules_kept, random_state_kept
 from .generated_forward import base_of_generated
 from .in_place import change_through_view, route_through_in_place_operations
 from .mode_differences import differing_modules, modules_for_training_alone
-from .nodes import CONSTANT, is_constant, owner_of, unused_name
+from .nodes import CONSTANT, is_constant, owner_of, put_module, unused_name
 from .proof import prove
 from .signatures import Given, given_arguments, parameters_of
 from .watching import ModuleCall, Observation, observe
@@ -127,7 +127,7 @@ def trace(
         owner, _, last = name.rpartition(".")
         container = model.get_submodule(owner)
         if isinstance(value, nn.Module):
-            container.add_module(last, value.train(container.training))
+            put_module(container, last, value.train(container.training))
         else:
             container.register_buffer(last, value, persistent=False)
     drop_unread_answers(graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ..graph.hooks import is_watched
-from ..graph.nodes import unused_name
+from ..graph.nodes import add_module
 from ..qat.batch_norms import Normalization, evaluation_form, plain_batch_norm
 
 
@@ -37,6 +37,4 @@ def _part(module: nn.Module, wanted: str, part: nn.Module) -> str:
     for name, child in module.named_children():
         if type(child) is type(part) and name.startswith(wanted):
             return name
-    name = unused_name(module, wanted)
-    module.add_module(name, part.train(module.training))
-    return name
+    return add_module(module, "", wanted, part.train(module.training))
