@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from example_containers import IMAGES, Network, calibrated, disabled, prepared
 from example_models import train_briefly
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, convert, prepare
+from mlframework.quantization.graph.containers import begins, graph_of, is_mark
 from zoo import NETWORKS
 
 pytestmark = pytest.mark.slow
@@ -84,6 +85,13 @@ def test_every_container_of_a_network_is_called(name: str) -> None:
 
     containers = [name for name, module in model.named_modules() if name and any(True for _ in module.children())]
     assert called(result, containers) == called(model, containers)
+
+
+def test_a_trace_of_a_converted_model_knows_its_containers() -> None:
+    marks = [node for node in graph_of(convert(calibrated())).nodes if is_mark(node) and node.target is begins]
+    assert [node.args[0] for node in marks] == [
+        "stem", "blocks", "blocks.0", "blocks.0.body", "blocks.1", "blocks.1.body", *["twice", "twice.body"] * 2
+    ]  # fmt: skip
 
 
 def test_a_hook_changes_what_follows() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +105,17 @@ def test_it_prints_as_a_table() -> None:
 def test_only_a_prepared_model_has_one() -> None:
     with pytest.raises(TypeError, match="model must be a prepared model, got SmallResNet"):
         preparation_report(SmallResNet())
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the multiply-adds are quantized")
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_replaced_forward_is_named(branches: bool) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2))
+    own = model[0][0].forward
+    model[0][0].forward = lambda x: own(x) * 2  # type: ignore[method-assign]
+    if branches:
+        model[0].forward = MethodType(lambda self, x: self[0](x), model[0])  # type: ignore[method-assign]
+    report = preparation_report(prepare(model, None, (torch.randn(2, 4),)))
+    (entry,) = [entry for entry in report.entries if entry.name == "0.0"]
+    assert (entry.kind, entry.quantized) == ("Linear", False)
+    assert entry.detail.startswith("its forward was replaced on the instance")

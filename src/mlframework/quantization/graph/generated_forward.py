@@ -30,6 +30,9 @@ _numbers = itertools.count()
 _classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
 
 
+_MODULE_CALL = nn.Module.__call__
+
+
 class _ModuleName(str):
     """Stands for an imported module among the names that a generated forward uses."""
 
@@ -202,6 +205,8 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         variant = kwargs.get(VARIANT, 0)
         if variant not in source.on_codes:
+            return base.__call__(self, *args, **kwargs)
+        if nn.Module.__call__ is not _MODULE_CALL:  # a tracer's, which is to know of the call
             return base.__call__(self, *args, **kwargs)
         if is_watched(self):
             return _through_floats(self, source, args, kwargs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import fx, nn
 
@@ -57,6 +59,22 @@ def put_module(container: nn.Module, name: str, module: nn.Module) -> None:
     """Adds a module to a container under that name, and notes that it is not the user's."""
     container.add_module(name, module)
     vars(container).setdefault(ADDED, []).append(name)
+
+
+@contextmanager
+def without_added(root: nn.Module) -> Iterator[None]:
+    """The modules of a model as its own code knows them: without those that were added."""
+    removed = []
+    for module in list(root.modules()):
+        for name in vars(module).get(ADDED, ()):
+            removed.append((module, dict(module._modules)))
+            del module._modules[name]
+    try:
+        yield
+    finally:
+        for module, modules in reversed(removed):
+            module._modules.clear()
+            module._modules.update(modules)
 
 
 def replace_module(root: nn.Module, module: nn.Module, replacement: nn.Module) -> None:

@@ -25,7 +25,7 @@ from .example_run import (
     state_kept,
     values_agree,
 )
-from .nodes import owner_of
+from .nodes import owner_of, without_added
 from .padded_positions import without_fused_encoders
 from .values import tensors_of, with_tensors
 from .watching import Observation
@@ -101,7 +101,8 @@ def _compare_gradients(
 
     def run_code(inputs: list[Tensor]) -> Any:
         own_args, own_kwargs = _with_tensors((args, dict(kwargs)), inputs)
-        return type(model).forward(model, *own_args, **own_kwargs)
+        with without_added(model):
+            return type(model).forward(model, *own_args, **own_kwargs)
 
     def run_graph(inputs: list[Tensor]) -> Any:
         return plain(recorder.run(*placeholder_values(graph, _with_tensors(dict(arguments), inputs))))
@@ -190,7 +191,12 @@ def _prove_other_batches(
         runner = _PastGuards(model, graph)
         with state_kept(model):
             try:
-                with random_state_kept(), modules_kept(model), _results_of(model, graph) as results:
+                with (
+                    random_state_kept(),
+                    modules_kept(model),
+                    without_added(model),
+                    _results_of(model, graph) as results,
+                ):
                     expected = type(model).forward(
                         model, *with_tensors(args, resize), **with_tensors(dict(kwargs), resize)
                     )

@@ -25,6 +25,8 @@ from .padded_positions import without_fused_encoders
 from .random_draws import RANDOM_FUNCTIONS, draws_outside_torch
 from .values import tensors_of, with_tensors
 
+PATCHED = "its forward was replaced on the instance"
+
 _MODULE_CALL = nn.Module.__call__
 
 
@@ -253,7 +255,7 @@ class _Watch(TorchFunctionMode):
     def _run_in(self, frame: _Frame, module: nn.Module, args: Any, kwargs: Any) -> Any:
         versions = [(tensor, tensor._version) for tensor in tensors_of((args, kwargs))]
         if "forward" in vars(module):
-            self.notice("its forward was replaced on the instance")
+            self.notice(PATCHED)
         result = module.forward(*args, **kwargs)
         self._check_draws()
         self._check_functions(result, are_own=True)

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from ..graph.containers import Calls, is_mark
 from ..graph.nodes import add_module, label_of, owner_of, replace_module
+from ..graph.watching import PATCHED
 from ..int8.lookup import Lookup
 from ..qat.batch_norms import Normalization, plain_batch_norm
 from ..qat.config import QATConfig
@@ -240,6 +241,8 @@ class GraphRewriter:
 
     def _why_float(self, node: fx.Node, placement: Placement) -> str | None:
         """What is known of why a node computes in float."""
+        if operations.is_call_of(node, self.modules, (operations.Patched,), set()):
+            return PATCHED
         if operations.is_call_of(node, self.modules, operations.OPAQUE_MODULES, set()):
             return "it reads the weights of its layers without calling them"
         return placement.float_functions.get(node) or placement.float_layers.get(str(node.target))
@@ -278,6 +281,8 @@ def _multiply_adds(node: fx.Node) -> int:
 def _description(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     if node.op == "call_module":
         module = modules[str(node.target)]
+        if isinstance(module, operations.Patched):
+            module = module.patched
         return type(plain_batch_norm(module) or module).__name__
     if node.op in ("placeholder", "get_attr"):
         return "input" if node.op == "placeholder" else "parameter"

@@ -142,6 +142,11 @@ class Patched(nn.Module):
         super().__init__()
         self._module = (module,)
 
+    @property
+    def patched(self) -> nn.Module:
+        """The module itself."""
+        return self.__dict__["_module"][0]  # type: ignore[no-any-return]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"][0], name)
 

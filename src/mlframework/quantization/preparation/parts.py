@@ -13,7 +13,7 @@ from ..graph.fixed_values import put_shapes_in
 from ..graph.nodes import replace_module
 from ..graph.tracing import HAS_HOOKS, Trace, leaf_names, trace
 from ..graph.unflattening import set_forwards
-from ..graph.watching import Observation, is_inside
+from ..graph.watching import PATCHED, Observation, is_inside
 from ..int8.folding import BATCH_NORMS
 from ..qat.batch_norms import evaluation_form
 from ..qat.config import QATConfig
@@ -165,9 +165,6 @@ class PartPreparation:
 
 def _is_layer(module: nn.Module) -> bool:
     return layer_type_of(module) is not None
-
-
-PATCHED = "its forward was replaced on the instance"
 
 
 def _joined(prefix: str, name: str) -> str:
