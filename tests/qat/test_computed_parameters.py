@@ -186,15 +186,20 @@ def test_switched_off_it_is_the_network_bit_for_bit(way: Way, when: str) -> None
         assert torch.equal(prepared.train(training)(inputs), network.train(training)(inputs))
 
 
-@EVERY_WAY
-@WHEN
-def test_it_is_taken_off_again(way: Way, when: str) -> None:
+def evaluated_network(way: Way, when: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network in evaluation after one batch, with inputs and what it makes of them."""
     inputs = torch.randn(8, 3, 10, 10)
     prepared = computed_network(way, when, inputs)
     prepared(inputs)
     prepared.eval()
     with torch.no_grad():
-        expected = prepared(inputs)
+        return prepared, inputs, prepared(inputs)
+
+
+@EVERY_WAY
+@WHEN
+def test_it_is_taken_off_again(way: Way, when: str) -> None:
+    prepared, inputs, expected = evaluated_network(way, when)
     for name in LAYERS:
         way.remove(prepared.get_submodule(name))
         assert isinstance(dict(prepared.named_parameters())[f"{name}.weight"], nn.Parameter)
@@ -208,12 +213,8 @@ def test_it_is_taken_off_again(way: Way, when: str) -> None:
 @EVERY_WAY
 @WHEN
 def test_copies_compute_the_same(way: Way, when: str) -> None:
-    inputs = torch.randn(8, 3, 10, 10)
-    prepared = computed_network(way, when, inputs)
-    prepared(inputs)
-    prepared.eval()
+    prepared, inputs, expected = evaluated_network(way, when)
     with torch.no_grad():
-        expected = prepared(inputs)
         copied = copy.deepcopy(prepared)
         assert torch.equal(copied(inputs), expected)
         for parameter in copied.fc.parameters():
