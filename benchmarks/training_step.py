@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -172,11 +172,18 @@ def section(results: Results, networks: list[str], contenders: list[str], rounds
         "allocated and still holds when its forward ends, autograd's tensors and anything beside them; parameters,",
         "buffers, momentum and the batch lie there before and do not count. *Peak* is the most that is held at a time.",
         f"Under `torch.compile`: {compiled_networks} only.",
-        f"{environment()} {', '.join(f'{name} {version(name)}' for name in PEERS)}.",
+        f"{environment()} {', '.join(map(_with_version, PEERS))}.",
         "",
         "![Step time and bytes saved, relative to float32](../docs/training_step.png)",
     ]
     return "\n".join([*lines, *table(results, networks, contenders)])
+
+
+def _with_version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:  # a part can be measured without
+        return f"{package} not installed"
 
 
 def draw(results: Results, networks: list[str]) -> None:
