@@ -8,8 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 KERNELS := src/mlframework/quantization/kernels
 WITHOUT_AVX512 := $(VENV)/without_avx512.so
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: demo test test-fast test-long test-avx2 bench lint format clean
+.PHONY: demo test test-fast test-long test-avx2 test-arm bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -31,12 +32,19 @@ test-avx2: $(WITHOUT_AVX512)
 $(WITHOUT_AVX512): tests/processors/without_avx512.c $(INSTALLED)
 	$(CC) -O2 -Wall -shared -fPIC -o $@ $< -ldl
 
-# About 35 minutes, on a machine that does nothing else.
+# The microkernels of Arm processors, on emulated ones: on Debian and its kind.
+test-arm: $(INSTALLED)
+	command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
+		{ $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends g++-aarch64-linux-gnu qemu-user; }
+	$(PYTEST) tests/kernels/test_microkernels.py
+
+# About 50 minutes, on a machine that does nothing else.
 bench: $(PEERS_INSTALLED)
 	$(BIN)/python benchmarks/fake_quantize.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/zoo_inference.py
+	$(BIN)/python benchmarks/processors.py
 	$(BIN)/python benchmarks/reduce_range.py
 	$(BIN)/python benchmarks/observers.py
 
@@ -50,7 +58,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build out $(KERNELS)/_native*.so
+	rm -rf $(VENV) build out $(KERNELS)/_compiled*.so
 
 # torch goes first: building the kernels takes its headers, which an isolated build environment would not have.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard $(KERNELS)/csrc/*.* $(KERNELS)/csrc/*/*)

@@ -8,9 +8,11 @@ same, and computes what the kernels compute with PyTorch's own operations.
 import functools
 import importlib.util
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-g0",
+    "-MMD",  # lists the headers of each source beside its object
     # GCC 12 takes its own AVX-512 intrinsics to task.
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
@@ -36,10 +39,28 @@ FLAGS = [
 ]
 
 
-def compile_in_parallel(compile: Callable[..., list[str]], sources: Sequence[str], **options: Any) -> list[str]:
-    """Compiles each source in a thread of its own, as many at once as there are cores."""
+def is_current(target: Path) -> bool:
+    """Whether an object is newer than this file and all that it was compiled from, which the compiler has listed."""
+    rule = target.with_suffix(".d")
+    if not (target.exists() and rule.exists()):
+        return False
+    _, *compiled_from = shlex.split(rule.read_text().replace("\\\n", " "))
+    files = [Path(__file__), *map(Path, compiled_from)]
+    return all(file.exists() and file.stat().st_mtime <= target.stat().st_mtime for file in files)
+
+
+def compile_what_changed(compiler: Any, sources: Sequence[str], output_dir: str, **options: Any) -> list[str]:
+    """Compiles each source in a thread of its own, as many at once as there are cores, unless its object is current."""
+    compile = type(compiler).compile
+
+    def compile_one(source: str) -> str:
+        (target,) = compiler.object_filenames([source], output_dir=output_dir)
+        if not is_current(Path(target)):
+            compile(compiler, [source], output_dir=output_dir, **options)
+        return str(target)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [file for files in pool.map(lambda source: compile([source], **options), sources) for file in files]
+        return list(pool.map(compile_one, sources))
 
 
 class BuildKernels(build_ext):
@@ -51,8 +72,10 @@ class BuildKernels(build_ext):
             self.skip("torch is not installed in the build environment")
             return
         root = Path(torch.origin).parent
-        # Files side by side: setuptools builds them one after the other, whatever `parallel` says of extensions.
-        self.compiler.compile = functools.partial(compile_in_parallel, self.compiler.compile)
+        # setuptools compiles all files of an extension anew, one after the other, and for pip in a directory that it
+        # then removes.
+        self.build_temp = f"build/kernels-torch-{version('torch')}"
+        self.compiler.compile = functools.partial(compile_what_changed, self.compiler)
         for extension in self.extensions:
             extension.include_dirs.append(str(root / "include"))
             extension.library_dirs.append(str(root / "lib"))
@@ -73,9 +96,9 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "mlframework.quantization.kernels._native",
+            "mlframework.quantization.kernels._compiled",
             sources=sorted(str(path) for path in SOURCES.rglob("*.cpp")),
-            depends=sorted(str(path) for path in SOURCES.rglob("*.[hi]*")),
+            depends=["setup.py", *sorted(str(path) for path in SOURCES.rglob("*.[hi]*"))],
             include_dirs=[str(SOURCES)],
             extra_compile_args=FLAGS,
             libraries=["torch_cpu", "torch", "c10"],

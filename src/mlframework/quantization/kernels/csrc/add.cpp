@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "codes.h"
-#include "instruction_set.h"
+#include "cpu_features.h"
 #include "operators.h"
 
 namespace kernels {

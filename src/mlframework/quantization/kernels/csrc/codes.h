@@ -1,7 +1,7 @@
 // Single codes: from numbers that saturate, and as C++ types.
 #pragma once
 
-#include "instruction_set.h"
+#include "cpu_features.h"
 #include "tensors.h"
 
 namespace kernels {

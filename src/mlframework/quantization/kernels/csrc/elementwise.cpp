@@ -1,7 +1,7 @@
 // Codes element by element: to floats, and through a table. Each formula is that of arithmetic.py.
 #include "channels.h"
 #include "codes.h"
-#include "instruction_set.h"
+#include "cpu_features.h"
 #include "operators.h"
 
 #if HAS_X86_LEVELS
@@ -84,7 +84,7 @@ TARGET_AVX512_VBMI int64_t lookup_64(const uint8_t* codes, uint8_t flip, const u
 void lookup_all(const uint8_t* codes, uint8_t flip, const uint8_t* table, uint8_t* result, int64_t count) {
   int64_t done = 0;
 #if HAS_X86_LEVELS
-  if (instruction_set() >= InstructionSet::avx512 && __builtin_cpu_supports("avx512vbmi"))
+  if (has_feature(feature::avx512_vbmi))
     done = lookup_64(codes, flip, table, result, count);
 #endif
   lookup_each(codes + done, flip, table, result + done, count - done);

@@ -1,6 +1,5 @@
 // Fake quantization, forward: values on the grid and, of the same reading of the input, their codes, the mask of what
 // did not saturate, and extremes.
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <mutex>
@@ -44,7 +43,8 @@ class Forward {
         layout_(layout),
         grids_(grids),
         is_bfloat16_(is_bfloat16),
-        extremes_(wanted.wants_extremes ? layout.channels : 0) {
+        extremes_(wanted.wants_extremes ? layout.channels : 0),
+        has_nan_(static_cast<size_t>(layout.channels)) {
     if (layout.inner < kShortestRun && layout.channels > 1 && layout.count() > 0) row_ = grid_row(grids, layout);
   }
 
@@ -56,25 +56,24 @@ class Forward {
                                 });
   }
 
-  bool has_nan() const { return has_nan_; }
+  // Which channels hold NaN, if codes are wanted.
+  const std::vector<bool>& has_nan() const { return has_nan_; }
   const Extremes& extremes() const { return extremes_; }
 
  private:
   void run_share(int64_t begin, int64_t end) {
     Extremes seen(!wanted_.wants_extremes ? 0 : row_.length ? row_.length + kPadding : layout_.channels);
     BitWriter mask{mask_ ? mask_ + begin / 8 : nullptr};
-    bool has_nan = false;
     for (int64_t start = begin; start < end;) {
       const int64_t stop = std::min(end, row_.length ? next(start, row_.length) : next(start, layout_.inner));
       ForwardPiece piece = piece_at(start, seen);
       piece.count = stop - start;
       piece.mask = mask_ ? &mask : nullptr;
       fake_quantize_piece(piece, is_bfloat16_);
-      has_nan |= piece.has_nan;
+      if (piece.has_nan && piece.codes) note_nan(piece, start);
       start = stop;
     }
     if (mask_) mask.finish();
-    if (has_nan) has_nan_ = true;
     if (wanted_.wants_extremes) join(seen);
   }
 
@@ -112,6 +111,27 @@ class Forward {
                      seen.maximum[static_cast<size_t>(i)]);
   }
 
+  void note_nan(ForwardPiece piece, int64_t start) {
+    const std::lock_guard<std::mutex> guard(joining_);
+    if (!row_.length) {
+      has_nan_[static_cast<size_t>(start / layout_.inner % layout_.channels)] = true;
+      return;
+    }
+    // The channels of a row are told apart by their extremes, which are NaN where a value is.
+    const int64_t place = start % row_.length;
+    Extremes seen(row_.length + kPadding);
+    piece.values = nullptr;
+    piece.codes = nullptr;
+    piece.mask = nullptr;
+    piece.wants_extremes = true;
+    piece.minimum = seen.minimum.data() + place;
+    piece.maximum = seen.maximum.data() + place;
+    fake_quantize_piece(piece, is_bfloat16_);
+    for (int64_t i = place; i < place + piece.count; ++i)
+      if (std::isnan(seen.minimum[static_cast<size_t>(i)]))
+        has_nan_[static_cast<size_t>(i / layout_.inner % layout_.channels)] = true;
+  }
+
   const ForwardPiece& wanted_;
   uint8_t* mask_;
   ChannelLayout layout_;
@@ -119,8 +139,8 @@ class Forward {
   bool is_bfloat16_;
   GridRow row_;
   Extremes extremes_;
+  std::vector<bool> has_nan_;
   std::mutex joining_;
-  std::atomic<bool> has_nan_{false};
 };
 
 // (2, C): [-minimum, maximum], and minus infinity where that is not finite.
@@ -141,11 +161,10 @@ Tensor none() { return Tensor(); }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& input, const std::optional<Tensor>& addend,
-                                                         const Tensor& scale, const Tensor& zero_point, int64_t lowest,
-                                                         int64_t highest, int64_t axis, double clip_low,
-                                                         double clip_high, bool wants_values, bool wants_mask,
-                                                         bool wants_extremes, std::optional<ScalarType> code_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fake_quantize(
+    const Tensor& input, const std::optional<Tensor>& addend, const Tensor& scale, const Tensor& zero_point,
+    int64_t lowest, int64_t highest, int64_t axis, double clip_low, double clip_high, bool wants_values,
+    bool wants_mask, bool wants_extremes, std::optional<ScalarType> code_dtype) {
   check_trained(input, "input");
   if (code_dtype) check_code_dtype(*code_dtype);
   const Tensor source = dense(input);
@@ -155,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& input, co
   const Tensor other = addend ? laid_out_as(*addend, source, "addend") : none();
   const Tensor values = wants_values ? empty_like(source, source.scalar_type()) : none();
   const Tensor codes = code_dtype ? empty_like(source, *code_dtype) : none();
-  Tensor mask = wants_mask ? empty({mask_bytes(layout.count())}, {1}, ScalarType::Byte) : none();
+  const Tensor mask = wants_mask ? empty({mask_bytes(layout.count())}, {1}, ScalarType::Byte) : none();
 
   BitWriter bits{wants_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr};
   ForwardPiece wanted{};
@@ -171,10 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize(const Tensor& input, co
   wanted.wants_extremes = wants_extremes;
   Forward forward(wanted, layout, grids, source.scalar_type() == ScalarType::BFloat16);
   forward.run();
-  // Weights on a grid that was made for them: there is no need to keep a mask, nor to apply it.
-  if (wants_mask && passes_all(static_cast<const uint8_t*>(mask.const_data_ptr()), layout.count()))
-    mask = empty({0}, {1}, ScalarType::Byte);
-  return {values, forward.has_nan() ? none() : codes, mask, wants_extremes ? packed(forward.extremes()) : none()};
+  return {values, codes, mask, wants_extremes ? packed(forward.extremes()) : none(),
+          code_dtype ? grid_of_codes(scale, zero_point, lowest, highest, forward.has_nan()) : none()};
 }
 
 Tensor quantize(const Tensor& values, const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest,

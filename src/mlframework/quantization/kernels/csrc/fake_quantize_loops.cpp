@@ -45,15 +45,6 @@ namespace {
 #undef FUSED
 #endif
 
-// The function as it was compiled for the instruction set of this processor.
-#if HAS_X86_LEVELS
-#define BEST_OF(function)                                                          \
-  (instruction_set() >= InstructionSet::avx512   ? avx512::function                \
-   : instruction_set() == InstructionSet::avx2 ? avx2::function : baseline::function)
-#else
-#define BEST_OF(function) baseline::function
-#endif
-
 void fake_quantize_piece(ForwardPiece& piece, bool is_bfloat16) { BEST_OF(fake_quantize_piece)(piece, is_bfloat16); }
 
 void mask_gradient_piece(const MaskedGradient& piece, bool is_bfloat16) {

@@ -10,6 +10,7 @@ namespace kernels {
 struct ForwardPiece {
   const void* input;
   const void* addend;
+  const float *factor, *shift;  // each element is multiplied by an entry of the one, and one of the other added
   void* values;
   uint8_t* codes;
   BitWriter* mask;

@@ -2,7 +2,7 @@
 #include <array>
 #include <cstring>
 
-#include "instruction_set.h"
+#include "cpu_features.h"
 #include "operators.h"
 #include "tensors.h"
 

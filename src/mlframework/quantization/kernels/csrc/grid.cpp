@@ -1,6 +1,7 @@
 #include "grid.h"
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "codes.h"
@@ -11,22 +12,42 @@ namespace {
 // Within these bounds no product or remainder of the division below leaves the normal numbers.
 constexpr float kSmallestScale = 0x1p-60f, kLargestScale = 0x1p60f;
 
+// The next float further from zero (step 1) or nearer to it (step -1); not from zero itself.
+float neighbour(float value, int32_t step) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits += step;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// Half to even; magnitudes are below 2**22.
+float rounded(float value) {
+  constexpr float kAnchor = 0x1.8p23f;
+  return (value + kAnchor) - kAnchor;
+}
+
 // The outermost float whose rne(x / s) does not pass `end`, an integer on that side (-1 or 1) of zero or zero itself.
 float outermost(float end, float scale, float side) {
-  const auto passes = [&](float value) { return std::nearbyintf(value / scale) * side > end * side; };
+  const auto passes = [&](float value) { return rounded(value / scale) * side > end * side; };
   float value = (end + 0.5f * side) * scale;  // but for rounding
-  while (passes(value)) value = std::nextafterf(value, 0.0f);
+  while (passes(value)) value = neighbour(value, -1);
   for (;;) {
-    const float next = std::nextafterf(value, side * std::numeric_limits<float>::infinity());
+    const float next = neighbour(value, 1);
     if (passes(next)) return value;
     value = next;
   }
 }
 
+// A zero point that is learned may lie between two codes, or beyond them.
+float code_of_zero_point(float zero_point, float lowest, float highest) {
+  return clamp(std::nearbyintf(zero_point), lowest, highest);
+}
+
 }  // namespace
 
 Grid grid_of(float scale, float zero_point, float lowest, float highest) {
-  zero_point = clamp(std::nearbyintf(zero_point), lowest, highest);
+  zero_point = code_of_zero_point(zero_point, lowest, highest);
   Grid grid{scale, zero_point, lowest - zero_point, highest - zero_point, 0, 0, 0, 0, false};
   grid.is_ordinary = scale >= kSmallestScale && scale <= kLargestScale && has_fused_multiply_add();
   if (!grid.is_ordinary) return grid;
@@ -46,6 +67,21 @@ std::vector<Grid> grids_of(const Tensor& scale, const Tensor& zero_point, int64_
   grids.reserve(static_cast<size_t>(channels));
   for (int64_t i = 0; i < channels; ++i) grids.push_back(grid_of(scales[i], zero_points[i], lowest, highest));
   return grids;
+}
+
+Tensor grid_of_codes(const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest,
+                     const std::vector<bool>& has_nan) {
+  const int64_t channels = scale.numel();
+  const ChannelNumbers scales(scale, channels, "scale"), zero_points(zero_point, channels, "zero_point");
+  const bool any_nan = std::find(has_nan.begin(), has_nan.end(), true) != has_nan.end();
+  const Tensor result = empty({2, channels}, {std::max<int64_t>(channels, 1), 1}, ScalarType::Float);
+  float* to = static_cast<float*>(result.mutable_data_ptr());
+  for (int64_t i = 0; i < channels; ++i) {
+    const bool is_nan = channels == 1 ? any_nan : has_nan[static_cast<size_t>(i)];
+    to[i] = is_nan ? std::numeric_limits<float>::quiet_NaN() : scales[i];
+    to[channels + i] = code_of_zero_point(zero_points[i], static_cast<float>(lowest), static_cast<float>(highest));
+  }
+  return result;
 }
 
 namespace {

@@ -21,6 +21,12 @@ Grid grid_of(float scale, float zero_point, float lowest, float highest);
 std::vector<Grid> grids_of(const Tensor& scale, const Tensor& zero_point, int64_t channels, float lowest,
                            float highest);
 
+// What codes stand for, as operators return it beside them: float32 (2, C), the scales as they are and the zero points
+// as codes, with as many channels as there are scales. `has_nan` says which channels of the codes held NaN, which has no
+// code (it gets the lowest): their scale is NaN here, and so is whatever is computed from the codes and the grid.
+Tensor grid_of_codes(const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest,
+                     const std::vector<bool>& has_nan);
+
 // One entry to each element of a row of that layout.
 struct GridRow {
   int64_t length = 0;

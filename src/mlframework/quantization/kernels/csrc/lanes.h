@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "instruction_set.h"
+#include "cpu_features.h"
 
 #if HAS_X86_LEVELS
 #include <immintrin.h>
@@ -63,6 +63,7 @@ struct Lanes {
     EACH_TRUTH(a.lane[i] != a.lane[i] || b.lane[i] != b.lane[i]);
   }
   static ALWAYS_INLINE Mask both(Mask a, Mask b) { return a & b; }
+  static ALWAYS_INLINE Mask either(Mask a, Mask b) { return a | b; }
   static ALWAYS_INLINE Float select(Mask mask, Float a, Float b) {
     EACH_LANE(mask >> i & 1 ? a.lane[i] : b.lane[i]);
   }
@@ -136,6 +137,7 @@ struct Lanes {
   INLINE_AVX2 Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   INLINE_AVX2 Mask unordered(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
   INLINE_AVX2 Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+  INLINE_AVX2 Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
   INLINE_AVX2 Float select(Mask mask, Float a, Float b) { return _mm256_blendv_ps(b, a, mask); }
   INLINE_AVX2 uint32_t bits(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
   INLINE_AVX2 Mask from_bits(uint32_t bits) {
@@ -187,6 +189,7 @@ struct Lanes {
   INLINE_AVX512 Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   INLINE_AVX512 Mask unordered(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
   INLINE_AVX512 Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
+  INLINE_AVX512 Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
   INLINE_AVX512 Float select(Mask mask, Float a, Float b) { return _mm512_mask_blend_ps(mask, b, a); }
   INLINE_AVX512 uint32_t bits(Mask mask) { return mask; }
   INLINE_AVX512 Mask from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
@@ -194,6 +197,15 @@ struct Lanes {
 
 }  // namespace avx512
 
+#endif
+
+// Of a function that each namespace has, the one for the instruction set of this processor.
+#if HAS_X86_LEVELS
+#define BEST_OF(function)                            \
+  (has_feature(feature::avx512) ? avx512::function   \
+   : has_feature(feature::avx2) ? avx2::function : baseline::function)
+#else
+#define BEST_OF(function) baseline::function
 #endif
 
 }  // namespace kernels

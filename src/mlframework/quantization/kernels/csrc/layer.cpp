@@ -1,5 +1,6 @@
 // Operators that run packed layers: they check, and say where codes are read and outputs written.
-#include "microkernels/microkernel.h"
+#include <cstring>
+
 #include "operators.h"
 #include "run_layer.h"
 
@@ -7,14 +8,14 @@ namespace kernels {
 namespace {
 
 const Layer& layer_in(const Tensor& block, const Tensor& codes) {
-  STD_TORCH_CHECK(has_integer_layers(), "packed layers need a processor with AVX2 or AVX-512 VNNI");
   const bool readable = block.is_cpu() && block.scalar_type() == ScalarType::Byte && block.is_contiguous() &&
                         block.numel() >= static_cast<int64_t>(sizeof(Layer)) &&
                         reinterpret_cast<uintptr_t>(block.const_data_ptr()) % alignof(Layer) == 0;
   STD_TORCH_CHECK(readable, "layer must come from pack_layer");
   const Layer& layer = *static_cast<const Layer*>(block.const_data_ptr());
   STD_TORCH_CHECK(layer.mark == Layer::kMark && layer.bytes == block.numel(), "layer must come from pack_layer");
-  STD_TORCH_CHECK(layer.packed_for == microkernel()->instruction_set, "layer was packed on another kind of processor");
+  STD_TORCH_CHECK(std::strcmp(layer.packed_for, microkernel().name) == 0,
+                  "layer was packed for another instruction set");
   check_codes(codes, "codes");
   STD_TORCH_CHECK((codes.scalar_type() == ScalarType::Char) == static_cast<bool>(layer.input_signed), "codes must be ",
                   layer.input_signed ? "int8" : "uint8", ", as the layer was packed for");
@@ -28,19 +29,17 @@ Tensor output_of(const Layer& layer, const Shape& sizes, const Shape& strides) {
 
 // A layer that reads one position to each output: their order is free, so they are cut into rows that fill tiles.
 void run_on_positions(const Layer& layer, const uint8_t* codes, int64_t count, uint8_t* output) {
-  const Microkernel& kernel = *microkernel();
+  const Microkernel& kernel = microkernel();
   const int64_t most = kernel.most_positions[static_cast<size_t>(std::min(layer.blocks(), kernel.interleaved))];
   const int64_t tiles = (count + most - 1) / most;
   const int64_t width = (count + tiles - 1) / tiles;
   const int64_t height = (count + width - 1) / width, last_width = count - (height - 1) * width;
   const int64_t channels = layer.input_channels;
-  run_dense(layer, {codes, height, width, last_width, 0, 1, width * channels, channels},
+  run_dense(kernel, layer, {codes, height, width, last_width, 0, 1, width * channels, channels},
             {1, height, width, last_width}, output);
 }
 
 }  // namespace
-
-bool has_integer_layers() { return microkernel() != nullptr; }
 
 Tensor linear(const Tensor& codes, const Tensor& block) {
   const Layer& layer = layer_in(block, codes);
@@ -89,7 +88,8 @@ Tensor convolution(const Tensor& codes, const Tensor& block) {
     return result;
   }
   const Input input{from, height, width, width, codes.stride(0), codes.stride(1), row_stride, column_stride};
-  (layer.depthwise ? run_depthwise : run_dense)(layer, input, {codes.size(0), outputs[0], outputs[1], outputs[1]}, to);
+  (layer.depthwise ? run_depthwise : run_dense)(microkernel(), layer, input,
+                                                {codes.size(0), outputs[0], outputs[1], outputs[1]}, to);
   return result;
 }
 

@@ -4,9 +4,6 @@
 
 #include <cstdint>
 
-#include "instruction_set.h"
-#include "tensors.h"
-
 namespace kernels {
 
 // Output channels to a vector of sums, and how many products of four bytes each one instruction adds to one.
@@ -19,19 +16,21 @@ constexpr int64_t kChunk = 64;
 enum class Output : int64_t { unsigned_codes, signed_codes, floats };
 
 struct alignas(64) Layer {
-  static constexpr int64_t kMark = 0x6c617965722d3031;  // tells a layer from any other bytes
+  static constexpr int64_t kMark = 0x6c617965722d3032;  // tells a layer from any other bytes
 
   int64_t mark, bytes;
-  InstructionSet packed_for;  // of the microkernel that reads the weights in this order
+  char packed_for[16];  // the name of the microkernel that reads the weights in this order
   int64_t depthwise;  // each output channel reads the input channel of its own number; otherwise, all of them
   int64_t input_channels, output_channels;
   int64_t kernel[2], stride[2], padding[2], dilation[2];
-  int64_t input_zero_point;  // as a byte: a signed code lies 128 above itself
   int64_t input_signed;
+  int64_t flips_input;       // whether codes are multiplied as bytes of the other sign, their highest bit changed
+  int64_t input_zero_point;  // of the bytes that are multiplied
   Output output;
   int64_t zero_point;
-  float lowest, highest;  // of codes: relative to the zero point
+  float lowest, highest;  // of codes: relative to the zero point, and whole numbers
   int64_t weight_size;    // in bytes: 1, or 2 where a depthwise layer's products are to be added in 32 bits
+  int64_t joins_columns;  // whether the codes under a row of a dense layer's kernel lie side by side, as one run
   int64_t sorts_steps;    // whether the narrow steps of each block come before its wide ones
   int64_t wide_steps;     // of all blocks
 
@@ -41,15 +40,23 @@ struct alignas(64) Layer {
     return depthwise ? (output_channels + kChunk - 1) / kChunk * (kChunk / kLanes)
                      : (output_channels + kLanes - 1) / kLanes;
   }
-  // Instructions to a vector of sums: groups of four input channels at each tap, or groups of four taps.
-  int64_t quads() const { return (input_channels + kQuad - 1) / kQuad; }
-  int64_t steps() const { return depthwise ? (taps() + kQuad - 1) / kQuad : taps() * quads(); }
+  // Of a dense layer: runs of codes that a position reads, each side by side, in quads of which the last may exceed it.
+  int64_t runs() const { return joins_columns ? kernel[0] : taps(); }
+  int64_t run_length() const { return joins_columns ? kernel[1] * input_channels : input_channels; }
+  int64_t quads() const { return (run_length() + kQuad - 1) / kQuad; }
+  // Instructions to a vector of sums: quads, or groups of four taps.
+  int64_t steps() const { return depthwise ? (taps() + kQuad - 1) / kQuad : runs() * quads(); }
   int64_t block_bytes() const { return steps() * kStepBytes * weight_size; }
   int64_t weight_bytes() const { return blocks() * block_bytes() + wide_steps * kStepBytes; }
+  // What lies around the input, before bits are flipped.
+  uint8_t padding_code() const { return static_cast<uint8_t>(input_zero_point ^ (flips_input ? 128 : 0)); }
+  int lowest_code() const {
+    return output == Output::floats ? 0 : static_cast<int>(lowest) + static_cast<int>(zero_point);
+  }
   int64_t element_size() const { return output == Output::floats ? 4 : 1; }
 
   // Then follow, for each output channel (rounded up to whole vectors), the bias, which also makes up for the input's
-  // zero point; the multiplier; and the weights (pack_layer.cpp says in which order).
+  // zero point; the multiplier; and the weights (packing.cpp says in which order).
   //
   // Where a pair of products might exceed 16 bits, and the processor adds pairs in 16 bits, a step is wide: its weights
   // take two bytes each. A dense layer of that kind (`sorts_steps`) ends with two arrays: the number of wide steps before
@@ -70,12 +77,5 @@ struct alignas(64) Layer {
     return static_cast<int64_t>(sizeof(Layer)) + blocks() * kLanes * 8 + weight_bytes() + order * 4;
   }
 };
-
-// Where a depthwise layer keeps a channel: the order in which bytes come to lie when those of four taps are interleaved
-// within quarters of a vector. Reading it backwards, packing sums to bytes restores the order of the channels.
-inline int64_t depthwise_place(int64_t channel) {
-  const int64_t in_chunk = channel % kChunk, quarter = in_chunk / 16, vector = in_chunk % 16 / 4;
-  return channel - in_chunk + vector * kLanes + quarter * 4 + in_chunk % 4;
-}
 
 }  // namespace kernels

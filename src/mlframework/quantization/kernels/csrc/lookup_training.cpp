@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "codes.h"
-#include "instruction_set.h"
+#include "cpu_features.h"
 #include "operators.h"
 
 #if HAS_X86_LEVELS
@@ -47,7 +47,7 @@ void multiply_slopes(const float* gradient, const uint8_t* codes, uint8_t flip, 
                      int64_t count, float* result) {
   int64_t done = 0;
 #if HAS_X86_LEVELS
-  if (instruction_set() >= InstructionSet::avx512)
+  if (has_feature(feature::avx512))
     done = multiply_slopes_16(gradient, codes, flip, slopes, clip, count, result);
 #endif
   multiply_slopes_each(gradient + done, codes + done, flip, slopes, clip, count - done, result + done);

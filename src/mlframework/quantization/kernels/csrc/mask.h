@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "instruction_set.h"
+#include "cpu_features.h"
 
 namespace kernels {
 
@@ -37,13 +37,6 @@ ALWAYS_INLINE void unpack_mask(const uint8_t* __restrict bits, int64_t count, ui
     const uint64_t eight = bits[i] * 0x0101010101010101ull & 0x8040201008040201ull;
     std::memcpy(flags + 8 * i, &eight, 8);
   }
-}
-
-// Whether the bits of all elements are set.
-inline bool passes_all(const uint8_t* bits, int64_t count) {
-  for (int64_t i = 0; i < count / 8; ++i)
-    if (bits[i] != 0xff) return false;
-  return count % 8 == 0 || bits[count / 8] == (1 << count % 8) - 1;
 }
 
 }  // namespace kernels

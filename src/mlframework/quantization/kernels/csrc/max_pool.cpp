@@ -1,7 +1,7 @@
 // Max-pooling of codes: codes are ordered as the values they stand for, and padding, being no code, never wins.
 #include <limits>
 
-#include "instruction_set.h"
+#include "cpu_features.h"
 #include "operators.h"
 #include "tensors.h"
 

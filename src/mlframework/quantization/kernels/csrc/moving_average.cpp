@@ -3,20 +3,18 @@
 #include <cmath>
 
 #include "codes.h"
-#include "instruction_set.h"
+#include "cpu_features.h"
 #include "moving_average.h"
 #include "operators.h"
 
 namespace kernels {
 namespace {
 
-constexpr float kSmallestScale = 0x1p-40f, kLargestScale = 0x1p40f;
-
-// As torch.lerp computes it: fused where PyTorch has the instruction, and from the nearer end.
+// As torch.lerp computes it: fused where PyTorch fuses, and from the nearer end.
 float lerp(float from, float to, float weight) {
   const bool near_from = std::abs(weight) < 0.5f;
   const float base = near_from ? from : to, coefficient = near_from ? weight : weight - 1.0f, difference = to - from;
-  return has_fused_multiply_add() ? std::fma(coefficient, difference, base) : base + coefficient * difference;
+  return pytorch_fuses_multiply_add() ? std::fma(coefficient, difference, base) : base + coefficient * difference;
 }
 
 float averaged(float running, float batch, float momentum) {

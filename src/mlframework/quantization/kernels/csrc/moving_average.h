@@ -5,6 +5,9 @@
 
 namespace kernels {
 
+// As in arithmetic.py.
+constexpr float kSmallestScale = 0x1p-40f, kLargestScale = 0x1p40f;
+
 struct GridEnds {
   float lowest, highest, zero;  // the ends of the grid, and the zero point of a symmetric one
   bool symmetric;

@@ -3,30 +3,40 @@
 //
 // A tensor is rows of channels that lie side by side (channels-last). Constants of the channels are repeated until they
 // are as long as a tile of several rows, so that loops run over elements and not over few channels at a time. Sums are
-// taken in float32 within a tile's place and over no more than kTilesPerChunk tiles, beyond that in float64; chunks are
-// the same for any number of threads, and so are the sums.
+// taken in float32 within a tile's place and over the tiles of a chunk, beyond that in float64; chunks are the same for
+// any number of threads, and so are the sums.
+//
+// Each pass but the first over a tensor finds in the cache what the one before it read last, and so begins there.
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <tuple>
 
 #include "fake_quantize_loops.h"
-#include "instruction_set.h"
+#include "cpu_features.h"
+#include "normalize_loops.h"
 #include "operators.h"
 
 namespace kernels {
 namespace {
 
 constexpr int64_t kTileElements = 2048;
-constexpr int64_t kTilesPerChunk = 32;
+// Of a chunk: so much that its own sums are little beside it, and so little that all threads have some.
+constexpr int64_t kTilesPerChunk = 16, kRowsPerChunk = 32;
 
 struct Rows {
   int64_t count, channels;
 
   int64_t elements() const { return count * channels; }
-  // Eight rows at least: a tile then begins at a whole byte of the mask.
-  int64_t in_tile() const { return 8 * std::max<int64_t>(kTileElements / (8 * channels), 1); }
+  // A tile begins at a whole byte of the mask.
+  int64_t in_tile() const {
+    const int64_t whole = 8 / std::gcd<int64_t>(channels, 8);
+    return whole * std::max<int64_t>(kTileElements / (whole * channels), 1);
+  }
   int64_t tile_elements() const { return in_tile() * channels; }
-  int64_t in_chunk() const { return in_tile() * kTilesPerChunk; }
+  int64_t in_chunk() const {
+    return in_tile() * std::max<int64_t>(kTilesPerChunk, (kRowsPerChunk + in_tile() - 1) / in_tile());
+  }
   int64_t chunks() const { return (count + in_chunk() - 1) / in_chunk(); }
 };
 
@@ -48,6 +58,23 @@ void for_tiles(const Rows& rows, int64_t chunk, const Compute& compute) {
     compute(first, std::min(rows.tile_elements(), last - first));
 }
 
+// Calls `compute(piece, first element)` for all tiles of a chunk, several at a time where they are whole.
+template <class Compute>
+void for_pieces(const Rows& rows, int64_t chunk, const NormalizePiece& constants, const Compute& compute) {
+  const int64_t last = std::min((chunk + 1) * rows.in_chunk(), rows.count) * rows.channels;
+  const int64_t tile = rows.tile_elements();
+  for (int64_t first = chunk * rows.in_chunk() * rows.channels; first < last;) {
+    NormalizePiece piece = constants;
+    piece.together = first + kTilesTogether * tile <= last;
+    piece.elements = std::min(tile, last - first);
+    piece.values += first;
+    if (piece.gradient) piece.gradient += first;
+    if (piece.bits) piece.bits += first / 8;
+    compute(piece, first);
+    first += piece.together ? kTilesTogether * tile : piece.elements;
+  }
+}
+
 // Each thread takes a run of chunks.
 template <class Compute>
 void for_chunks(const Rows& rows, const Compute& compute) {
@@ -62,27 +89,29 @@ std::vector<float> repeated(const std::vector<float>& values, const Rows& rows) 
   return tile;
 }
 
-// What two sums over the places of a tile come to for each channel, added to those of a chunk.
-void fold_tile(const std::vector<float>& tile, const Rows& rows, double* sums) {
-  const float* place = tile.data();
-  for (int64_t row = 0; row < rows.in_tile(); ++row)
-    for (int64_t c = 0; c < rows.channels; ++c) sums[c] += static_cast<double>(*place++);
-}
+// What a sum over the places of a tile comes to for each channel, added to that of a chunk.
+struct FoldTile {
+  ALWAYS_INLINE static void run(const float* __restrict tile, int64_t rows, int64_t channels, double* __restrict sums) {
+    for (int64_t row = 0; row < rows; ++row, tile += channels)
+      for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<double>(tile[c]);
+  }
+};
 
-// Two sums for each channel, over all rows: `accumulate(first, count, a, b)` adds what a tile has at each place.
-template <class Accumulate>
-std::vector<double> sum_twice(const Rows& rows, const Accumulate& accumulate) {
+// Two sums for each channel, over all rows: `sum(piece, a, b)` adds those of some tiles at each place.
+std::vector<double> sum_twice(const Rows& rows, const NormalizePiece& constants,
+                              void (*sum)(const NormalizePiece&, float*, float*)) {
   const size_t channels = static_cast<size_t>(rows.channels);
   std::vector<double> partial(static_cast<size_t>(rows.chunks()) * 2 * channels);
   for_chunks(rows, [&](int64_t begin, int64_t end) {
     std::vector<float> a(static_cast<size_t>(rows.tile_elements())), b(a.size());
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
+    for (int64_t chunk = end; chunk-- > begin;) {
       std::fill(a.begin(), a.end(), 0.0f);
       std::fill(b.begin(), b.end(), 0.0f);
-      for_tiles(rows, chunk, [&](int64_t first, int64_t count) { accumulate(first, count, a.data(), b.data()); });
+      for_pieces(rows, chunk, constants,
+                 [&](const NormalizePiece& piece, int64_t) { sum(piece, a.data(), b.data()); });
       double* sums = partial.data() + static_cast<size_t>(chunk) * 2 * channels;
-      fold_tile(a, rows, sums);
-      fold_tile(b, rows, sums + channels);
+      run_vectorized<FoldTile>(a.data(), rows.in_tile(), rows.channels, sums);
+      run_vectorized<FoldTile>(b.data(), rows.in_tile(), rows.channels, sums + channels);
     }
   });
   std::vector<double> totals(2 * channels);
@@ -90,57 +119,6 @@ std::vector<double> sum_twice(const Rows& rows, const Accumulate& accumulate) {
     for (size_t i = 0; i < totals.size(); ++i) totals[i] += partial[chunk * totals.size() + i];
   return totals;
 }
-
-// Sums of differences from a value near the mean, and of their squares, which then lose no digits.
-struct SumDifferences {
-  ALWAYS_INLINE static void run(const float* __restrict values, const float* __restrict near, int64_t count,
-                                float* __restrict sums, float* __restrict squares) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float difference = values[i] - near[i];
-      sums[i] += difference;
-      squares[i] += difference * difference;
-    }
-  }
-};
-
-struct ScaleAndShift {
-  ALWAYS_INLINE static void run(const float* __restrict values, const float* __restrict factor,
-                                const float* __restrict addend, int64_t count, float* __restrict result) {
-    for (int64_t i = 0; i < count; ++i) result[i] = values[i] * factor[i] + addend[i];
-  }
-};
-
-// The gradient of what was normalized, where the mask lets it pass.
-ALWAYS_INLINE float passing(float gradient, uint8_t inside, float clip) {
-  gradient = gradient < -clip ? -clip : gradient;
-  gradient = gradient > clip ? clip : gradient;
-  return inside ? gradient : 0.0f;
-}
-
-struct SumGradients {
-  ALWAYS_INLINE static void run(const float* __restrict gradient, const uint8_t* __restrict inside,
-                                const float* __restrict values, const float* __restrict mean, float clip, int64_t count,
-                                float* __restrict sums, float* __restrict products) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float passed = passing(gradient[i], inside[i], clip);
-      sums[i] += passed;
-      products[i] += passed * (values[i] - mean[i]);
-    }
-  }
-};
-
-// (g - mean(g) - (x - mean) mean(g x^) / sigma) gamma / sigma, each constant a vector over the tile.
-struct GradientOfNormalized {
-  ALWAYS_INLINE static void run(const float* __restrict gradient, const uint8_t* __restrict inside,
-                                const float* __restrict values, const float* __restrict mean,
-                                const float* __restrict average, const float* __restrict projection,
-                                const float* __restrict factor, float clip, int64_t count, float* __restrict result) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float passed = passing(gradient[i], inside[i], clip);
-      result[i] = (passed - average[i] - (values[i] - mean[i]) * projection[i]) * factor[i];
-    }
-  }
-};
 
 std::vector<float> numbers_of(const Tensor& tensor, const Rows& rows, const char* name) {
   const float* numbers = numbers_in(tensor, rows.channels, name);
@@ -175,9 +153,11 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values, const std::opt
   const Rows rows = rows_of(values);
   const float* from = static_cast<const float*>(values.const_data_ptr());
   const std::vector<float> first(from, from + rows.channels), near = repeated(first, rows);
-  const std::vector<double> sums = sum_twice(rows, [&](int64_t start, int64_t count, float* a, float* b) {
-    run_vectorized<SumDifferences>(from + start, near.data(), count, a, b);
-  });
+  NormalizePiece constants{};
+  constants.values = from;
+  constants.mean = near.data();
+  // Differences from a value near the mean, whose squares then lose no digits.
+  const std::vector<double> sums = sum_twice(rows, constants, sum_differences);
   const double count = static_cast<double>(rows.count);
   std::vector<double> mean(first.begin(), first.end()), variance(first.size()), inverse(first.size());
   for (size_t c = 0; c < first.size(); ++c) {
@@ -191,12 +171,10 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values, const std::opt
   return {vector_of(mean), vector_of(inverse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const Tensor& mean,
-                                                     const Tensor& inverse_deviation,
-                                                     const std::optional<Tensor>& weight,
-                                                     const std::optional<Tensor>& bias, const Tensor& scale,
-                                                     const Tensor& zero_point, int64_t lowest, int64_t highest,
-                                                     double clip_low, double clip_high, std::optional<ScalarType> code_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
+    const Tensor& values, const Tensor& mean, const Tensor& inverse_deviation, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest,
+    double clip_low, double clip_high, std::optional<ScalarType> code_dtype) {
   const Rows rows = rows_of(values);
   if (code_dtype) check_code_dtype(*code_dtype);
   const std::vector<float> means = numbers_of(mean, rows, "mean"), gammas = numbers_of(weight, rows, "weight", 1.0f);
@@ -220,7 +198,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const
   // Of every chunk; NaN where a value is NaN.
   std::vector<float> minima(static_cast<size_t>(rows.chunks()), kInfinity), maxima(minima.size(), -kInfinity);
   for_chunks(rows, [&](int64_t begin, int64_t end) {
-    std::vector<float> normalized(static_cast<size_t>(rows.tile_elements()));
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       ForwardPiece piece{};
       piece.lowest_code = static_cast<float>(lowest);
@@ -228,13 +205,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const
       piece.clip_high = static_cast<float>(clip_high);
       piece.clips = piece.clip_low != -kInfinity || piece.clip_high != kInfinity;
       piece.wants_extremes = true;
+      piece.factor = factors.data();
+      piece.shift = addends.data();
       piece.grid = grid.data();
       piece.minimum = &minima[static_cast<size_t>(chunk)];
       piece.maximum = &maxima[static_cast<size_t>(chunk)];
       for_tiles(rows, chunk, [&](int64_t first, int64_t count) {
-        run_vectorized<ScaleAndShift>(from + first, factors.data(), addends.data(), count, normalized.data());
         BitWriter writer{bits + first / 8};
-        piece.input = normalized.data();
+        piece.input = from + first;
         piece.values = to + first;
         piece.codes = code_at ? code_at + first : nullptr;
         piece.mask = &writer;
@@ -255,7 +233,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& values, const
   float* end = static_cast<float*>(extremes.mutable_data_ptr());
   end[0] = !has_nan && std::isfinite(least) ? -least : -kInfinity;
   end[1] = !has_nan && std::isfinite(most) ? most : -kInfinity;
-  return {quantized, has_nan ? Tensor() : codes, mask, extremes};
+  return {quantized, codes, mask, extremes,
+          code_dtype ? grid_of_codes(scale, zero_point, lowest, highest, {has_nan}) : Tensor()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
@@ -270,20 +249,14 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, co
   const std::vector<float> means = numbers_of(mean, rows, "mean");
   const std::vector<float> inverses = numbers_of(inverse_deviation, rows, "inverse_deviation");
   const std::vector<float> weights = numbers_of(weight, rows, "weight", 1.0f);
-  const float clip = static_cast<float>(gradient_clip);
-  const float* from = static_cast<const float*>(gradient.const_data_ptr());
-  const float* value = static_cast<const float*>(values.const_data_ptr());
-  const uint8_t* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
   const std::vector<float> near = repeated(means, rows);
-  // Filled up to whole bytes of the mask.
-  const size_t flags = static_cast<size_t>(rows.tile_elements());
-
-  const std::vector<double> sums = sum_twice(rows, [&](int64_t first, int64_t count, float* a, float* b) {
-    thread_local std::vector<uint8_t> inside;
-    inside.resize(std::max(inside.size(), flags));
-    unpack_mask(bits + first / 8, count, inside.data());
-    run_vectorized<SumGradients>(from + first, inside.data(), value + first, near.data(), clip, count, a, b);
-  });
+  NormalizePiece constants{};
+  constants.values = static_cast<const float*>(values.const_data_ptr());
+  constants.gradient = static_cast<const float*>(gradient.const_data_ptr());
+  constants.bits = static_cast<const uint8_t*>(mask.const_data_ptr());
+  constants.mean = near.data();
+  constants.largest = static_cast<float>(gradient_clip);
+  const std::vector<double> sums = sum_twice(rows, constants, sum_gradients);
 
   const size_t channels = static_cast<size_t>(rows.channels);
   const double count = static_cast<double>(rows.count);
@@ -299,16 +272,15 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, co
   }
   const std::vector<float> averages = repeated(average, rows), projections = repeated(projection, rows);
   const std::vector<float> factors = repeated(factor, rows);
+  constants.average = averages.data();
+  constants.projection = projections.data();
+  constants.factor = factors.data();
   const Tensor result = empty_like(values, ScalarType::Float);
   float* to = static_cast<float*>(result.mutable_data_ptr());
   for_chunks(rows, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> inside(flags);
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      for_tiles(rows, chunk, [&](int64_t first, int64_t elements) {
-        unpack_mask(bits + first / 8, elements, inside.data());
-        run_vectorized<GradientOfNormalized>(from + first, inside.data(), value + first, near.data(), averages.data(),
-                                             projections.data(), factors.data(), clip, elements, to + first);
-      });
+      for_pieces(rows, chunk, constants,
+                 [&](const NormalizePiece& piece, int64_t first) { normalized_gradient(piece, to + first); });
   });
   return {result, vector_of(to_weight), vector_of(to_bias)};
 }

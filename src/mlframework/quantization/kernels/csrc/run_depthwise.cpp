@@ -1,7 +1,5 @@
 #include <cstring>
 
-#include "instruction_set.h"
-#include "microkernels/microkernel.h"
 #include "run_layer.h"
 
 namespace kernels {
@@ -10,14 +8,15 @@ namespace {
 // One call: shares gather padded rows as they are, channels side by side, and compute them chunk by chunk.
 class Run {
  public:
-  Run(const Layer& layer, const Input& input, const Positions& positions, uint8_t* output)
-      : layer_(layer),
+  Run(const Microkernel& kernel, const Layer& layer, const Input& input, const Positions& positions, uint8_t* output)
+      : kernel_(kernel),
+        layer_(layer),
         input_(input),
         positions_(positions),
         output_(output),
         columns_((positions.width - 1) * layer.stride[1] + (layer.kernel[1] - 1) * layer.dilation[1] + 1),
         row_bytes_(columns_ * layer.input_channels),
-        shares_(layer, positions, row_bytes_, (layer.output_channels + kChunk - 1) / kChunk) {
+        shares_(kernel, layer, positions, row_bytes_, (layer.output_channels + kChunk - 1) / kChunk) {
     for (int64_t i = 0; i < layer.kernel[0]; ++i)
       for (int64_t j = 0; j < layer.kernel[1]; ++j)
         tap_offsets_.push_back(static_cast<int32_t>(i * layer.dilation[0] * row_bytes_ +
@@ -42,7 +41,7 @@ class Run {
         gather_row(image, first + row, gathered + row * row_bytes_);
       for (int64_t group = share.first_group; group < share.last_group; ++group)
         for (int64_t row = share.first_row; row < share.last_row; ++row)
-          microkernel()->depthwise_row(
+          kernel_.depthwise_row(
               context, gathered + (row - share.first_row) * layer_.stride[0] * row_bytes_, group, positions_.width,
               output_ + (image * positions_.in_image() + row * positions_.width) * context.output_step);
     }
@@ -51,9 +50,7 @@ class Run {
   void gather_row(int64_t image, int64_t row, uint8_t* gathered) const {
     const int64_t channels = layer_.input_channels;
     const bool outside = row < 0 || row >= input_.height;
-    // A signed code becomes a byte by changing its highest bit, which is done to the whole row in the end.
-    const int flip = layer_.input_signed ? 128 : 0;
-    const int padding = static_cast<int>(layer_.input_zero_point) ^ flip;
+    const int padding = layer_.padding_code();
     const int64_t begin = outside ? columns_ : std::min(layer_.padding[1], columns_);
     const int64_t end = outside ? columns_ : std::min(layer_.padding[1] + input_.width, columns_);
     std::memset(gathered, padding, static_cast<size_t>(begin * channels));
@@ -67,9 +64,10 @@ class Run {
           gathered[column * channels + channel] =
               source[(column - begin) * input_.column_stride + channel * input_.channel_stride];
     }
-    if (flip) run_vectorized<FlipHighestBit>(gathered, row_bytes_);
+    if (layer_.flips_input) run_vectorized<FlipHighestBit>(gathered, row_bytes_);
   }
 
+  const Microkernel& kernel_;
   const Layer& layer_;
   const Input& input_;
   const Positions positions_;
@@ -82,8 +80,9 @@ class Run {
 
 }  // namespace
 
-void run_depthwise(const Layer& layer, const Input& input, const Positions& positions, uint8_t* output) {
-  Run(layer, input, positions, output)();
+void run_depthwise(const Microkernel& kernel, const Layer& layer, const Input& input, const Positions& positions,
+                   uint8_t* output) {
+  Run(kernel, layer, input, positions, output)();
 }
 
 }  // namespace kernels

@@ -1,6 +1,6 @@
 #include "shares.h"
 
-#include "microkernels/microkernel.h"
+#include <algorithm>
 
 namespace kernels {
 namespace {
@@ -9,6 +9,8 @@ namespace {
 // too many for any cache, it is worth more to go through them less often.
 constexpr int64_t kGatheredBytes = 256 << 10, kGatheredBytesOfLargeLayer = 1 << 20;
 constexpr int64_t kLargeLayerBytes = 4 << 20;
+// As long as so many products of other layers takes one of a depthwise layer.
+constexpr int64_t kDepthwiseProduct = 4;
 // Where several threads are at work.
 constexpr int64_t kSharesPerThread = 4;
 
@@ -16,15 +18,17 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Shares::Shares(const Layer& layer, const Positions& positions, int64_t row_bytes, int64_t groups)
+Shares::Shares(const Microkernel& kernel, const Layer& layer, const Positions& positions, int64_t row_bytes,
+               int64_t groups)
     : images_(positions.images),
       rows_(positions.height),
       groups_(groups),
       row_stride_(layer.stride[0]),
       row_reach_((layer.kernel[0] - 1) * layer.dilation[0] + 1) {
-  const int64_t products = images_ * positions.in_image() * layer.blocks() * layer.steps() * kStepBytes;
-  const int64_t worthwhile = std::max<int64_t>(products / microkernel()->products_per_thread, 1);
-  threads_ = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);
+  const int64_t products = images_ * positions.in_image() * layer.blocks() * layer.steps() * kStepBytes *
+                           (layer.depthwise ? kDepthwiseProduct : 1);
+  const int64_t worthwhile = std::max<int64_t>(products / kernel.products_per_thread, 1);
+  threads_ = std::min(thread_count(), worthwhile);
   const int64_t cache = layer.bytes > kLargeLayerBytes ? kGatheredBytesOfLargeLayer : kGatheredBytes;
 
   // So few rows that the cache holds them, and that every thread has some.

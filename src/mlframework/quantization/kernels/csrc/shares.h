@@ -3,7 +3,8 @@
 
 #include <atomic>
 
-#include "layer.h"
+#include "microkernels/microkernel.h"
+#include "parallel.h"
 
 namespace kernels {
 
@@ -23,7 +24,7 @@ struct Share {
 class Shares {
  public:
   // row_bytes: what one row of input takes once gathered; groups: of output channels, that may be parted.
-  Shares(const Layer& layer, const Positions& positions, int64_t row_bytes, int64_t groups);
+  Shares(const Microkernel& kernel, const Layer& layer, const Positions& positions, int64_t row_bytes, int64_t groups);
 
   // Rows of input that so many rows of output read.
   int64_t rows_read(int64_t rows) const { return (rows - 1) * row_stride_ + row_reach_; }
@@ -40,7 +41,7 @@ class Shares {
       for (int64_t index = next++; index < count(); index = next++) compute(share(index));
     };
     if (threads_ == 1) return take_shares(0, 1);
-    torch::stable::parallel_for(0, threads_, 1, take_shares);
+    parallel_for(0, threads_, 1, take_shares);
   }
 
  private:

@@ -1,5 +1,5 @@
 // Sums of codes over the positions of each channel, which global average pooling starts from.
-#include "instruction_set.h"
+#include "cpu_features.h"
 #include "operators.h"
 #include "tensors.h"
 

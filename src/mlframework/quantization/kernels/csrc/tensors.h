@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "parallel.h"
+
 namespace kernels {
 
 using torch::headeronly::ScalarType;
@@ -139,8 +141,5 @@ inline float* numbers_in(const Tensor& tensor, int64_t count, const char* name) 
                   " numbers side by side, got ", tensor.numel());
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
-
-// Below this many elements to a thread, waking it costs more than it does.
-constexpr int64_t kElementsPerThread = 1 << 15;
 
 }  // namespace kernels

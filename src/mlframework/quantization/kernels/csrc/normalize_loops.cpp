@@ -1,0 +1,53 @@
+#include "normalize_loops.h"
+
+#include <cstring>
+
+#include "lanes.h"
+
+namespace kernels {
+
+namespace baseline {
+namespace {
+#define TARGET
+#define INLINE static ALWAYS_INLINE
+#include "normalize_loops.inc"
+#undef TARGET
+#undef INLINE
+}  // namespace
+}  // namespace baseline
+
+#if HAS_X86_LEVELS
+
+namespace avx2 {
+namespace {
+#define TARGET TARGET_AVX2
+#define INLINE INLINE_AVX2
+#include "normalize_loops.inc"
+#undef TARGET
+#undef INLINE
+}  // namespace
+}  // namespace avx2
+
+namespace avx512 {
+namespace {
+#define TARGET TARGET_AVX512
+#define INLINE INLINE_AVX512
+#include "normalize_loops.inc"
+#undef TARGET
+#undef INLINE
+}  // namespace
+}  // namespace avx512
+
+#endif
+
+void sum_differences(const NormalizePiece& piece, float* sums, float* squares) {
+  BEST_OF(sum_differences)(piece, sums, squares);
+}
+
+void sum_gradients(const NormalizePiece& piece, float* sums, float* products) {
+  BEST_OF(sum_gradients)(piece, sums, products);
+}
+
+void normalized_gradient(const NormalizePiece& piece, float* result) { BEST_OF(normalized_gradient)(piece, result); }
+
+}  // namespace kernels
