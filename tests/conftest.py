@@ -23,12 +23,23 @@ def _seed() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A machine runs the tests that its processor can run: says which instructions those had, and what was left out."""
+    """A machine runs the tests that its processor can run: says which instructions those had, and what was left out.
+
+    A test that has others tested records each as its property ``instruction_set``.
+    """
     reasons = Counter(
         str(report.longrepr[2]).removeprefix("Skipped: ")
         for report in terminalreporter.getreports("skipped")
         if isinstance(report.longrepr, tuple)
     )
     terminalreporter.section(f"instruction set: {kernels.instruction_set()}; {sum(reasons.values())} skipped")
+    others = {
+        str(value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "instruction_set" and value != kernels.instruction_set()
+    }
+    if others:
+        terminalreporter.write_line(f"and, in processes of their own: {', '.join(sorted(others))}")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count} skipped: {reason}")

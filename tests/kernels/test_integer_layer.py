@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,19 +16,21 @@ from example_codes import DTYPES, SIGNED, UNSIGNED, layouts, random_codes
 from mlframework.quantization import arithmetic, kernels
 from mlframework.quantization.kernels import (
     ConvolutionGeometry,
+    ConvolutionProduct,
     Epilogue,
     IntegerLayer,
-    PackedConvolution,
-    PackedLinear,
-    PackedTransposedConvolution,
+    LinearProduct,
+    TransposedProduct,
+    native,
 )
-from mlframework.quantization.kernels.native import has_integer_layers, operators
+from mlframework.quantization.kernels.backends.compiled import COMPILED, CompiledLayer
+from mlframework.quantization.kernels.operators.integer_layers import packed_layer
+from mlframework.quantization.kernels.plan import plan
+from mlframework.quantization.kernels.products import Product
 
 FLOATS = torch.float32
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-needs_integer_layers = pytest.mark.skipif(
-    not has_integer_layers(), reason="needs integer layers compiled for this processor"
-)
+needs_compiled_kernels = pytest.mark.skipif(not native.is_available(), reason="needs the compiled kernels")
 
 
 class Grid(NamedTuple):
@@ -75,10 +77,10 @@ def expected_output(sums: Tensor, epilogue: Epilogue, channel_axis: int) -> Tens
     )
 
 
-def assert_layer(product: Any, codes: Tensor, sums: Tensor, grid: Grid) -> None:
+def assert_layer(product: Product, codes: Tensor, sums: Tensor, grid: Grid) -> None:
     """Both ways of running the product's layer on codes give what follows from its int64 sums."""
     epilogue = epilogue_for(sums, product.channel_axis, grid)
-    layer, expected = product.followed_by(epilogue), expected_output(sums, epilogue, product.channel_axis)
+    layer, expected = IntegerLayer(product, epilogue), expected_output(sums, epilogue, product.channel_axis)
     before = codes.clone()
     with kernels.reference_kernels():
         assert_same(layer(codes), expected)
@@ -111,20 +113,20 @@ def random_zero_point(dtype: torch.dtype) -> int:
 def test_linear(shape: tuple[int, ...], outputs: int, dtype: torch.dtype, grid: Grid) -> None:
     codes, weight, zero_point = random_codes(shape, dtype), random_weight(outputs, shape[-1]), random_zero_point(dtype)
     sums = (codes.long() - zero_point) @ weight.long().t()
-    assert_layer(PackedLinear(weight, zero_point, dtype), codes, sums, grid)
+    assert_layer(LinearProduct(weight, zero_point, dtype), codes, sums, grid)
 
 
 @pytest.mark.parametrize("rows", range(1, 36))
 @pytest.mark.parametrize("outputs", [16, 32, 80])
 def test_linear_of_every_number_of_rows(rows: int, outputs: int) -> None:
     codes, weight = random_codes((rows, 12), UNSIGNED), random_weight(outputs, 12)
-    assert_layer(PackedLinear(weight, 9, UNSIGNED), codes, (codes.long() - 9) @ weight.long().t(), GRIDS[1])
+    assert_layer(LinearProduct(weight, 9, UNSIGNED), codes, (codes.long() - 9) @ weight.long().t(), GRIDS[1])
 
 
 def test_linear_of_codes_however_they_lie() -> None:
     weight = random_weight(20, 19)
     for codes in layouts(random_codes((6, 5, 19), SIGNED)).values():
-        assert_layer(PackedLinear(weight, 3, SIGNED), codes, (codes.long() - 3) @ weight.long().t(), GRIDS[2])
+        assert_layer(LinearProduct(weight, 3, SIGNED), codes, (codes.long() - 3) @ weight.long().t(), GRIDS[2])
 
 
 # Convolutions
@@ -139,7 +141,7 @@ def test_convolution(dimensions: int, groups: int, dtype: torch.dtype, grid: Gri
     codes = random_codes((2, 6, *(9, 8, 7)[:dimensions]), dtype)
     weight, zero_point = random_weight(10, 6 // groups, *(3, 3, 2)[:dimensions]), random_zero_point(dtype)
     sums = convolution_sums(codes, weight, zero_point, geometry)
-    assert_layer(PackedConvolution(weight, zero_point, dtype, geometry), codes, sums, grid)
+    assert_layer(ConvolutionProduct(weight, zero_point, dtype, geometry), codes, sums, grid)
 
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -172,7 +174,7 @@ def test_convolution_of_any_geometry(
         codes = codes.contiguous(memory_format=torch.channels_last)
     zero_point = random_zero_point(dtype)
     sums = convolution_sums(codes, weight, zero_point, geometry)
-    assert_layer(PackedConvolution(weight, zero_point, dtype, geometry), codes, sums, grid)
+    assert_layer(ConvolutionProduct(weight, zero_point, dtype, geometry), codes, sums, grid)
 
 
 @given(
@@ -198,7 +200,7 @@ def test_depthwise_convolution_of_any_geometry(
     codes = layouts(random_codes((size[0], channels, *sizes), dtype))[layout]
     weight, zero_point = random_weight(channels, 1, *kernel), random_zero_point(dtype)
     sums = convolution_sums(codes, weight, zero_point, geometry)
-    assert_layer(PackedConvolution(weight, zero_point, dtype, geometry), codes, sums, grid)
+    assert_layer(ConvolutionProduct(weight, zero_point, dtype, geometry), codes, sums, grid)
 
 
 def large_enough(size: tuple[int, int], kernel: tuple[int, int], geometry: ConvolutionGeometry) -> tuple[int, int]:
@@ -216,7 +218,7 @@ def test_convolution_of_every_width(width: int, outputs: int) -> None:
     geometry = ConvolutionGeometry((1, 1), (1, 1), (1, 1))
     codes, weight = random_codes((2, 3, 2, width), UNSIGNED), random_weight(outputs, 3, 3, 3)
     sums = convolution_sums(codes, weight, 7, geometry)
-    assert_layer(PackedConvolution(weight, 7, UNSIGNED, geometry), codes, sums, GRIDS[1])
+    assert_layer(ConvolutionProduct(weight, 7, UNSIGNED, geometry), codes, sums, GRIDS[1])
 
 
 @pytest.mark.parametrize("channels", [*range(1, 21), 31, 32, 33, 48])
@@ -226,7 +228,7 @@ def test_convolution_of_every_number_of_channels_however_they_lie(kernel: int, c
     weight = random_weight(4, channels, kernel, kernel)
     for codes in layouts(random_codes((2, channels, 3, 21), SIGNED)).values():
         sums = convolution_sums(codes, weight, -7, geometry)
-        assert_layer(PackedConvolution(weight, -7, SIGNED, geometry), codes, sums, GRIDS[3])
+        assert_layer(ConvolutionProduct(weight, -7, SIGNED, geometry), codes, sums, GRIDS[3])
 
 
 @pytest.mark.usefixtures("_threads")
@@ -237,7 +239,7 @@ def test_any_number_of_threads(shape: tuple[int, ...], outputs: int) -> None:
     weight = random_weight(outputs, shape[1], 3, 3)
     codes = random_codes(shape, UNSIGNED).contiguous(memory_format=torch.channels_last)
     sums = convolution_sums(codes, weight, 30, geometry)
-    assert_layer(PackedConvolution(weight, 30, UNSIGNED, geometry), codes, sums, GRIDS[2])
+    assert_layer(ConvolutionProduct(weight, 30, UNSIGNED, geometry), codes, sums, GRIDS[2])
 
 
 @pytest.mark.usefixtures("_threads")
@@ -247,21 +249,20 @@ def test_depthwise_convolution_on_any_number_of_threads(shape: tuple[int, ...]) 
     weight = random_weight(shape[1], 1, 3, 3)
     codes = random_codes(shape, SIGNED).contiguous(memory_format=torch.channels_last)
     sums = convolution_sums(codes, weight, 30, geometry)
-    assert_layer(PackedConvolution(weight, 30, SIGNED, geometry), codes, sums, GRIDS[2])
+    assert_layer(ConvolutionProduct(weight, 30, SIGNED, geometry), codes, sums, GRIDS[2])
 
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("rows", [1, 5, 200])
 def test_linear_on_any_number_of_threads(rows: int) -> None:
     codes, weight = random_codes((rows, 2000), SIGNED), random_weight(700, 2000)
-    assert_layer(PackedLinear(weight, 0, SIGNED), codes, codes.long() @ weight.long().t(), GRIDS[0])
+    assert_layer(LinearProduct(weight, 0, SIGNED), codes, codes.long() @ weight.long().t(), GRIDS[0])
 
 
 def test_codes_come_out_channels_last() -> None:
-    product = PackedConvolution(random_weight(5, 3, 3, 3), 0, UNSIGNED, ConvolutionGeometry((1, 1), (1, 1), (1, 1)))
-    layer = product.followed_by(
-        Epilogue(torch.zeros(5, dtype=torch.int32), torch.ones(1), dtype=SIGNED, lowest=-128, highest=127)
-    )
+    product = ConvolutionProduct(random_weight(5, 3, 3, 3), 0, UNSIGNED, ConvolutionGeometry((1, 1), (1, 1), (1, 1)))
+    epilogue = Epilogue(torch.zeros(5, dtype=torch.int32), torch.ones(1), dtype=SIGNED, lowest=-128, highest=127)
+    layer = IntegerLayer(product, epilogue)
     codes = random_codes((2, 3, 4, 4), UNSIGNED)
     assert layer(codes).is_contiguous(memory_format=torch.channels_last)
     with kernels.reference_kernels():
@@ -273,11 +274,11 @@ def test_codes_come_out_channels_last() -> None:
 
 @pytest.mark.parametrize("bias", [2**24, 2**30, -(2**30)])
 def test_accumulators_beyond_float32_are_integers(bias: int) -> None:
-    product = PackedLinear(torch.ones(1, 2, dtype=torch.int8), 0, UNSIGNED)
+    product = LinearProduct(torch.ones(1, 2, dtype=torch.int8), 0, UNSIGNED)
     epilogue = Epilogue(torch.tensor([bias], dtype=torch.int32), torch.tensor([1.0]))
     codes = torch.tensor([[1, 0], [1, 1], [2, 1]], dtype=UNSIGNED)
     expected = (codes.sum(1, keepdim=True) + bias).to(FLOATS)
-    layer = product.followed_by(epilogue)
+    layer = IntegerLayer(product, epilogue)
     assert_same(layer(codes), expected)
     with kernels.reference_kernels():
         assert_same(layer(codes), expected)
@@ -291,7 +292,7 @@ def test_the_largest_products(code: int, dtype: torch.dtype, zero_point: int, va
     weight = torch.full((17, 700, 3, 3), value, dtype=torch.int8)
     sums = convolution_sums(codes, weight, zero_point, geometry)
     assert abs(int(sums[0, 0])) == 255 * abs(value) * 6300
-    assert_layer(PackedConvolution(weight, zero_point, dtype, geometry), codes, sums, GRIDS[4])
+    assert_layer(ConvolutionProduct(weight, zero_point, dtype, geometry), codes, sums, GRIDS[4])
 
 
 # Around the largest pair whose products by 255 stay within 16 bits.
@@ -313,10 +314,10 @@ def test_pairs_of_products_that_exceed_16_bits(data: st.DataObject) -> None:
     codes = codes.reshape(1, inputs, 5, 5)
     geometry = ConvolutionGeometry((1, 1), (0, 0), (1, 1), groups)
     sums = convolution_sums(codes, weight, 0, geometry)
-    assert_layer(PackedConvolution(weight, 0, UNSIGNED, geometry), codes, sums, GRIDS[4])
+    assert_layer(ConvolutionProduct(weight, 0, UNSIGNED, geometry), codes, sums, GRIDS[4])
 
 
-@needs_integer_layers
+@needs_compiled_kernels
 @pytest.mark.parametrize("groups", [1, 64])
 def test_weights_of_seven_bits_are_packed_in_a_byte_each(groups: int) -> None:
     """Whatever the processor: no pair of them exceeds 16 bits. Of eight bits, AVX2 needs up to twice as many."""
@@ -324,21 +325,18 @@ def test_weights_of_seven_bits_are_packed_in_a_byte_each(groups: int) -> None:
 
     def packed_bytes(value: int) -> int:
         weight = torch.full((64, 64 // groups, 3, 3), value, dtype=torch.int8)
-        layer = PackedConvolution(weight, 0, UNSIGNED, geometry).followed_by(
-            Epilogue(torch.zeros(64, dtype=torch.int32), torch.ones(64))
-        )
-        assert layer.native is not None
-        return layer.native.nbytes
+        epilogue = Epilogue(torch.zeros(64, dtype=torch.int32), torch.ones(64))
+        return CompiledLayer(ConvolutionProduct(weight, 0, UNSIGNED, geometry), epilogue).packed.nbytes
 
     assert packed_bytes(63) == packed_bytes(64) == packed_bytes(-64) == packed_bytes(0)
     grows = kernels.instruction_set() in ("avx2", "avx512")
-    assert (packed_bytes(65) > 1.5 * packed_bytes(64)) is grows
+    assert (packed_bytes(65) > 1.4 * packed_bytes(64)) is grows
 
 
 def test_sums_that_may_exceed_int32_are_refused() -> None:
-    product = PackedLinear(torch.full((1, 2), 127, dtype=torch.int8), 0, UNSIGNED)
+    product = LinearProduct(torch.full((1, 2), 127, dtype=torch.int8), 0, UNSIGNED)
     with pytest.raises(OverflowError, match=r"weight of shape \(1, 2\) may exceed int32"):
-        product.followed_by(Epilogue(torch.tensor([2**31 - 1], dtype=torch.int32), torch.ones(1)))
+        IntegerLayer(product, Epilogue(torch.tensor([2**31 - 1], dtype=torch.int32), torch.ones(1)))
 
 
 # Transposed convolutions
@@ -361,7 +359,7 @@ def test_transposed_convolution(
 ) -> None:
     geometry = ConvolutionGeometry(stride, (padding,) * 2, (dilation,) * 2, groups)
     codes, weight, zero_point = random_codes((2, 4, 5, 6), dtype), random_weight(4, 3, 3, 4), random_zero_point(dtype)
-    product = PackedTransposedConvolution(weight, zero_point, dtype, geometry, (output_padding, 0))
+    product = TransposedProduct(weight, zero_point, dtype, geometry, (output_padding, 0))
     sums = F.conv_transpose2d(
         codes.double() - zero_point, weight.double(), None, stride, padding, (output_padding, 0), groups, dilation
     )
@@ -371,21 +369,22 @@ def test_transposed_convolution(
 # What the compiled kernels refuse
 
 
-@needs_integer_layers
+@needs_compiled_kernels
 def test_layers_run_compiled_where_they_can() -> None:
-    epilogue = Epilogue(torch.zeros(8, dtype=torch.int32), torch.ones(8))
     geometry = ConvolutionGeometry((1, 1), (0, 0), (1, 1))
     weight = random_weight(8, 4, 3, 3)
-    layers: list[tuple[IntegerLayer, bool]] = [
-        (PackedLinear(weight[:, :, 0, 0], 0, UNSIGNED).followed_by(epilogue), True),
-        (PackedConvolution(weight, 0, UNSIGNED, geometry).followed_by(epilogue), True),
-        (PackedConvolution(weight[:, :1], 0, UNSIGNED, geometry._replace(groups=8)).followed_by(epilogue), True),
-        (PackedConvolution(weight, 0, UNSIGNED, geometry._replace(groups=2)).followed_by(epilogue), False),
+    products: list[tuple[Product, bool]] = [
+        (LinearProduct(weight[:, :, 0, 0], 0, UNSIGNED), True),
+        (ConvolutionProduct(weight, 0, UNSIGNED, geometry), True),
+        (ConvolutionProduct(weight[:, :1], 0, UNSIGNED, geometry._replace(groups=8)), True),
+        (ConvolutionProduct(weight, 0, UNSIGNED, geometry._replace(groups=2)), False),
     ]
-    assert [layer.native is not None for layer, _ in layers] == [compiled for _, compiled in layers]
+    assert [plan(product.description) is COMPILED for product, _ in products] == [compiled for _, compiled in products]
+    with kernels.reference_kernels():
+        assert not any(plan(product.description) is COMPILED for product, _ in products)
 
 
-@needs_integer_layers
+@needs_compiled_kernels
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
@@ -396,15 +395,15 @@ def test_layers_run_compiled_where_they_can() -> None:
     ],
 )
 def test_codes_that_do_not_fit_are_refused(codes: Tensor, message: str) -> None:
-    product = PackedConvolution(random_weight(8, 4, 3, 3), 0, UNSIGNED, ConvolutionGeometry((1, 1), (0, 0), (1, 1)))
-    layer = product.followed_by(Epilogue(torch.zeros(8, dtype=torch.int32), torch.ones(8)))
+    product = ConvolutionProduct(random_weight(8, 4, 3, 3), 0, UNSIGNED, ConvolutionGeometry((1, 1), (0, 0), (1, 1)))
+    layer = IntegerLayer(product, Epilogue(torch.zeros(8, dtype=torch.int32), torch.ones(8)))
     with pytest.raises(RuntimeError, match=message):
         layer(codes)
 
 
-@needs_integer_layers
+@needs_compiled_kernels
 def test_what_was_not_packed_is_no_layer() -> None:
     codes = torch.zeros(1, 4, dtype=UNSIGNED)
     for block in (torch.zeros(10, dtype=UNSIGNED), torch.zeros(1000, dtype=UNSIGNED), torch.zeros(1000)):
         with pytest.raises(RuntimeError, match="layer must come from pack_layer"):
-            operators["linear"](codes, block)
+            packed_layer(codes, block, 4, (), (), (), (), 1, FLOATS)

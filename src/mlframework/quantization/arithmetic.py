@@ -66,11 +66,24 @@ def unsaturated_codes(input: Tensor, scale: Tensor, zero_point: Tensor) -> Tenso
 def quantize_values(input: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme) -> Tensor:
     """Float values to integer codes; ``scale`` and ``zero_point`` of shape (1,) or (C,)."""
     axis = scheme.resolve_channel_axis(input.dim())
-    dtype = compute_dtype(input)
+    return quantize_to(input, scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.dtype, axis)
+
+
+def quantize_to(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    dtype: torch.dtype,
+    axis: int | None,
+) -> Tensor:
+    """:func:`quantize_values` for a grid that is given by its ends and its dtype."""
+    computed = compute_dtype(input)
     codes = unsaturated_codes(
-        input.to(dtype), along_axis(scale.to(dtype), input.dim(), axis), along_axis(zero_point, input.dim(), axis)
+        input.to(computed), along_axis(scale.to(computed), input.dim(), axis), along_axis(zero_point, input.dim(), axis)
     )
-    return codes.clamp_(scheme.quant_min, scheme.quant_max).to(scheme.dtype)
+    return codes.clamp_(lowest, highest).to(dtype)
 
 
 def dequantize_codes(codes: Tensor, scale: Tensor, zero_point: Tensor, channel_axis: int | None) -> Tensor:
@@ -86,7 +99,7 @@ def quantize_bias(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
 
 
 def bias_fits(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
-    """Where the code of a bias leaves the accumulator the room it needs; elsewhere conversion raises the scale."""
+    """Where the code of a bias leaves the accumulator the room it needs; :func:`with_room_for_bias` makes it."""
     return bias.abs() <= accumulator_scale * LARGEST_BIAS_CODE
 
 
@@ -99,6 +112,27 @@ def bias_on_grid(bias: Tensor, accumulator_scale: Tensor) -> Tensor:
 def rescale_codes(codes: Tensor, ratio: Tensor) -> Tensor:
     """int8 codes with zero point 0 on a coarser grid: ``ratio`` is old scale / new scale, at most 1."""
     return torch.round(codes * ratio).to(torch.int8)
+
+
+def with_room_for_bias(
+    codes: Tensor, scale: Tensor, bias: Tensor, input_scale: Tensor, axis: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Weight codes, and their scale in float32, of a layer whose bias fits the accumulator.
+
+    A channel whose scale is next to nothing would have a bias beyond int32: its scale is raised to where the bias fits,
+    and the few codes that are left of the channel are rounded to it.
+
+    Args:
+        codes: int8 values, zero point 0.
+        scale: (O,).
+        bias: (O,), in real numbers.
+        input_scale: (1,).
+        axis: of the codes, that the output's channels lie along.
+    """
+    scale = scale.double()
+    smallest = bias.double().abs() / (input_scale.double() * LARGEST_BIAS_CODE)
+    raised = scale.clamp(min=SMALLEST_SCALE).maximum(smallest).to(torch.float32)
+    return rescale_codes(codes, along_axis(scale / raised, codes.dim(), axis)), raised
 
 
 def requantize_accumulator(
@@ -247,17 +281,30 @@ def range_to_scale_and_zero_point(
     Affine: :math:`s = (max - min) / (q_{max} - q_{min})`, :math:`z = \mathrm{rne}(q_{min} - min / s)`. Symmetric: the
     smallest scale whose grid covers both ends. A range of no width (all zeros) gets scale 1.
     """
+    zero = scheme.symmetric_zero_point if scheme.symmetric else None
+    return range_to_parameters(minimum, maximum, scheme.quant_min, scheme.quant_max, zero)
+
+
+def range_to_parameters(
+    minimum: Tensor, maximum: Tensor, lowest: int, highest: int, zero: int | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`range_to_scale_and_zero_point` for codes from ``lowest`` to ``highest``; ``zero`` is the zero point of a
+    symmetric grid, and None for an affine one."""
     minimum = minimum.to(torch.float32).clamp(max=0.0)
     maximum = maximum.to(torch.float32).clamp(min=0.0)
-    if scheme.symmetric:
-        zero = scheme.symmetric_zero_point
-        scale = maximum / (scheme.quant_max - zero)
-        if scheme.quant_min < zero:
-            scale = torch.maximum(scale, minimum / (scheme.quant_min - zero))
+    if zero is not None:
+        scale = maximum / (highest - zero)
+        if lowest < zero:
+            scale = torch.maximum(scale, minimum / (lowest - zero))
     else:
         # Halved before subtracting: max - min of two large finite values may be infinite.
-        scale = (maximum * 0.5 - minimum * 0.5) / ((scheme.quant_max - scheme.quant_min) * 0.5)
+        scale = (maximum * 0.5 - minimum * 0.5) / ((highest - lowest) * 0.5)
     scale = torch.where(scale > 0, scale.clamp(SMALLEST_SCALE, LARGEST_SCALE), 1.0)
-    if scheme.symmetric:
-        return scale, torch.full_like(scale, scheme.symmetric_zero_point)
-    return scale, grid_zero_point(scheme.quant_min - minimum / scale, scheme)
+    if zero is not None:
+        return scale, torch.full_like(scale, zero)
+    return scale, torch.round(lowest - minimum / scale).clamp(lowest, highest)
+
+
+def finite_range(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    """A range whose ends that were never seen are 0."""
+    return torch.where(torch.isfinite(minimum), minimum, 0.0), torch.where(torch.isfinite(maximum), maximum, 0.0)

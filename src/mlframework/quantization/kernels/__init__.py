@@ -1,86 +1,77 @@
-"""Integer arithmetic on tensors: which kernel computes it on this machine, and a fallback that is exact everywhere."""
+"""Arithmetic on tensors of codes: operators, the backends that run integer layers, and who runs what."""
 
-from .capability import int_mm_is_best, int_mm_is_exact, onednn_is_exact
-from .fake_quantization import (
-    FakeQuantized,
-    extremes,
-    fake_quantize,
-    fake_quantize_backward,
-    is_native,
-    mask_gradient,
-    memory_order,
-)
-from .fingerprints import fingerprints
-from .integer_layer import Epilogue, IntegerLayer
-from .integer_products import PackedConvolution, PackedLinear
-from .moving_average import update_moving_average
-from .native import active_path, has_integer_layers, instruction_set, reference_kernels, use_native
-from .normalization import batch_statistics, can_normalize, normalize, normalize_backward
-from .onednn import ConvolutionGeometry
-from .operations import (
+from . import native
+from .backends.capability import int_mm_is_best, int_mm_is_exact, onednn_is_exact
+from .epilogue import Epilogue
+from .geometry import ConvolutionGeometry
+from .integer_layer import IntegerLayer
+from .native import active_path, instruction_set, instruction_sets, is_traced, reference_kernels
+from .operators.codes import (
     add,
+    average_positions,
     dequantize,
     lookup,
-    lookup_gradient,
     max_pool2d,
     occurring,
+    pair,
     quantize,
     requantize,
     sum_positions,
 )
+from .operators.fake_quantization import FakeQuantized, extremes, fake_quantize
+from .operators.fingerprints import fingerprints
+from .operators.layout import memory_order
+from .operators.moving_average import update_moving_average
+from .operators.snapshot import snapshot
+from .plan import TrainingDescription, fuses, trains_on_integers
+from .products import ConvolutionProduct, LinearProduct, TransposedProduct
+from .programs import is_plain, make_program, release_program, run_program, run_programs
 from .subpixel import SubpixelConvolution, subpixel_convolution
-from .training_product import (
-    TrainedWeight,
-    TrainingProduct,
-    pack_training_product,
-    takes_training_product,
-    train_weight,
-)
-from .transposed_convolution import PackedTransposedConvolution, TransposedLayer
 
 __all__ = [
     "ConvolutionGeometry",
+    "ConvolutionProduct",
     "Epilogue",
     "FakeQuantized",
     "IntegerLayer",
-    "PackedConvolution",
-    "PackedLinear",
-    "PackedTransposedConvolution",
+    "LinearProduct",
     "SubpixelConvolution",
-    "TrainedWeight",
-    "TrainingProduct",
-    "TransposedLayer",
+    "TrainingDescription",
+    "TransposedProduct",
     "active_path",
     "add",
-    "batch_statistics",
-    "can_normalize",
+    "average_positions",
     "dequantize",
     "extremes",
     "fake_quantize",
-    "fake_quantize_backward",
     "fingerprints",
-    "has_integer_layers",
+    "fuses",
     "instruction_set",
+    "instruction_sets",
     "int_mm_is_best",
     "int_mm_is_exact",
-    "is_native",
+    "is_plain",
+    "is_traced",
     "lookup",
-    "lookup_gradient",
-    "mask_gradient",
+    "make_program",
     "max_pool2d",
     "memory_order",
-    "normalize",
-    "normalize_backward",
     "occurring",
     "onednn_is_exact",
-    "pack_training_product",
+    "pair",
     "quantize",
     "reference_kernels",
+    "release_program",
     "requantize",
+    "run_program",
+    "run_programs",
+    "snapshot",
     "subpixel_convolution",
     "sum_positions",
-    "takes_training_product",
-    "train_weight",
+    "trains_on_integers",
     "update_moving_average",
-    "use_native",
 ]
+
+# Now, since a compiler cannot load them while it traces. Where they are not, whoever first asks for them is told.
+if native.LIBRARY.exists():
+    native.is_available()

@@ -1,0 +1,1 @@
+"""Ways to compute integer layers, each one file behind one protocol (:mod:`.backend`); :mod:`..plan` chooses."""

@@ -1,0 +1,212 @@
+"""A layer on codes in training: exact integers forward, straight through in floating point backward."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...scheme import QuantizationScheme
+from .. import native
+from ..geometry import ConvolutionGeometry
+from ..operators.codes import dequantize
+from ..operators.fake_quantization import fake_quantize, mask_gradient
+from ..operators.moving_average import update_moving_average
+from ..operators.training_layers import train_layer, weighted_product
+from .function import call, refuse_gradient_of_gradient
+
+
+class Codes(NamedTuple):
+    """Codes, and the grid that they were made with, as it was then: float32 (2, 1) or (2, C), scale and zero point."""
+
+    codes: Tensor
+    grid: Tensor
+
+
+class WeightState(NamedTuple):
+    """A weight's grid, and the statistics that it follows.
+
+    Attributes:
+        averages: running minimum, maximum and the number of batches; None where a node has observed the weight and
+            passes its gradients on.
+        scale, zero_point: float32, updated in place where the weight is observed.
+        momentum: of the averages.
+        observes: whether the weight of this step is to be folded in, first.
+        is_newest: whether the grid is that of this very weight, also where a recomputation does not observe it again.
+        mask: whether the gradient of a weight that saturates does not pass.
+        gradient_clip: the largest magnitude of it that passes.
+    """
+
+    scheme: QuantizationScheme
+    scale: Tensor
+    zero_point: Tensor
+    averages: tuple[Tensor, Tensor, Tensor] | None = None
+    momentum: float = 1.0
+    observes: bool = False
+    is_newest: bool = False
+    mask: bool = False
+    gradient_clip: float | None = None
+
+    @property
+    def saturates(self) -> bool:
+        """Whether a weight may lie beyond its grid. None does where each channel's grid was made for it, and where one
+        is not finite, the scale is NaN."""
+        return not (self.is_newest and self.scheme.channel_axis == 0)
+
+
+class Computation(NamedTuple):
+    """What it takes to compute a layer's output again."""
+
+    codes: Tensor
+    grid: Tensor
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    scheme: QuantizationScheme
+    geometry: ConvolutionGeometry | None
+
+    def __call__(self) -> Tensor:
+        return weighted_product(*self)
+
+
+class _Layer(torch.autograd.Function):
+    """Saves codes, a byte to a value, in the place of the floats that a layer would save. The weight itself, a
+    parameter, is saved as it is and quantized again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        grid: Tensor,
+        own_weight: Tensor,
+        state: WeightState,
+        geometry: ConvolutionGeometry | None,
+    ) -> Tensor:
+        scheme = state.scheme
+        own_bias = None if bias is None else bias.detach().contiguous()
+        if state.averages is not None and not native.is_traced():
+            output, mask, scale = train_layer(
+                codes,
+                grid,
+                own_weight,
+                own_bias,
+                state.averages,
+                state.scale,
+                state.zero_point,
+                state.momentum,
+                scheme,
+                geometry,
+                observes=state.observes,
+                mask=state.mask and state.saturates,
+            )
+        else:
+            scale = state.scale.expand(own_weight.shape[0]).clone()  # which is updated in place
+            mask = None
+            if state.mask:
+                ends = scheme.quant_min, scheme.quant_max, scheme.channel_axis
+                mask = fake_quantize(own_weight, state.scale, state.zero_point, *ends, values=False, mask=True).mask
+            output = weighted_product(codes, grid, own_weight, state.scale, own_bias, scheme, geometry)
+        ctx.save_for_backward(codes, grid, own_weight, scale, mask)
+        ctx.geometry = geometry
+        ctx.ends = scheme.quant_min, scheme.quant_max
+        ctx.gradient_clip = state.gradient_clip
+        autocast = torch.is_autocast_enabled("cpu")
+        ctx.dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_gradient_of_gradient()
+        if gradient is None:
+            return (None,) * 8
+        codes, grid, own_weight, scale, mask = ctx.saved_tensors
+        needs_input, needs_weight, _bias = needs = ctx.needs_input_grad[:3]
+        dtype = ctx.dtype
+        # The gradient of each takes the values of the other.
+        if needs_weight:
+            input = dequantize(codes, grid[0], grid[1], None).to(dtype)
+        else:
+            input = gradient.new_empty(1).to(dtype).expand(codes.shape)
+        weight = own_weight
+        if needs_input:
+            values = fake_quantize(own_weight, scale, torch.zeros_like(scale), ctx.ends[0], ctx.ends[1], 0).values
+            assert values is not None
+            weight = values
+        backward = _linear_backward if ctx.geometry is None else _convolution_backward
+        to_input, to_weight, to_bias = (
+            None if each is None else each.to(torch.float32)
+            for each in backward(gradient.to(dtype), input, weight.to(dtype), ctx.geometry, needs)
+        )
+        if to_weight is not None and mask is not None:
+            to_weight = mask_gradient(to_weight, mask, own_weight.stride(), ctx.gradient_clip)
+        elif to_weight is not None and ctx.gradient_clip is not None:
+            to_weight = to_weight.clamp(-ctx.gradient_clip, ctx.gradient_clip)
+        return to_input, to_weight, to_bias, *[None] * 5
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Needs = tuple[bool, bool, bool]
+
+
+def _convolution_backward(
+    gradient: Tensor, input: Tensor, weight: Tensor, geometry: ConvolutionGeometry, needs: Needs
+) -> Gradients:
+    stride, padding, dilation, groups = geometry
+    channels = [weight.shape[0]]
+    no_output_padding = [0] * len(stride)
+    gradients = torch.ops.aten.convolution_backward.default(
+        gradient, input, weight, channels, stride, padding, dilation, False, no_output_padding, groups, list(needs)
+    )
+    # In one dimension there is something in the places of those that are not needed, too.
+    to_input, to_weight, to_bias = (each if need else None for each, need in zip(gradients, needs, strict=True))
+    return to_input, to_weight, to_bias
+
+
+def _linear_backward(gradient: Tensor, input: Tensor, weight: Tensor, geometry: None, needs: Needs) -> Gradients:
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    return (
+        gradient @ weight if needs[0] else None,
+        rows.t() @ input.reshape(-1, input.shape[-1]) if needs[1] else None,
+        rows.sum(dim=0) if needs[2] else None,
+    )
+
+
+def layer_on_codes(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    codes: Codes,
+    own_weight: Tensor,
+    state: WeightState,
+    geometry: ConvolutionGeometry | None,
+    *,
+    again: bool,
+) -> tuple[Tensor, Computation | None]:
+    """A layer's output and, where ``again``, how to compute it again.
+
+    Args:
+        input: the values that the codes stand for, which its gradient goes to.
+        weight: what the gradient of the weight goes to: the weight or, where a node does more than round, what the
+            node returned.
+        bias: (O,), rounded to units of the accumulator; None for none.
+        codes: of the input.
+        own_weight: the weight itself, apart from the graph.
+        state: of the weight.
+        geometry: of a convolution; None for a linear layer.
+    """
+    if state.averages is not None and state.observes and native.is_traced():
+        # Apart from the function: what a compiler traces as one changes nothing in place.
+        axis = state.scheme.channel_axis
+        update_moving_average(
+            own_weight, False, axis, *state.averages, state.scale, state.zero_point, state.momentum, state.scheme, True
+        )
+    output: Tensor = call(_Layer, input, weight, bias, *codes, own_weight, state, geometry)
+    if not again:
+        return output, None
+    own_bias = None if bias is None else bias.detach().contiguous()
+    return output, Computation(*codes, own_weight, state.scale.clone(), own_bias, state.scheme, geometry)
