@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mlframework.quantization import kernels
-from mlframework.quantization.kernels import native
+from mlframework.quantization.kernels.operators.declaration import DECLARED
 
-needs_integer_layers = pytest.mark.skipif(
-    not native.has_integer_layers(), reason="needs integer layers compiled for this processor"
-)
+needs_integer_layers = pytest.mark.skipif(kernels.active_path() != "native", reason="needs compiled kernels")
 
 
 class Step(NamedTuple):
@@ -93,19 +91,16 @@ def assert_buffers_agree(actual: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 def count_operators(monkeypatch: pytest.MonkeyPatch, *names: str) -> Counter[str]:
-    """Counts the calls of compiled operators from now on; a weight is packed by either of two."""
-    native.native_is_available()
+    """Counts the calls of compiled operators from now on."""
     calls: Counter[str] = Counter()
 
     def counting(name: str, operator: Any) -> Any:
         def call(*args: Any) -> Any:
-            calls["pack_layer" if name == "train_weight" else name] += 1
+            calls[name] += 1
             return operator(*args)
 
         return call
 
-    if "pack_layer" in names:
-        names += ("train_weight",)
     for name in names:
-        monkeypatch.setitem(native.operators, name, counting(name, native.operators[name]))
+        monkeypatch.setattr(DECLARED[name], "overload", counting(name, DECLARED[name].overload))
     return calls

@@ -72,7 +72,7 @@ def _train(
         ("mlp", QATConfig(learnable=True), "inductor"),
         ("cnn", QATConfig(learnable=True, weight_bits=4, activation_bits=4), "aot_eager"),
         ("mlp", QATConfig(), "aot_eager"),
-        ("mlp", QATConfig(activation_observer=HistogramObserver), "aot_eager"),
+        pytest.param("mlp", QATConfig(activation_observer=HistogramObserver), "aot_eager", marks=pytest.mark.long),
     ],
     ids=lambda value: (
         value if isinstance(value, str) else ("learned" if value.learnable else value.activation_observer.__name__)
@@ -117,3 +117,46 @@ def test_a_schedule_recompiles_only_where_it_switches() -> None:
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[6] == graphs[8], "nothing to compile once the schedule has run out"
     assert not counters["graph_break"]
+
+
+def _halve(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    args[0].mul_(0.5)
+
+
+def _zero(module: nn.Module, args: object, output: Tensor) -> None:
+    output.mul_(0)
+
+
+@pytest.mark.parametrize("where", ["before the reader", "after the maker", "around both"])
+def test_hooks_that_change_values_in_place_are_seen(where: str) -> None:
+    """Codes lie beside values, and a compiler that traces does not count changes of these."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(12, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 3)))
+    prepared = prepare(model, QATConfig(), (torch.randn(64, 12),))
+    for _ in range(2):
+        prepared(torch.randn(64, 12))
+    if where == "before the reader":
+        prepared.get_submodule("1.0").register_forward_pre_hook(_halve)
+    elif where == "after the maker":
+        prepared.get_submodule("0.0").register_forward_hook(_zero)
+    else:
+        prepared.get_submodule("0").register_forward_hook(_zero)
+    inputs = torch.randn(64, 12)
+    compiled = torch.compile(copy.deepcopy(prepared), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs), prepared(inputs), rtol=0, atol=1e-6)
+
+
+def test_operators_are_calls_in_the_graph() -> None:
+    prepared = prepare(_model("cnn"), QATConfig(), (torch.randn(SHAPES["cnn"]),))
+    for _ in range(2):
+        prepared(torch.randn(SHAPES["cnn"]))
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        nodes = [node for module in graph.modules() for node in module.graph.nodes]  # type: ignore[union-attr]
+        called.extend(str(node.target) for node in nodes if node.op == "call_function")
+        return graph.forward  # type: ignore[no-any-return]
+
+    torch.compile(prepared, fullgraph=True, backend=backend)(torch.randn(SHAPES["cnn"]))
+    operators = {name.split(".")[1] for name in called if name.startswith("mlframework_quantization_kernels")}
+    assert {"weighted_product", "normalize", "batch_statistics", "update_moving_average"} <= operators
+    assert not {name for name in called if "conv2d" in name or "batch_norm" in name}

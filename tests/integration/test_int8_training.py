@@ -130,10 +130,10 @@ def test_a_network_is_as_close_to_float64_as_its_modules_are(name: str, monkeypa
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     inputs, targets = network.batch(BATCH, seed=5)
-    calls = count_operators(monkeypatch, "pack_layer")
+    calls = count_operators(monkeypatch, "train_layer")
     on_codes = network_step(prepared, inputs, targets)
     wrappers = [module for module in prepared.modules() if isinstance(module, QATModuleWrapper)]
-    assert calls["pack_layer"] == sum(isinstance(wrapper.layer, (nn.Linear, nn.Conv2d)) for wrapper in wrappers)
+    assert calls["train_layer"] == sum(isinstance(wrapper.layer, (nn.Linear, nn.Conv2d)) for wrapper in wrappers)
     with kernels.reference_kernels():
         on_values = network_step(prepared, inputs, targets)
         in_float64 = tuple(value.double() if value.is_floating_point() else value for value in inputs)
@@ -173,7 +173,7 @@ def test_active_dropout_takes_values_off_the_grid(how: str, monkeypatch: pytest.
         prepared(inputs)
     dropouts = [module for module in prepared.modules() if isinstance(module, (nn.Dropout, nn.Dropout2d))]
     active = dropouts[-1]
-    calls = count_operators(monkeypatch, "pack_layer")
+    calls = count_operators(monkeypatch, "train_layer")
 
     def steps() -> tuple[Any, Any]:
         torch.manual_seed(3)
@@ -182,7 +182,7 @@ def test_active_dropout_takes_values_off_the_grid(how: str, monkeypatch: pytest.
         return one, reference_step(prepared, inputs)
 
     on_codes, expected = steps()
-    assert calls["pack_layer"] == 1, "the first layer alone"
+    assert calls["train_layer"] == 1, "the first layer alone"
     step = float(prepared.get_submodule("last").output_fake_quantize.scale)
     assert (on_codes.output - expected.output).abs().max() <= 1.01 * step
     for key, gradient in on_codes.gradients.items():
@@ -194,7 +194,7 @@ def test_active_dropout_takes_values_off_the_grid(how: str, monkeypatch: pytest.
         change()
         calls.clear()
         prepared(inputs)
-        assert calls["pack_layer"] == 2, "a dropout that is off leaves values on their grid"
+        assert calls["train_layer"] == 2, "a dropout that is off leaves values on their grid"
 
 
 # Ways to train

@@ -496,7 +496,7 @@ def test_a_fixed_scale_may_change_before_backward(native: bool) -> None:
     """As an observer changes it at the end of a model's forward."""
     input = torch.randn(100).to(torch.float32 if native else torch.float64).requires_grad_()
     scale, zero_point = torch.tensor([0.1]), torch.zeros(1)
-    values = fake_quantize_tensor(input, scale, zero_point, SIGNED_4, StraightThroughEstimator(), None)
+    values, _, _ = fake_quantize_tensor(input, scale, zero_point, SIGNED_4, StraightThroughEstimator(), None)
     (expected,) = torch.autograd.grad(values.sum(), input, retain_graph=True)
     scale.fill_(1e-3)
     assert torch.equal(torch.autograd.grad(values.sum(), input)[0], expected)
@@ -508,7 +508,7 @@ def test_codes_come_with_the_values_and_take_no_gradient(learned: bool) -> None:
     scale = torch.tensor([0.1], requires_grad=learned)
     for input in (torch.randn(7, 5, requires_grad=True), torch.randn(7, 5), torch.randn(7, 5).half()):
         arguments = (scale, torch.zeros(1), SIGNED_4, StraightThroughEstimator(), None)
-        values, codes = fake_quantize_tensor(input, *arguments, codes=True)
+        values, codes, grid = fake_quantize_tensor(input, *arguments, codes=True)
         if input.dtype is torch.float16 or active_path() == "reference":
             assert codes is None, "where no compiled kernel runs"
         else:
@@ -516,13 +516,16 @@ def test_codes_come_with_the_values_and_take_no_gradient(learned: bool) -> None:
             assert codes.dtype is torch.int8
             assert not codes.requires_grad
             assert torch.equal(values, codes * scale)
-        assert torch.equal(values, fake_quantize_tensor(input, *arguments))
+            assert grid is not None
+            assert torch.equal(grid, torch.tensor([[0.1], [0.0]]))
+        assert torch.equal(values, fake_quantize_tensor(input, *arguments)[0])
         if values.requires_grad:
             values.sum().backward()  # type: ignore[no-untyped-call]
         broken = input.detach().clone().index_fill_(0, torch.tensor([3]), math.nan).requires_grad_(input.requires_grad)
-        values, codes = fake_quantize_tensor(broken, *arguments, codes=True)
-        assert codes is None
+        values, codes, grid = fake_quantize_tensor(broken, *arguments, codes=True)
         assert torch.equal(values.isnan(), broken.isnan())
+        if grid is not None:
+            assert grid[0].isnan().all(), "whatever is computed with the codes is NaN"
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -537,7 +540,7 @@ def test_a_gradient_of_a_gradient(learned: bool, gradient_clip: float | None) ->
             [0.1], dtype=torch.float64 if input.dtype is torch.float64 else None, requires_grad=learned
         )
         zero_point = torch.zeros_like(scale).detach()
-        values = fake_quantize_tensor(input, scale, zero_point, SIGNED_4, ste, None)
+        values, _, _ = fake_quantize_tensor(input, scale, zero_point, SIGNED_4, ste, None)
         leaves = (input, scale) if learned else (input,)
         first = torch.autograd.grad((values**2).sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)

@@ -25,7 +25,7 @@ from mlframework.quantization import (
     StraightThroughEstimator,
     prepare,
 )
-from mlframework.quantization.kernels import native
+from mlframework.quantization.kernels.operators.declaration import DECLARED
 
 pytestmark = [pytest.mark.slow, needs_integer_layers]
 
@@ -206,14 +206,14 @@ def test_a_hook_fires_once_and_changes_nothing(where: str, hook: Any, monkeypatc
     wrapper = prepared.get_submodule("0")
     seen: list[str] = []
     hook(wrapper.layer if where == "0.layer" else prepared.get_submodule(where), seen)
-    calls = count_operators(monkeypatch, "pack_layer", "normalize")
+    calls = count_operators(monkeypatch, "train_layer", "normalize")
     weights = torch.randn(expected.output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     input = input.clone().requires_grad_()
     output = prepared(input)
     (output * weights.float()).sum().backward()
     assert len(seen) == 1
     assert calls["normalize"] == 0 or where == "0.layer"
-    assert calls["pack_layer"] == (where != "0.layer")
+    assert calls["train_layer"] == (where != "0.layer")
     gradients = {"input": input.grad, **{name: each.grad for name, each in prepared.named_parameters()}}
     actual = type(expected)(output.detach(), gradients, dict(prepared.named_buffers()))
     assert_steps_agree(actual, expected, step_size(prepared))
@@ -233,7 +233,7 @@ def test_a_global_hook_sees_every_module(register: Any, monkeypatch: pytest.Monk
     input.requires_grad_()
     wrapper = prepared.get_submodule("0")
     seen: list[nn.Module] = []
-    calls = count_operators(monkeypatch, "pack_layer", "normalize")
+    calls = count_operators(monkeypatch, "train_layer", "normalize")
     handle = register(lambda module, *_: seen.append(module))
     try:
         prepared(input).sum().backward()
@@ -284,9 +284,9 @@ def test_it_falls_back(kind: str, change: Any, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_nodes_that_do_more_run_as_they_are(kind: str, config: QATConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared, input = trained(chain(kind), shape_of(kind), config), beyond(shape_of(kind))
-    calls = count_operators(monkeypatch, "normalize", "pack_layer")
+    calls = count_operators(monkeypatch, "normalize", "train_layer", "weighted_product")
     actual, expected = step_of(prepared, input), reference_step(prepared, input)
-    assert calls == {"pack_layer": 1}
+    assert calls == {"weighted_product" if config.learnable else "train_layer": 1}
     # A value on the other side of a rounding boundary has another slope for its scale.
     assert_steps_agree(actual, expected, step_size(prepared), rtol=1e-3)
 
@@ -394,10 +394,10 @@ def test_sums(
     shape = (3, 3, 9, 7)
     prepared, input = trained(Sum(activation), shape, config), beyond(shape)
     sums: list[bool] = []
-    fake_quantize = native.operators["fake_quantize"]
-    monkeypatch.setitem(
-        native.operators,
-        "fake_quantize",
+    fake_quantize = DECLARED["fake_quantize"].overload
+    monkeypatch.setattr(
+        DECLARED["fake_quantize"],
+        "overload",
         lambda input, addend, *rest: (sums.append(addend is not None), fake_quantize(input, addend, *rest))[1],
     )
     actual = step_of(prepared, input)

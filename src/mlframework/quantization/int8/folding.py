@@ -63,9 +63,5 @@ def fold(
         sign = arithmetic.along_axis(torch.sign(factor), codes.dim(), output_axis)
         codes = (codes * sign).clamp_(scheme.quant_min, scheme.quant_max)
         scale = torch.where(factor == 0, scale, scale * factor.abs())
-    # A channel whose scale folded to next to nothing would have a bias beyond int32: raise the scale to where the
-    # bias fits, and round the few codes that are left of the channel to it.
-    smallest = offset.abs() / (input_scale.double() * arithmetic.LARGEST_BIAS_CODE)
-    raised = scale.clamp(min=arithmetic.SMALLEST_SCALE).maximum(smallest).to(torch.float32)
-    codes = arithmetic.rescale_codes(codes, arithmetic.along_axis(scale / raised, codes.dim(), output_axis))
+    codes, raised = arithmetic.with_room_for_bias(codes, scale, offset, input_scale, output_axis)
     return IntegerWeights(codes, raised, arithmetic.quantize_bias(offset.to(torch.float32), input_scale * raised))

@@ -69,6 +69,7 @@ class GraphRewriter:
             accounts[entry.node] = self._put_operation(entry, operation)
         for node, layer in zip(placement.quantized, nodes, strict=True):
             accounts[node] = self._put_node(node, layer, self._why_float(node, placement))
+        self._note_direct_edges()
         found = {accounts[node].name: accounts[node] for node in sorted(accounts, key=order.__getitem__, reverse=True)}
         return list(reversed(found.values()))  # of a module that is called several times, the first account
 
@@ -190,6 +191,33 @@ class GraphRewriter:
         name = self._name(entry.node) if entry.node.op == "call_module" else name
         detail = f"output {operation.output_fake_quantize.scheme}"
         return ReportEntry(name, operation.operation.kind, True, detail)
+
+    def _note_direct_edges(self) -> None:
+        """Tells those that compute on codes where their input comes from the node that made the codes, as it is."""
+        for node in self.graph.nodes:
+            module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, (QATModuleWrapper, QATOperation)) and node.args:
+                source = module.input_source
+                is_direct = source is not None and self._grid_made_by(node.args[0]) is source
+                module.input_passes = self._modules_between(node.args[0], node) if is_direct else None
+
+    def _modules_between(self, producer: fx.Node, consumer: fx.Node) -> tuple[nn.Module, ...]:
+        """The module that makes a value, and the containers that it may pass on the way: a hook of any of these can
+        change it."""
+        names = {str(producer.target)}
+        for target in (str(producer.target), str(consumer.target)):
+            parts = target.split(".")
+            names.update(".".join(parts[:length]) for length in range(1, len(parts)))
+        return tuple(self.root.get_submodule(name) for name in sorted(names))
+
+    def _grid_made_by(self, node: object) -> FakeQuantizeLayer | None:
+        """The fake-quantize node whose output a graph's node is."""
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        module = self.root.get_submodule(str(node.target))
+        if isinstance(module, (QATModuleWrapper, QATOperation)):
+            return module.output_fake_quantize
+        return module if isinstance(module, FakeQuantizeLayer) else None
 
     def _swallow(self, entry: Joined) -> None:
         """Takes out the marks of containers that the operation stands for whole."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
+from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
 from .host_value import HostValue
 from .moving_average_statistics import MovingAverageStatistics
@@ -98,7 +98,7 @@ class ActivationObserver(nn.Module):
         """
         if self.update_every == 1:
             return True
-        if torch.compiler.is_compiling():
+        if kernels.is_traced():
             return (self.batches - 1) % self.update_every == 0
         return (self._count() - 1) % self.update_every == 0
 
@@ -115,7 +115,7 @@ class ActivationObserver(nn.Module):
         return 0 if self.update_every == 1 else self._batches.read(self.batches)
 
     def _count_one_more_than(self, before: float) -> None:
-        if self.update_every != 1 and not torch.compiler.is_compiling():
+        if self.update_every != 1 and not kernels.is_traced():
             self._batches.set(self.batches, before + 1)
 
     def _measure(self, input: Tensor) -> BatchStatistics:
@@ -151,7 +151,7 @@ class MinMaxObserver(ActivationObserver):
         self.extremes.copy_(torch.maximum(self.extremes, statistics.extremes))
 
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
-        return finite_range(-self.extremes[0], self.extremes[1])
+        return arithmetic.finite_range(-self.extremes[0], self.extremes[1])
 
     def reset(self) -> None:
         super().reset()
@@ -199,7 +199,7 @@ class MovingAverageObserver(ActivationObserver):
         is_measured: bool,
         due: bool,
     ) -> bool:
-        """Measures a batch, keeps it and makes of it the parameters that follow, in one call of a compiled kernel.
+        """Measures a batch, keeps it and makes of it the parameters that follow, in one call.
 
         Args:
             batch: the tensor; or the extremes that :meth:`measure` found, if ``is_measured``.
@@ -210,10 +210,10 @@ class MovingAverageObserver(ActivationObserver):
         Returns:
             Whether it was done; otherwise nothing has changed.
         """
-        if torch.compiler.is_compiling() or type(self) is not MovingAverageObserver:
+        if type(self) is not MovingAverageObserver or (kernels.is_traced() and self.update_every != 1):
             return False
         before = self._count()
-        done = kernels.update_moving_average(
+        kernels.update_moving_average(
             batch,
             is_measured,
             axis,
@@ -224,24 +224,18 @@ class MovingAverageObserver(ActivationObserver):
             scheme,
             due or before % self.update_every == 0,
         )
-        if done:
-            self._count_one_more_than(before)
-        return done
+        self._count_one_more_than(before)
+        return True
 
     def _update(self, statistics: BatchStatistics) -> None:
         self.statistics.update(-statistics.extremes[0], statistics.extremes[1])
 
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
-        return finite_range(self.statistics.minimum, self.statistics.maximum)
+        return arithmetic.finite_range(self.statistics.minimum, self.statistics.maximum)
 
     def reset(self) -> None:
         super().reset()
         self.statistics.reset()
-
-
-def finite_range(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-    """A range whose ends that were never seen are 0."""
-    return torch.where(torch.isfinite(minimum), minimum, 0.0), torch.where(torch.isfinite(maximum), maximum, 0.0)
 
 
 def batch_extremes(input: Tensor, channel_axis: int | None, num_channels: int) -> Tensor:

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import arithmetic, kernels
+from ..kernels.differentiable.layer import Codes
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
 from ..scheme import QuantizationScheme
 from ..scheme_state import check_schemes, hint_at_reason, register_scheme, save_schemes, without_schemes
 from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
-from .attached_codes import Codes, attach_codes, codes_of
+from .attached_codes import Way, attach_codes, attached_codes, codes_anew
 from .fake_quantize_operation import fake_quantize_tensor
 from .host_value import HostValue
 from .observer_synchronizer import ObserverSynchronizer, is_distributed, reduce_over_ranks
 from .recomputation import State, as_in_forward, is_recomputing
 from .scale_projection import project_optimizer_steps
-from .snapshot import snapshot
 from .straight_through_estimator import StraightThroughEstimator
 
 
@@ -112,6 +112,7 @@ class FakeQuantizeLayer(nn.Module):
         self.fake_quantize_enabled = True
         self.calibrating = False
         self.serves_integers = False  # a layer that reads the values may compute on their codes
+        self.codes_lost = 0  # how many times a layer had to make codes anew: its input was a view, or changed
         self.synchronizer: ObserverSynchronizer | None = None
         self.synchronizer_index = 0
         self.reduces_over_ranks = True
@@ -142,7 +143,7 @@ class FakeQuantizeLayer(nn.Module):
     @property
     def lets_pass(self) -> bool:
         """Whether the next forward is an evaluation before any data."""
-        if self.training or self.calibrating or torch.compiler.is_compiling():
+        if self.training or self.calibrating or kernels.is_traced():
             return False
         return not self.is_initialized
 
@@ -199,9 +200,14 @@ class FakeQuantizeLayer(nn.Module):
         self.require_initialized()
         return kernels.quantize(values, self.scale, self.code_of_zero, self.scheme)
 
-    def codes_on_grid(self, values: Tensor) -> Codes | None:
-        """The codes of values that this node has quantized; None where some are NaN, which has no code."""
-        return codes_of(values, self.scale, self.zero_point, self.scheme)
+    def codes_on_grid(self, values: Tensor, way: Way | None = None) -> Codes:
+        """The codes of values that this node has quantized, and that came to the caller that way."""
+        codes = attached_codes(values, way)
+        if codes is None:
+            if not kernels.is_traced():
+                self.codes_lost += 1
+            codes = codes_anew(values, self.scale, self.zero_point, self.scheme)
+        return codes
 
     def to_values(self, codes: Tensor) -> Tensor:
         """Dequantizes, to float32."""
@@ -232,20 +238,18 @@ class FakeQuantizeLayer(nn.Module):
         if self.calibrating or not self.fake_quantize_enabled:
             return output
         is_initialized = self.is_initialized
-        # A compiler cannot read it; what is learned changes below its feet, where this is the first batch.
-        if not is_initialized and (not torch.compiler.is_compiling() or (self.learnable and observes)):
+        # A compiler cannot read it, and what is learned changes in the graph, if this is the first batch.
+        if not is_initialized and (not kernels.is_traced() or (self.learnable and observes)):
             return self._without_data(output, observes)
         # In every step, where a module's own look-up is slow.
         state: dict[str, Any] = self._parameters if self.learnable else self._buffers
         grid = state["scale"], state["zero_point"], self.scheme
         if not is_initialized:  # as far as a compiler knows, for which nothing may be read back
-            values = fake_quantize_tensor(output, *grid, self.estimator, axis)
-            return torch.where(snapshot(self.initialized) >= 0.5, values, output)
-        if not self.serves_integers:
-            return fake_quantize_tensor(output, *grid, self.estimator, axis)
-        values, codes = fake_quantize_tensor(output, *grid, self.estimator, axis, codes=True)
-        if codes is not None:
-            attach_codes(values, codes, *grid)
+            values, _, _ = fake_quantize_tensor(output, *grid, self.estimator, axis)
+            return torch.where(kernels.snapshot(self.initialized) >= 0.5, values, output)
+        values, codes, own_grid = fake_quantize_tensor(output, *grid, self.estimator, axis, codes=self.serves_integers)
+        if codes is not None and own_grid is not None:
+            return attach_codes(values, codes, own_grid)
         return values
 
     def _without_data(self, output: Tensor, observes: bool) -> Tensor:
@@ -286,7 +290,7 @@ class FakeQuantizeLayer(nn.Module):
         self.observer.update(statistics)
         if self.calibrating:
             return
-        if not self.is_initialized and torch.compiler.is_compiling():  # it may be, but cannot be read
+        if not self.is_initialized and kernels.is_traced():  # it may be, but cannot be read
             first = self.initialized < 0.5
             self.update_parameters(first if self.learnable else first | self.observer.due())
             return
@@ -297,12 +301,14 @@ class FakeQuantizeLayer(nn.Module):
             self.update_parameters()
 
     def _commit_at_once(self, batch: Tensor, axis: int | None, *, is_measured: bool) -> bool:
-        """:meth:`commit` by a compiled kernel, which does it for the observer that most layers have, or not at all."""
+        """:meth:`commit` in one call, which does it for the observer that most layers have, or not at all."""
         observer = self._modules["observer"]
         state: dict[str, Any] = self._buffers
         if self.calibrating or self.learnable or not isinstance(observer, MovingAverageObserver):
             return False
         is_initialized = self.is_initialized
+        if not is_initialized and kernels.is_traced():  # it may be, but cannot be read
+            return False
         done = observer.update_with_parameters(
             batch,
             axis,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
-from .activation_observer import ActivationObserver, BatchStatistics, finite_range
+from .activation_observer import ActivationObserver, BatchStatistics
 
 _SHIFT = 17  # a float32 without its last 17 mantissa bits: 14 bits of magnitude
 _MAGNITUDES = 2**14
@@ -79,7 +79,7 @@ class PercentileObserver(_DistributionObserver):
         self.percentile = float(percentile)
 
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
-        minimum, maximum = finite_range(-self.extremes[0], self.extremes[1])
+        minimum, maximum = arithmetic.finite_range(-self.extremes[0], self.extremes[1])
         if self.percentile == 100:
             return minimum, maximum
         edges = _bin_edges(self.counts.device)
@@ -112,7 +112,7 @@ class HistogramObserver(_DistributionObserver):
     """
 
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
-        minimum, maximum = finite_range(-self.extremes[0], self.extremes[1])
+        minimum, maximum = arithmetic.finite_range(-self.extremes[0], self.extremes[1])
         minimum, maximum = minimum.clamp(max=0).double(), maximum.clamp(min=0).double()
         moments = _moments(self.counts)
         shrunk = torch.exp2(-torch.arange(96, device=minimum.device) / 8.0).double()

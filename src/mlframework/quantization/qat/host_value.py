@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
+
 _PLAIN = (Tensor, nn.Buffer)
 
 
@@ -27,13 +29,13 @@ class HostValue:
     def set(self, tensor: Tensor, known: float) -> None:
         """Takes over what the caller has just made of the tensor."""
         self.known = known
-        if not torch.compiler.is_compiling():
+        if not kernels.is_traced():
             self._tensor: Tensor | None = tensor
             self._version = None if tensor.is_inference() else tensor._version
 
     def read(self, tensor: Tensor, *, anew: bool = False) -> float:
         """The tensor's number; ``anew`` reads it in any case."""
-        if torch.compiler.is_compiling():
+        if kernels.is_traced():
             return self.known
         if not anew and tensor is self._tensor and (self._version is None or tensor._version == self._version):
             return self.known

@@ -6,10 +6,9 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..int8.folding import BATCH_NORMS, IntegerWeights
 from ..int8.layers import Int8Convolution, Int8ConvTranspose2d, Int8Layer, Int8Linear
@@ -19,9 +18,43 @@ from .batch_norms import evaluation_form, plain_batch_norm
 from .computed_parameters import has_unknown_computation
 
 Clip = tuple[float, float]
-MakeInteger = Callable[
-    [nn.Module, IntegerWeights, QuantizationParameters, "QuantizationParameters | None", Clip], Int8Layer
-]
+
+
+class Application(NamedTuple):
+    """How a layer applies its weight.
+
+    Attributes:
+        kind: the integer layer.
+        geometry: of a convolution; None for a linear layer.
+        padding, padding_mode: what is added around the input beforehand, as :class:`Int8Convolution` takes it.
+        output_padding: of a transposed convolution; None for any other.
+        has_inputs_first: whether the weight of a linear layer lies as (in_features, out_features).
+    """
+
+    kind: type[Int8Linear] | type[Int8Convolution] | type[Int8ConvTranspose2d]
+    geometry: ConvolutionGeometry | None = None
+    padding: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+    output_padding: tuple[int, ...] | None = None
+    has_inputs_first: bool = False
+
+    def to_integer(
+        self,
+        weights: IntegerWeights,
+        input: QuantizationParameters,
+        output: QuantizationParameters | None,
+        clip: Clip,
+    ) -> Int8Layer:
+        """The integer layer with these weights."""
+        if self.geometry is None:
+            return Int8Linear(self.oriented(weights), input, output, clip)
+        if self.output_padding is not None:
+            return Int8ConvTranspose2d(weights, input, output, clip, self.geometry, self.output_padding)
+        return Int8Convolution(weights, input, output, clip, self.geometry, self.padding, self.padding_mode)
+
+    def oriented(self, weights: IntegerWeights) -> IntegerWeights:
+        """The weights as the integer layer has them."""
+        return weights._replace(codes=weights.codes.t()) if self.has_inputs_first else weights
 
 
 @dataclass(frozen=True)
@@ -31,91 +64,45 @@ class LayerType:
     Attributes:
         output_axis: the axis of the weight along which the output's channels lie.
         batch_norm: the batch normalization that can fold into it, if any.
-        to_integer: makes its integer layer; None for an embedding, which multiplies nothing.
-        product: the operation alone, without bias, on given values and weights; None for an embedding.
+        application: how a layer of the kind applies its weight; None for an embedding, which multiplies nothing.
     """
 
     output_axis: int
     batch_norm: type[nn.Module] | None
-    to_integer: MakeInteger | None
-    product: Callable[[Any, Tensor, Tensor], Tensor] | None
+    application: Callable[[Any], Application] | None
 
 
-def _to_linear(
-    layer: nn.Module,
-    weights: IntegerWeights,
-    input: QuantizationParameters,
-    output: QuantizationParameters | None,
-    clip: Clip,
-) -> Int8Layer:
-    return Int8Linear(weights, input, output, clip)
+def _linear(layer: nn.Module) -> Application:
+    return Application(Int8Linear)
 
 
-def _to_linear_from_transposed(
-    layer: nn.Module,
-    weights: IntegerWeights,
-    input: QuantizationParameters,
-    output: QuantizationParameters | None,
-    clip: Clip,
-) -> Int8Layer:
-    return Int8Linear(weights._replace(codes=weights.codes.t()), input, output, clip)
+def _linear_with_inputs_first(layer: nn.Module) -> Application:
+    return Application(Int8Linear, has_inputs_first=True)
 
 
-def _to_convolution(
-    layer: nn.Module,
-    weights: IntegerWeights,
-    input: QuantizationParameters,
-    output: QuantizationParameters | None,
-    clip: Clip,
-) -> Int8Layer:
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Application:
     padding = layer.padding
     explicit: tuple[int, ...] = ()
     if isinstance(padding, str) or layer.padding_mode != "zeros":
         explicit = tuple(layer._reversed_padding_repeated_twice)
         padding = (0,) * len(layer.kernel_size)
-    geometry = ConvolutionGeometry(layer.stride, padding, layer.dilation, layer.groups)
-    return Int8Convolution(weights, input, output, clip, geometry, explicit, layer.padding_mode)
+    geometry = ConvolutionGeometry(tuple(layer.stride), tuple(padding), tuple(layer.dilation), layer.groups)
+    return Application(Int8Convolution, geometry, explicit, layer.padding_mode)
 
 
-def _to_transposed(
-    layer: nn.Module,
-    weights: IntegerWeights,
-    input: QuantizationParameters,
-    output: QuantizationParameters | None,
-    clip: Clip,
-) -> Int8Layer:
-    assert isinstance(layer, nn.ConvTranspose2d)
+def _transposed(layer: nn.ConvTranspose2d) -> Application:
     assert not isinstance(layer.padding, str)
-    geometry = ConvolutionGeometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-    return Int8ConvTranspose2d(weights, input, output, clip, geometry, tuple(layer.output_padding))
-
-
-def _linear_product(layer: nn.Linear, values: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(values, weight)
-
-
-def _product_with_transposed(layer: nn.Module, values: Tensor, weight: Tensor) -> Tensor:
-    return values @ weight
-
-
-def _convolution_product(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, values: Tensor, weight: Tensor) -> Tensor:
-    sums: Tensor = layer._conv_forward(values, weight, None)
-    return sums
-
-
-def _transposed_product(layer: nn.ConvTranspose2d, values: Tensor, weight: Tensor) -> Tensor:
-    geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
-    return F.conv_transpose2d(values, weight, None, *geometry)  # type: ignore[arg-type]
+    geometry = ConvolutionGeometry(tuple(layer.stride), tuple(layer.padding), tuple(layer.dilation), layer.groups)
+    return Application(Int8ConvTranspose2d, geometry, output_padding=tuple(layer.output_padding))
 
 
 LAYER_TYPES: dict[type[nn.Module], LayerType] = {
-    nn.Linear: LayerType(0, nn.BatchNorm1d, _to_linear, _linear_product),
-    nn.Conv1d: LayerType(0, nn.BatchNorm1d, _to_convolution, _convolution_product),
-    nn.Conv2d: LayerType(0, nn.BatchNorm2d, _to_convolution, _convolution_product),
-    nn.Conv3d: LayerType(0, nn.BatchNorm3d, _to_convolution, _convolution_product),
-    nn.ConvTranspose2d: LayerType(1, nn.BatchNorm2d, _to_transposed, _transposed_product),
-    nn.Embedding: LayerType(0, None, None, None),
+    nn.Linear: LayerType(0, nn.BatchNorm1d, _linear),
+    nn.Conv1d: LayerType(0, nn.BatchNorm1d, _convolution),
+    nn.Conv2d: LayerType(0, nn.BatchNorm2d, _convolution),
+    nn.Conv3d: LayerType(0, nn.BatchNorm3d, _convolution),
+    nn.ConvTranspose2d: LayerType(1, nn.BatchNorm2d, _transposed),
+    nn.Embedding: LayerType(0, None, None),
 }
 
 
@@ -126,7 +113,7 @@ def _known_types() -> dict[type[nn.Module], LayerType]:
         return LAYER_TYPES
     return {
         **LAYER_TYPES,
-        transformers.Conv1D: LayerType(1, None, _to_linear_from_transposed, _product_with_transposed),
+        transformers.Conv1D: LayerType(1, None, _linear_with_inputs_first),
     }
 
 

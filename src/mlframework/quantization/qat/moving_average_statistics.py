@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels.operators.moving_average import fold_extremes
+
 
 class MovingAverageStatistics(nn.Module):
     r"""Exponential moving averages of batch minima and maxima.
@@ -50,10 +52,7 @@ class MovingAverageStatistics(nn.Module):
         for running, batch in ((self.minimum, minimum), (self.maximum, maximum)):
             if batch.shape != running.shape:
                 raise ValueError(f"expected extremes of shape {tuple(running.shape)}, got {tuple(batch.shape)}")
-            # lerp, because r + 1 * (batch - r) is not the batch where r is much larger.
-            averaged = torch.lerp(running, batch.to(running.dtype), self.momentum)
-            averaged = torch.where(torch.isfinite(running), averaged, batch)
-            running.copy_(torch.where(torch.isfinite(batch), averaged, running))
+            fold_extremes(running, batch, self.momentum)
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import kernels
 from .activation_observer import ActivationObserver, BatchStatistics
 from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed
 
@@ -71,7 +72,7 @@ class ObserverSynchronizer:
     def discard(self) -> None:
         """Drops what a forward that did not end has left behind."""
         self.pending.clear()
-        if not torch.compiler.is_compiling():
+        if not kernels.is_traced():
             self.history.begin()
 
     def commit(self) -> None:
@@ -92,7 +93,7 @@ class ObserverSynchronizer:
                 # Only a layer that this rank has never reached has to ask whether another one has.
                 if index in pending or self.layers[index].is_initialized or bool(torch.isfinite(batch.extremes).any())
             }
-        if self.history.is_kept and not torch.compiler.is_compiling():
+        if self.history.is_kept and not kernels.is_traced():
             self.history.end({index: self.layers[index].state for index in pending})
         for index, batch in pending.items():
             self.layers[index].commit(batch)

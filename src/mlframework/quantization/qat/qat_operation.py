@@ -12,10 +12,12 @@ from ..graph.hooks import has_user_hooks
 from ..int8.integer_operation import Addition, Grid, IntegerOperation
 from ..int8.lookup import Lookup
 from ..int8.operations import Int8Operation
+from .attached_codes import Way
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
+from .integer_evaluation import in_dtype_of
 from .layer_types import Clip, clip_of
-from .qat_module_wrapper import activation_node, in_dtype_of
+from .qat_module_wrapper import activation_node
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, looked_up
 from .recomputation import as_in_forward, is_recomputing
 
@@ -34,6 +36,10 @@ class QATOperation(nn.Module):
         activation: ReLU, ReLU6 or Hardtanh that follows, where the operation ``clips``.
         non_negative: the result is known to be.
         dropouts: what lies between the nodes and the operands, and takes values off their grids in training.
+
+    Attributes:
+        input_passes: the modules that the first operand comes from and by, where it is what its node returned, by the
+            model's graph; None where it is not.
 
     Raises:
         TypeError: the activation does more than clip, or the operation takes none.
@@ -56,15 +62,29 @@ class QATOperation(nn.Module):
         if activation is not None and not operation.clips:
             raise TypeError(f"activation must be None for a {operation.kind}, got {type(activation).__name__}")
         self.operation = operation
-        # In tuples, because other rooms of the model own (and name) these modules.
+        # In tuples so that nn.Module does not register them; they are registered elsewhere.
         self.sources = tuple(sources)
         self.dropouts = tuple(dropouts)
+        self._input_passes: tuple[tuple[nn.Module, ...] | None] = (None,)
         if isinstance(operation, Lookup):
             self.sources[0].serves_integers = True
         self._activation = (activation,)
         self._clip: Clip = clip
         node = activation_node(config, non_negative or clip[0] >= 0)
         self.output_fake_quantize = node.to(self.sources[0].scale.device)
+
+    @property
+    def input_passes(self) -> tuple[nn.Module, ...] | None:
+        return self._input_passes[0]
+
+    @input_passes.setter
+    def input_passes(self, modules: tuple[nn.Module, ...] | None) -> None:
+        self._input_passes = (modules,)
+
+    @property
+    def input_source(self) -> FakeQuantizeLayer:
+        """The node that puts the first operand on its grid."""
+        return self.sources[0]
 
     @property
     def computes_integers(self) -> bool:
@@ -106,7 +126,7 @@ class QATOperation(nn.Module):
             and self.sources[0].quantizes
             and not any_dropout_is_active(self.dropouts)
         ):
-            return looked_up(operands[0], self.sources[0], self.operation, node)
+            return looked_up(operands[0], self.sources[0], self.operation, node, Way(self, self.input_passes))
         return None
 
     def to_integer(self) -> Int8Operation:

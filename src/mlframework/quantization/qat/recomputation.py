@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import kernels
+
 State = dict[str, Tensor]
 
 FORWARDS_KEPT = 64
@@ -25,13 +27,13 @@ def is_recomputing() -> bool:
 
     Always False under ``torch.compile``, whose partitioner recomputes without calling modules.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not kernels.is_traced() and torch._C._current_graph_task_id() != -1
 
 
 def may_be_recomputed() -> bool:
     """Whether backward may run this part of a training forward again: what it saves is intercepted, or nothing is
     saved at all (the two kinds of ``torch.utils.checkpoint``)."""
-    if torch.compiler.is_compiling():
+    if kernels.is_traced():
         return False
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 

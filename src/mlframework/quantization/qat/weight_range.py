@@ -59,7 +59,7 @@ def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | Non
     """
     if not _follows_newest(node):
         return
-    if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+    if kernels.is_traced() or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         _observe(node, weight)  # where no value can be compared on the host
         node.range_of = None
         return

@@ -1,45 +1,37 @@
-"""The integer side of a wrapped layer: the integer layer that it becomes, kept for as long as what it is made from."""
+"""The integer evaluation of a wrapped layer: the integer layer that it becomes, kept for as long as what it is made
+from."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .. import kernels
+from .. import arithmetic, kernels
 from ..int8.folding import IntegerWeights, fold
-from ..int8.layers import Int8Embedding, Int8Layer
+from ..int8.layers import Int8Embedding, Int8Layer, padded
+from ..int8.operations import in_format_of
+from ..kernels.operators.integer_layers import OutputGrid, integer_layer
 from ..scheme import QuantizationScheme
-from .fake_quantize_layer import FakeQuantizeLayer
-from .layer_types import Clip, layer_type_of
+from .layer_types import Application, layer_type_of
 from .weight_range import is_up_to_date, require_finite, update_range
+from .wrapped_layer import WrappedLayer
 
 
-class IntegerSide(nn.Module):
+class IntegerEvaluation(WrappedLayer):
     """What a :class:`.QATModuleWrapper` computes with in evaluation, and what ``convert`` puts in its place."""
 
-    layer: nn.Module
-    weight_fake_quantize: FakeQuantizeLayer | None
-    output_fake_quantize: FakeQuantizeLayer | None
-    _batch_norm: tuple[nn.Module | None]
-    _clip: Clip
-    _cached: tuple[Any, Int8Layer] | None
-
     @property
-    def input_source(self) -> FakeQuantizeLayer | None:
-        """The node that puts the layer's input on its grid."""
-        raise NotImplementedError
-
-    def evaluated_weight(self) -> Tensor:
-        """The weight as evaluation has it, apart from the graph."""
-        raise NotImplementedError
-
-    def _evaluated_bias(self) -> Tensor | None:
-        raise NotImplementedError
-
-    def _parameters_now(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as they are at this call."""
-        raise NotImplementedError
+    def computes_integers(self) -> bool:
+        """Whether a call now computes on integers: evaluation mode, no gradients, and every node switched on."""
+        batch_norm = self._batch_norm[0]
+        if self.training or torch.is_grad_enabled() or (batch_norm is not None and batch_norm.training):
+            return False
+        nodes = [self.input_source, self.weight_fake_quantize]
+        if self.output_fake_quantize is not None:
+            nodes.append(self.output_fake_quantize)
+        return all(node is not None and node.quantizes for node in nodes)
 
     def to_integer(self) -> Int8Layer | Int8Embedding:
         """The integer layer of the present weights, statistics and scales, batch normalization folded in.
@@ -55,21 +47,23 @@ class IntegerSide(nn.Module):
         if isinstance(self.layer, nn.Embedding):
             codes, scale, _ = self._weight_codes(weight)
             return Int8Embedding(codes, scale.clone())
-        layer_type = layer_type_of(self.layer)
-        assert layer_type is not None and layer_type.to_integer is not None
         source = self.input_source
         if source is None:
             raise RuntimeError(
                 "input_fake_quantize is None and take_input_from() named no node: the input's grid is unknown"
             )
         output = self.output_fake_quantize
-        return layer_type.to_integer(
-            self.layer,
+        return self._application().to_integer(
             self._folded(weight, bias),
             source.parameters_on_grid,
             None if output is None else output.parameters_on_grid,
             self._clip,
         )
+
+    def _application(self) -> Application:
+        layer_type = layer_type_of(self.layer)
+        assert layer_type is not None and layer_type.application is not None
+        return layer_type.application(self.layer)
 
     def _require_finite(self, weight: Tensor, bias: Tensor | None) -> None:
         node = self.weight_fake_quantize
@@ -125,3 +119,47 @@ class IntegerSide(nn.Module):
         batch_norm: Any = self._batch_norm[0]
         tensors += self._batch_norm_state().values()
         return kernels.fingerprints(tensors), None if batch_norm is None else batch_norm.eps
+
+    def _evaluate(self, input: Tensor) -> Tensor:
+        """The layer's output on integers, dequantized."""
+        source, output = self.input_source, self.output_fake_quantize
+        assert source is not None
+        codes = source.to_codes(input)
+        result: Tensor = self._in_graph(codes) if kernels.is_traced() else self._integer_layer()(codes)
+        if output is not None:
+            result = output.to_values(result)
+        if self.input_fake_quantize is not None:  # alone between floats, where code may rely on the memory format
+            result = in_format_of(input, result)
+        return in_dtype_of(input, result)
+
+    def _in_graph(self, codes: Tensor) -> Tensor:
+        """What the integer layer computes, of weights folded in the same graph: a compiler reads nothing back."""
+        source, output, application = self.input_source, self.output_fake_quantize, self._application()
+        assert source is not None
+        weights = application.oriented(self._folded(*self._parameters_now()))
+        if application.padding:
+            codes = padded(codes, source.code_of_zero, application.padding, application.padding_mode)
+        scale, grid = source.scale * weights.scale, None
+        if output is not None:
+            scale, zero_point = scale / output.scale, output.code_of_zero
+            ends = arithmetic.codes_of_clip(self._clip, output.scale, zero_point, output.scheme)
+            grid = OutputGrid(zero_point, *ends, output.scheme.dtype)
+        has_batch = application.geometry is None or codes.dim() == weights.codes.dim()
+        result = integer_layer(
+            codes if has_batch else codes[None],
+            source.code_of_zero,
+            weights.codes,
+            weights.bias,
+            scale,
+            grid,
+            self._clip,
+            application.geometry,
+            application.output_padding,
+        )
+        return result if has_batch else result[0]
+
+
+def in_dtype_of(input: Tensor, result: Tensor) -> Tensor:
+    """An evaluation's float32 result in its input's dtype; under autocast as it is, since half precision would lose the
+    grid that the next layer reads."""
+    return result if torch.is_autocast_enabled(input.device.type) else result.to(input.dtype)
