@@ -16,7 +16,7 @@ import mlframework.quantization as quantization
 MODULES = [
     importlib.import_module(module.name)
     for module in pkgutil.walk_packages(quantization.__path__, quantization.__name__ + ".")
-    if not module.name.endswith("._native")  # the compiled kernels, which speak to PyTorch and not to Python
+    if not module.name.endswith("._compiled")  # the compiled kernels, which speak to PyTorch and not to Python
 ]
 
 

@@ -76,9 +76,9 @@ def integer_layer(
     output: QuantizationParameters | None = OUTPUT,
     clip: Clip = NO_CLIP,
 ) -> Int8Layer:
-    make = LAYER_TYPES[type(layer)].to_integer
-    assert make is not None
-    return make(layer, weights, input, output, clip)
+    application = LAYER_TYPES[type(layer)].application
+    assert application is not None
+    return application(layer).to_integer(weights, input, output, clip)
 
 
 def accumulators(layer: nn.Module, weights: IntegerWeights, input: QuantizationParameters, codes: Tensor) -> Any:

@@ -21,6 +21,7 @@ from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from .between_floats import between_floats
 from .lowering import lower
+from .planning import plan
 from .unreached import restore_float, unreached_parts
 
 
@@ -87,7 +88,8 @@ def _integer_form(converted: nn.Module) -> nn.Module:
         graph = graph_of(part)
         _replace_nodes(part, {part.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"})
         edges = lower(part, graph)
-        set_forwards(part, graph, source_of(part).given[0], edges=edges, runs_own_code=False)
+        flat = plan(part, graph)
+        set_forwards(part, graph, source_of(part).given[0], edges=edges, runs_own_code=False, flat=flat)
     _replace_nodes(converted, set())
     return converted
 

@@ -11,8 +11,7 @@ import inspect
 import itertools
 import linecache
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,17 +19,14 @@ import torch
 from torch import fx, nn
 
 from .attributes_read import warn_of_change
-from .hooks import is_watched
-from .nodes import ADDED
-from .signatures import VARIANT, Given, dispatcher, parameters_of
+from .hooks import is_traced, is_watched
+from .sequences import METHODS
+from .signatures import FLAT, VARIANT, Given, dispatcher, parameters_of
 from .values import Path, with_parts
 
 # One class for each forward: copies and what is unpickled share it.
 _numbers = itertools.count()
 _classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
-
-
-_MODULE_CALL = nn.Module.__call__
 
 
 class _ModuleName(str):
@@ -65,6 +61,22 @@ class Variant(NamedTuple):
         return self[1:] == other[1:] and _statements(self.graph) == _statements(other.graph)
 
 
+class FlatForm(NamedTuple):
+    """A graph for the calls that the first variant is for, in which the code of containers runs without their being
+    called.
+
+    Attributes:
+        graph: its first arguments are what ``given_first`` returns.
+        form: returns what that needs to know of the graph, to be kept with the class and compared with that of another;
+            called once the containers in the module have their forwards.
+        given_first: of the module; returns None where containers are to be called.
+    """
+
+    graph: fx.Graph
+    form: Callable[[], Hashable]
+    given_first: Callable[[nn.Module], tuple[Any, ...] | None]
+
+
 def _statements(graph: fx.Graph) -> list[Any]:
     number = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
 
@@ -81,6 +93,7 @@ class Source(NamedTuple):
         on_codes: of the variants that take or return codes, by number: what stands at their edges.
         calls: the modules that are called, by name.
         reads: plain attributes whose values are in the forward.
+        form: see :class:`FlatForm`.
     """
 
     text: str
@@ -91,6 +104,7 @@ class Source(NamedTuple):
     runs_own_code: bool
     is_part: bool
     reads: frozenset[str]
+    form: Any = None
 
 
 def set_forward(
@@ -100,6 +114,7 @@ def set_forward(
     runs_own_code: bool = True,
     is_part: bool = False,
     reads: Iterable[str] = (),
+    flat: FlatForm | None = None,
 ) -> None:
     """Makes graphs the forward of ``module``, in place.
 
@@ -110,18 +125,18 @@ def set_forward(
         runs_own_code: whether a call with other arguments runs the forward of the module's class, or is refused.
         is_part: whether the module was traced by itself, and is not a container inside of another.
         reads: plain attributes whose values are in the graphs; those known already stay so.
+        flat: another form of the first variant.
     """
     graphs = [variants] if isinstance(variants, fx.Graph) else [variant.graph for variant in variants]
     variants = [] if isinstance(variants, fx.Graph) else list(variants)
     base = base_of_generated(type(module))
-    texts, names = [], {}
+    texts: list[str] = []
+    names: dict[str, Any] = {}
     for index, graph in enumerate(graphs):
-        graph.lint()
-        code = graph.python_code("self")
-        texts.append(_with_direct_access(code.src, graph).replace("def forward(", f"def _graph_{index}(", 1))
-        for name, value in code.globals.items():
-            names[name] = _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
-    text, more = dispatcher(base, graphs, [variant.given for variant in variants])
+        _add_function(f"_graph_{index}", graph, texts, names)
+    if flat is not None:
+        _add_function(FLAT, flat.graph, texts, names)
+    text, more = dispatcher(base, graphs, [variant.given for variant in variants], flat and flat.given_first)
     calls = dict.fromkeys(str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module")
     on_codes = {
         number: (variant.with_floats, variant.entries, variant.exits)
@@ -137,8 +152,18 @@ def set_forward(
         runs_own_code,
         is_part,
         frozenset(reads) | (source_of(module).reads if has_generated_forward(module) else frozenset()),
+        flat and flat.form(),
     )
     module.__class__ = _generated_class(base, source)
+
+
+def _add_function(function: str, graph: fx.Graph, texts: list[str], names: dict[str, Any]) -> None:
+    """Adds the text of a graph, and the names that it uses."""
+    graph.lint()
+    code = graph.python_code("self")
+    texts.append(_with_direct_access(code.src, graph).replace("def forward(", f"def {function}(", 1))
+    for name, value in code.globals.items():
+        names[name] = _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
 
 
 def base_of_generated(kind: type[nn.Module]) -> type[nn.Module]:
@@ -149,6 +174,12 @@ def base_of_generated(kind: type[nn.Module]) -> type[nn.Module]:
 def has_generated_forward(module: nn.Module) -> bool:
     """Whether :func:`set_forward` made the module's forward."""
     return hasattr(type(module), "_base_of_generated")
+
+
+def runs_generated_forward(module: nn.Module) -> bool:
+    """Whether its class is the one that was made for that forward, none derived from it, and still has it."""
+    attributes = vars(type(module))
+    return "_generated_forward" in attributes and attributes["forward"] is attributes["_generated_forward"]
 
 
 def source_of(module: nn.Module) -> Source:
@@ -167,7 +198,7 @@ def _with_direct_access(source: str, graph: fx.Graph) -> str:
 
 def _generated_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
     names = ((name, _identity(value)) for name, value in source.names.items())
-    flags = source.runs_own_code, source.is_part, source.reads
+    flags = source.runs_own_code, source.is_part, source.reads, source.form
     key = (base, source.text, tuple(names), tuple(source.on_codes.items()), source.calls, flags)
     made = _classes.get(key)
     if made is None:
@@ -206,7 +237,7 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
         variant = kwargs.get(VARIANT, 0)
         if variant not in source.on_codes:
             return base.__call__(self, *args, **kwargs)
-        if nn.Module.__call__ is not _MODULE_CALL:  # a tracer's, which is to know of the call
+        if is_traced():  # by somebody who is to know of the call
             return base.__call__(self, *args, **kwargs)
         if is_watched(self):
             return _through_floats(self, source, args, kwargs)
@@ -225,7 +256,7 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
         (base,),
         {
             **({"__call__": call} if source.on_codes else {}),
-            **(_SEQUENTIAL if issubclass(base, nn.Sequential) else {}),
+            **(METHODS if issubclass(base, nn.Sequential) else {}),
             **({"__setattr__": set_attribute} if source.reads else {}),
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
@@ -234,40 +265,11 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
             "forward": namespace["forward"],
             "_base_of_generated": base,
             "_generated_from": source,
+            "_generated_forward": namespace["forward"],
         },
     )
     weakref.finalize(made, linecache.cache.pop, filename, None)
     return made
-
-
-def _own_modules(module: nn.Module) -> OrderedDict[str, nn.Module | None]:
-    """A sequence's modules without those that were added to it."""
-    added = vars(module).get(ADDED, ())
-    return OrderedDict((name, child) for name, child in module._modules.items() if name not in added)
-
-
-def _item(module: nn.Sequential, index: Any) -> Any:
-    own = _own_modules(module)
-    if isinstance(index, slice):
-        return nn.Sequential(OrderedDict(list(own.items())[index]))  # type: ignore[arg-type]
-    return list(own.values())[index]
-
-
-def _refuse(module: nn.Module, *args: Any) -> None:
-    raise TypeError(
-        f"{type(module).__name__} must stay as long as it is: its forward was generated by prepare(). Change the model "
-        "before preparing it"
-    )
-
-
-# A sequence stays as long as it was.
-_SEQUENTIAL: dict[str, Any] = {
-    "__len__": lambda self: len(_own_modules(self)),
-    "__iter__": lambda self: iter(_own_modules(self).values()),
-    "__getitem__": _item,
-    "__setitem__": lambda self, index, module: setattr(self, list(_own_modules(self))[index], module),
-    **dict.fromkeys(("__delitem__", "__iadd__", "__imul__", "append", "extend", "insert", "pop"), _refuse),
-}
 
 
 def _through_floats(module: nn.Module, source: Source, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

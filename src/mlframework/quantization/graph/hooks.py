@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 _LIBRARY = __name__.rpartition(".graph")[0]
+
+_MODULE_CALL = nn.Module.__call__
 
 
 def has_user_hooks(*modules: nn.Module | None) -> bool:
@@ -33,3 +38,25 @@ def is_watched(*modules: nn.Module | None) -> bool:
         if "forward" in own:
             return True
     return False
+
+
+def is_traced() -> bool:
+    """Whether a tracer stands in the place of how modules are called."""
+    return nn.Module.__call__ is not _MODULE_CALL
+
+
+def all_calls_are_watched() -> bool:
+    """Whether somebody may follow every call of a module or an operator: tracers, modes, and hooks for all modules."""
+    return bool(
+        is_traced()
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+        or torch._C._len_torch_dispatch_stack()
+        or (torch._C._len_torch_function_stack() and _functions_are_watched())
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _functions_are_watched() -> bool:
+    """Whether a mode sees functions, other than a default device, which only concerns tensors that are made of none."""
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(type(mode) is not DeviceContext for mode in modes)

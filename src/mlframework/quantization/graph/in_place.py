@@ -17,7 +17,7 @@ _IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itr
 def change_through_view(model: nn.Module, graph: fx.Graph, arguments: dict[str, Any]) -> tuple[str, str] | None:
     """The module whose code changes a tensor of which another node is a view that is read later, and the reason that
     it cannot be traced: in a graph, values pass from node to node only."""
-    if not any(_is_in_place(model, node) for node in graph.nodes):
+    if not any(is_in_place(model, node) for node in graph.nodes):
         return None
     recorder = StorageRecorder(model, graph)
     try:
@@ -62,10 +62,11 @@ def route_through_in_place_operations(model: nn.Module, graph: fx.Graph) -> None
 def _changed_by(model: nn.Module, node: fx.Node) -> fx.Node | None:
     """The node whose value an operation changes in place; None where it changes nothing."""
     changed = node.args[0] if node.args else node.kwargs.get("input")
-    return changed if isinstance(changed, fx.Node) and _is_in_place(model, node) else None
+    return changed if isinstance(changed, fx.Node) and is_in_place(model, node) else None
 
 
-def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
+def is_in_place(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node says of itself that it changes its first operand."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":

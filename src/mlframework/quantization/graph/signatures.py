@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -12,6 +12,9 @@ from .values import Path, children_of, with_parts
 
 # The keyword by which a generated forward says which of another module's graphs it calls; 0 where it is left out.
 VARIANT = "graph_variant"
+
+# The function of a generated forward in which no containers are called.
+FLAT = "_flat_graph"
 
 
 class Anything:
@@ -52,12 +55,16 @@ def parameters_of(base: type[nn.Module]) -> list[inspect.Parameter]:
 
 
 def dispatcher(
-    base: type[nn.Module], graphs: Sequence[fx.Graph], given: Sequence[Sequence[Given]]
+    base: type[nn.Module],
+    graphs: Sequence[fx.Graph],
+    given: Sequence[Sequence[Given]],
+    given_to_flat: Callable[[nn.Module], tuple[Any, ...] | None] | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """The text of a ``forward`` with the signature of the user's, and the names that it uses.
 
     It calls ``_graph_0``, ``_graph_1``, ... with what their placeholders name, and for arguments that a graph is not
-    for, the forward of the class.
+    for, the forward of the class. Where ``given_to_flat`` returns something, :data:`FLAT` runs with that first, in the
+    place of the first graph.
     """
     if not given:
         return "\nforward = _graph_0\n", {}
@@ -75,6 +82,11 @@ def dispatcher(
             lines.append(f"{indent}if {' or '.join(conditions)}:")
             lines.append(f"{indent}    return _run_own_code({own_call})")
         placeholders = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+        if index == 0 and given_to_flat is not None:
+            names["_given_to_flat"] = given_to_flat
+            lines.append(f"{indent}_given = _given_to_flat(self)")
+            lines.append(f"{indent}if _given is not None:")
+            lines.append(f"{indent}    return {FLAT}({', '.join(['self', '*_given', *placeholders])})")
         lines.append(f"{indent}return _graph_{index}({', '.join(['self', *placeholders])})")
     if len(graphs) > 1:
         lines.append(f"    raise ValueError(f'{VARIANT} must be below {len(graphs)}, got {{{VARIANT}}}')")

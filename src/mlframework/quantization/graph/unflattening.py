@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import fx, nn
 
 from .containers import Call, calls_in, nodes_of
-from .generated_forward import Edge, Variant, set_forward
+from .generated_forward import Edge, FlatForm, Variant, set_forward
 from .nodes import add_module, label_of
 from .signatures import VARIANT, Given, given_arguments
 from .values import built, node_at, parts_of, with_parts
@@ -34,6 +34,7 @@ def set_forwards(
     edges: Edges | None = None,
     runs_own_code: bool = True,
     reads: Mapping[str, Collection[str]] | None = None,
+    flat: FlatForm | None = None,
 ) -> None:
     """Gives ``root`` and the containers called in its graph the forwards that the graph describes.
 
@@ -48,6 +49,7 @@ def set_forwards(
             has hooks.
         runs_own_code: see :func:`.generated_forward.set_forward`.
         reads: the plain attributes that the code of each container has read, by the container's name.
+        flat: another form of the graph.
     """
     tree = calls_in(graph)
     while _dissolve(root, tree):
@@ -62,6 +64,7 @@ def set_forwards(
             runs_own_code=runs_own_code,
             is_part=module is root,
             reads=read_of.get(module, ()),
+            flat=flat if module is root else None,
         )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import arithmetic, kernels
+from .instruction import Instruction, Settings
 from .integer_operation import Ends, Grid, IntegerOperation
 from .pooling_windows import ADAPTIVE_POOLS, Adaptive, Fixed, dimensions_of, divisors, windows_of
 
@@ -58,9 +59,28 @@ class AveragePooling(IntegerOperation):
 
     def on_codes(self, codes: Sequence[Tensor], constants: tuple[Tensor, ...], output: Grid, ends: Ends) -> Tensor:
         zero_point, scale = constants
+        if self.instruction_name is not None:
+            dimensions = dimensions_of(self.pooling)  # type: ignore[arg-type]
+            images = codes[0] if codes[0].dim() == dimensions + 2 else codes[0].unsqueeze(0)
+            averages = kernels.average_positions(
+                images, zero_point, scale, output.scale, output.zero_point, *ends, output.scheme.dtype
+            )
+            return averages.reshape(*codes[0].shape[:-dimensions], *[1] * dimensions)
         sums, counts = self._sums_and_counts(codes[0], zero_point)
         multiplier = arithmetic.average_multiplier(scale, output.scale, counts)
         return arithmetic.requantize_accumulator(sums, multiplier, output.zero_point, *ends, output.scheme.dtype)
+
+    @property
+    def instruction_name(self) -> str | None:
+        return "average" if isinstance(self.pooling, ADAPTIVE_POOLS) and _takes_all(self.pooling) else None
+
+    def instruction(self, constants: tuple[Tensor, ...], output: Grid, ends: tuple[int, int]) -> Instruction | None:
+        tensors = (*constants, output.scale, output.zero_point)
+        numbers = (dimensions_of(self.pooling), *ends, output.scheme.dtype.is_signed)  # type: ignore[arg-type]
+        return Instruction("average", tensors, numbers)
+
+    def settings(self) -> tuple[Settings, ...]:
+        return Settings(self, ("pooling",)), Settings(self.pooling, ("output_size",))
 
     def modules(self) -> tuple[nn.Module, ...]:
         return (self.pooling,)
@@ -74,12 +94,6 @@ class AveragePooling(IntegerOperation):
                 count *= codes.shape[dim]
             sums = codes.sum(pooling.dim, pooling.keepdim, dtype=torch.int32) - zero_point * count
             return sums, torch.full_like(zero_point, count, dtype=torch.float32)
-        if isinstance(pooling, ADAPTIVE_POOLS) and _takes_all(pooling):
-            dimensions = dimensions_of(pooling)
-            count = math.prod(codes.shape[-dimensions:])
-            images = codes if codes.dim() == dimensions + 2 else codes.unsqueeze(0)
-            sums = kernels.sum_positions(images).reshape(*codes.shape[:-dimensions], *[1] * dimensions)
-            return sums - zero_point * count, torch.full_like(zero_point, count, dtype=torch.float32)
         values = codes.to(torch.float32) - zero_point
         dimensions = dimensions_of(pooling)
         counts = divisors(pooling, windows_of(pooling, list(codes.shape[-dimensions:]))).to(codes.device)

@@ -7,14 +7,15 @@ quantize and dequantize. What belongs together stands here once, and everything 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
+from .instruction import Instruction, Settings
 
 Ends = tuple[int | Tensor, int | Tensor]
 
@@ -39,10 +40,16 @@ class IntegerOperation(ABC):
     Attributes:
         kind: what to call it in a report.
         clips: whether an activation that only clips can be had with it, as a choice of saturation.
+        written_on_codes: the class's :meth:`on_codes`, as it was when the class was made.
     """
 
     kind: ClassVar[str]
     clips: ClassVar[bool] = False
+    written_on_codes: ClassVar[Callable[..., Tensor]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.written_on_codes = cls.on_codes
 
     @abstractmethod
     def on_values(self, *values: Tensor) -> Tensor:
@@ -55,6 +62,24 @@ class IntegerOperation(ABC):
     @abstractmethod
     def on_codes(self, codes: Sequence[Tensor], constants: tuple[Tensor, ...], output: Grid, ends: Ends) -> Tensor:
         """Codes of the inputs' grids to codes of the output's, saturating at ``ends``."""
+
+    @property
+    def instruction_name(self) -> str | None:
+        """What the operation is to the compiled kernels where they run it; None where they have no form of it."""
+        return None
+
+    def instruction(self, constants: tuple[Tensor, ...], output: Grid, ends: tuple[int, int]) -> Instruction | None:
+        """The same, with what :meth:`on_codes` takes besides codes."""
+        return None
+
+    @classmethod
+    def has_instruction(cls) -> bool:
+        """As :meth:`.IntegerModule.has_instruction`."""
+        return "instruction_name" in vars(cls) and cls.on_codes is cls.written_on_codes
+
+    def settings(self) -> tuple[Settings, ...]:
+        """The attributes that the instruction is made of."""
+        return ()
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The user's own modules that :meth:`on_values` calls."""
@@ -90,6 +115,13 @@ class Addition(IntegerOperation):
             left, right, constants = right, left, constants[3:]
         left_ratio, right_ratio, constant = constants[:3]
         return kernels.add(left, left_ratio, right, right_ratio, constant, *ends, output.scheme.dtype)
+
+    @property
+    def instruction_name(self) -> str | None:
+        return "add"
+
+    def instruction(self, constants: tuple[Tensor, ...], output: Grid, ends: tuple[int, int]) -> Instruction | None:
+        return Instruction("add", constants, (*ends, output.scheme.dtype.is_signed))
 
 
 def _is_constant_along_last_axis(left: Tensor, right: Tensor) -> bool:
@@ -147,3 +179,13 @@ class Concatenation(IntegerOperation):
 
     def on_codes(self, codes: Sequence[Tensor], constants: tuple[Tensor, ...], output: Grid, ends: Ends) -> Tensor:
         return torch.cat([kernels.lookup(part, table) for part, table in zip(codes, constants, strict=True)], self.dim)
+
+    @property
+    def instruction_name(self) -> str | None:
+        return "concat"
+
+    def instruction(self, constants: tuple[Tensor, ...], output: Grid, ends: tuple[int, int]) -> Instruction | None:
+        return Instruction("concat", constants, (self.dim,))
+
+    def settings(self) -> tuple[Settings, ...]:
+        return (Settings(self, ("dim",)),)

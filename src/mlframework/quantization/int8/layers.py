@@ -8,7 +8,6 @@ its tensors are loaded or moved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +16,23 @@ from torch import Tensor
 from .. import arithmetic
 from ..kernels import (
     ConvolutionGeometry,
+    ConvolutionProduct,
     Epilogue,
-    PackedConvolution,
-    PackedLinear,
-    PackedTransposedConvolution,
+    IntegerLayer,
+    LinearProduct,
+    TransposedProduct,
 )
 from ..parameters import QuantizationParameters
 from .folding import IntegerWeights
+from .instruction import FLOATS, Instruction
 from .integer_module import IntegerModule, PackedModule
 
 FLOAT_HINT = ": of a converted model, only the forward is converted, not other methods that call its layers"
 
-Product = PackedLinear | PackedConvolution | PackedTransposedConvolution
+Product = LinearProduct | ConvolutionProduct | TransposedProduct
 
 
-class Int8Layer(PackedModule[Callable[[Tensor], Tensor]]):
+class Int8Layer(PackedModule[IntegerLayer]):
     """A linear operation on codes with the epilogue of :mod:`mlframework.quantization.arithmetic`.
 
     Args:
@@ -70,8 +71,8 @@ class Int8Layer(PackedModule[Callable[[Tensor], Tensor]]):
         """The operation's exact sums."""
         raise NotImplementedError
 
-    def _make_plan(self) -> Callable[[Tensor], Tensor]:
-        return self._product(int(self.input_zero_point)).followed_by(self._epilogue())
+    def _make_plan(self) -> IntegerLayer:
+        return IntegerLayer(self._product(int(self.input_zero_point)), self._epilogue())
 
     def _epilogue(self) -> Epilogue:
         accumulator_scale = self.input_scale * self.weight_scale
@@ -105,6 +106,17 @@ class Int8Layer(PackedModule[Callable[[Tensor], Tensor]]):
         output = self.pack()(codes)
         return output.to(self.float_dtype) if self.output_scheme is None else output
 
+    def instruction(self) -> Instruction | None:
+        packed = self.pack().packed
+        if packed is None or self.instruction_name is None:
+            return None
+        numbers = 0 if self.output_scheme is not None else FLOATS[self.float_dtype], *self._numbers()
+        return Instruction(self.instruction_name, (packed,), numbers)
+
+    def _numbers(self) -> tuple[int, ...]:
+        """What the instruction takes besides the dtype of values."""
+        return ()
+
     def extra_repr(self) -> str:
         output = "float32" if self.output_scheme is None else str(self.output_scheme)
         clip = "" if self.clip == (-math.inf, math.inf) else f", clip={self.clip}"
@@ -115,7 +127,11 @@ class Int8Linear(Int8Layer):
     """``nn.Linear`` on codes: (*, in_features) to (*, out_features)."""
 
     def _product(self, zero_point: int) -> Product:
-        return PackedLinear(self.weight, zero_point, self.input_scheme.dtype)
+        return LinearProduct(self.weight, zero_point, self.input_scheme.dtype)
+
+    @property
+    def instruction_name(self) -> str | None:
+        return "linear"
 
 
 class Int8Convolution(Int8Layer):
@@ -143,7 +159,7 @@ class Int8Convolution(Int8Layer):
         self.padding_mode = padding_mode
 
     def _product(self, zero_point: int) -> Product:
-        return PackedConvolution(self.weight, zero_point, self.input_scheme.dtype, self.geometry)
+        return ConvolutionProduct(self.weight, zero_point, self.input_scheme.dtype, self.geometry)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes to codes, or to float32."""
@@ -153,11 +169,26 @@ class Int8Convolution(Int8Layer):
             return super().forward(codes.unsqueeze(0)).squeeze(0)
         return super().forward(codes)
 
+    @property
+    def instruction_name(self) -> str | None:
+        depthwise = self.geometry.groups == self.weight.shape[0] and self.weight.shape[1] == 1
+        dense_or_depthwise = self.geometry.groups == 1 or depthwise
+        return "convolution" if len(self.geometry.stride) < 3 and dense_or_depthwise and not self.padding else None
+
+    def _numbers(self) -> tuple[int, ...]:
+        return (len(self.geometry.stride),)
+
     def _pad(self, codes: Tensor) -> Tensor:
         if self.padding_mode == "zeros":
             return F.pad(codes, self.padding, value=int(self.input_zero_point))
-        # Padding by reflection and the like is not implemented for integers; codes are exact in float32.
-        return F.pad(codes.to(torch.float32), self.padding, mode=self.padding_mode).to(codes.dtype)
+        return padded(codes, self.input_zero_point, self.padding, self.padding_mode)
+
+
+def padded(codes: Tensor, zero_point: Tensor, padding: tuple[int, ...], mode: str) -> Tensor:
+    """Codes with more of them around, as :func:`F.pad` adds values."""
+    # Padding by reflection and the like is not implemented for integers; codes are exact in float32.
+    values = F.pad(codes.to(torch.float32) - zero_point, padding, mode="constant" if mode == "zeros" else mode)
+    return (values + zero_point).to(codes.dtype)
 
 
 class Int8ConvTranspose2d(Int8Layer):
@@ -177,15 +208,23 @@ class Int8ConvTranspose2d(Int8Layer):
         self.output_padding = output_padding
 
     def _product(self, zero_point: int) -> Product:
-        return PackedTransposedConvolution(
-            self.weight, zero_point, self.input_scheme.dtype, self.geometry, self.output_padding
-        )
+        return TransposedProduct(self.weight, zero_point, self.input_scheme.dtype, self.geometry, self.output_padding)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes to codes, or to float32."""
         if codes.dim() == 3:
             return super().forward(codes.unsqueeze(0)).squeeze(0)
         return super().forward(codes)
+
+    @property
+    def instruction_name(self) -> str | None:
+        stride, _, dilation, groups = self.geometry
+        return "subpixel" if groups == 1 and set(dilation) == {1} and len(set(stride)) == 1 else None
+
+    def _numbers(self) -> tuple[int, ...]:
+        product = self.pack().product
+        assert isinstance(product, TransposedProduct) and product.phases is not None
+        return product.phases[0].stride, *product.phases[0].crop
 
 
 class Int8Embedding(IntegerModule):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import arithmetic, kernels
+from .instruction import Instruction
 from .integer_operation import Ends, Grid, IntegerOperation
 
 
@@ -36,7 +37,15 @@ class Lookup(IntegerOperation):
             return (arithmetic.lookup_table(self.function, *inputs[0], *output),)
 
     def on_codes(self, codes: Sequence[Tensor], constants: tuple[Tensor, ...], output: Grid, ends: Ends) -> Tensor:
-        return kernels.lookup(codes[0], constants[0])
+        entries: Tensor = kernels.lookup(codes[0], constants[0])
+        return entries
+
+    @property
+    def instruction_name(self) -> str | None:
+        return "lookup"
+
+    def instruction(self, constants: tuple[Tensor, ...], output: Grid, ends: tuple[int, int]) -> Instruction | None:
+        return Instruction("lookup", constants)
 
     def values_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The function and its derivative at float32 values of shape (N,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import arithmetic, kernels
 from ..parameters import QuantizationParameters
+from .instruction import FLOATS, Instruction, Settings
 from .integer_module import IntegerModule, PackedModule
 from .integer_operation import Grid, IntegerOperation
 
@@ -41,6 +43,11 @@ class _OnGrid(IntegerModule):
         values = kernels.dequantize(codes, self.scale, self.zero_point, self.scheme.channel_axis)
         return values.to(self.float_dtype)
 
+    def _read_by_kernels(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero point; None where they have come to have dtypes that the compiled kernels do not read."""
+        is_read = self.scale.dtype is torch.float32 and self.zero_point.dtype is torch.int32
+        return (self.scale, self.zero_point) if is_read else None
+
     def extra_repr(self) -> str:
         return str(self.scheme)
 
@@ -55,6 +62,15 @@ class Quantize(_OnGrid):
     def forward(self, input: Tensor) -> Tensor:
         return self.to_codes(input)
 
+    @property
+    def instruction_name(self) -> str | None:
+        return "quantize" if self.scheme.channel_axis is None else None
+
+    def instruction(self) -> Instruction | None:
+        scheme, tensors = self.scheme, self._read_by_kernels()
+        numbers = scheme.quant_min, scheme.quant_max, scheme.dtype.is_signed
+        return None if tensors is None else Instruction("quantize", tensors, numbers)
+
     def inverse(self, codes: Tensor) -> Tensor:
         """What :class:`Dequantize` makes of codes on the same grid."""
         return self.to_values(codes)
@@ -65,6 +81,14 @@ class Dequantize(_OnGrid):
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.to_values(codes)
+
+    @property
+    def instruction_name(self) -> str | None:
+        return "dequantize" if self.scheme.channel_axis is None else None
+
+    def instruction(self) -> Instruction | None:
+        tensors = self._read_by_kernels()
+        return None if tensors is None else Instruction("dequantize", tensors, (FLOATS[self.float_dtype],))
 
     def inverse(self, values: Tensor) -> Tensor:
         """What :class:`Quantize` makes of values on the same grid."""
@@ -101,6 +125,18 @@ class Int8Selection(_OnGrid):
             return kernels.max_pool2d(codes, *shape, selection.ceil_mode)
         selected: Tensor = selection(codes.to(torch.float32) - self.zero_point, *others)
         return (selected + self.zero_point).to(codes.dtype)
+
+    @property
+    def instruction_name(self) -> str | None:
+        return "max_pool2d" if type(self.selection) is nn.MaxPool2d else None
+
+    def instruction(self) -> Instruction | None:
+        pool: Any = self.selection
+        pairs = (kernels.pair(size) for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+        return Instruction("max_pool2d", numbers=(*itertools.chain(*pairs), pool.ceil_mode))
+
+    def settings(self) -> tuple[Settings, ...]:
+        return (Settings(self.selection, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),)
 
 
 class _OperationPlan(NamedTuple):
@@ -163,6 +199,16 @@ class Int8Operation(PackedModule[_OperationPlan]):
         """Codes of the operands' grids to codes of the result's."""
         plan = self.pack()
         return self.operation.on_codes(codes, plan.constants, plan.output, plan.ends)
+
+    @property
+    def instruction_name(self) -> str | None:
+        return self.operation.instruction_name if self.operation.has_instruction() else None
+
+    def instruction(self) -> Instruction | None:
+        return self.operation.instruction(*self.pack())
+
+    def settings(self) -> tuple[Settings, ...]:
+        return Settings(self.operation, ()), *self.operation.settings()
 
     def extra_repr(self) -> str:
         clip = "" if self.clip == (-math.inf, math.inf) else f", clip={self.clip}"
