@@ -22,6 +22,7 @@ from ..kernels import (
     LinearProduct,
     TransposedProduct,
 )
+from ..kernels.geometry import is_dense_or_depthwise
 from ..parameters import QuantizationParameters
 from .folding import IntegerWeights
 from .instruction import FLOATS, Instruction
@@ -171,9 +172,8 @@ class Int8Convolution(Int8Layer):
 
     @property
     def instruction_name(self) -> str | None:
-        depthwise = self.geometry.groups == self.weight.shape[0] and self.weight.shape[1] == 1
-        dense_or_depthwise = self.geometry.groups == 1 or depthwise
-        return "convolution" if len(self.geometry.stride) < 3 and dense_or_depthwise and not self.padding else None
+        is_compiled = is_dense_or_depthwise(self.weight.shape, self.geometry.groups) and not self.padding
+        return "convolution" if len(self.geometry.stride) < 3 and is_compiled else None
 
     def _numbers(self) -> tuple[int, ...]:
         return (len(self.geometry.stride),)
