@@ -11,7 +11,7 @@ from torch import Tensor
 
 from example_codes import SIGNED, UNSIGNED, layouts, random_codes
 from mlframework.quantization import kernels
-from mlframework.quantization.kernels.operators.declaration import DECLARED
+from mlframework.quantization.kernels.operators.declaration import DECLARED, Operator
 from mlframework.quantization.kernels.operators.masks import pack_mask
 
 Arguments = tuple[Any, ...]
@@ -36,6 +36,15 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Arguments]] = {
 }
 
 
+# Sums over elements, which kernels form in an order of their own. These are of up to 120 terms of
+# magnitude 300 at the most; of float32 (fake_quantize_backward, batch_statistics) or rounded to it.
+SUMS: dict[str, dict[int, float]] = {
+    "fake_quantize_backward": {1: 1e-4, 2: 1e-6},
+    "batch_statistics": {0: 1e-6, 1: 1e-6, 2: 1e-6, 3: 1e-6},
+    "normalize_backward": {0: 1e-5, 1: 1e-5, 2: 1e-5},
+}
+
+
 def samples(name: str) -> dict[str, Arguments]:
     """Calls of an operator by what they are about, with tensors made anew."""
     return dict(_SAMPLES[name]())
@@ -47,6 +56,12 @@ def with_specials(values: Tensor) -> Tensor:
     specials = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 6.0], dtype=values.dtype)
     flat[1 : 1 + specials.numel()] = specials[: max(flat.numel() - 1, 0)]
     return flat.view(values.shape)
+
+
+def tensors_of(operator: Operator, results: Any, arguments: tuple[Any, ...]) -> list[Any]:
+    """What a call gives: its results, and what it has changed."""
+    returned = list(results) if isinstance(results, tuple | list) else [results]
+    return returned + [arguments[index] for index in operator.mutated]
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float = 0.0) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from mlframework.quantization import kernels
-from mlframework.quantization.kernels import Epilogue, IntegerLayer, LinearProduct, native
+from mlframework.quantization.kernels import Epilogue, IntegerLayer, LinearProduct, devices, native
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_the_reference_can_be_forced() -> None:
     with kernels.reference_kernels():
         assert kernels.active_path() == "reference"
         with kernels.reference_kernels():
-            assert not native.takes(CODES)
+            assert not devices.takes(CODES)
         assert kernels.active_path() == "reference"
         assert torch.equal(layer(CODES), expected)
     assert kernels.active_path() == "native"
@@ -84,7 +84,7 @@ def test_tensors_that_only_stand_for_others_go_the_reference_way() -> None:
     layer = linear_layer()
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(CODES)
-        assert not native.takes(fake)
-    assert not native.takes(CODES.to("meta"))
-    assert native.takes(CODES)
+        assert not devices.takes(fake)
+    assert not devices.takes(CODES.to("meta"))
+    assert devices.takes(CODES)
     assert layer(CODES).shape == (3, 4)

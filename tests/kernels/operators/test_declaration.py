@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from example_operators import LABELS, assert_same, assert_same_layout, samples
+from example_operators import LABELS, SUMS, assert_same, assert_same_layout, samples, tensors_of
 from mlframework.quantization import kernels
-from mlframework.quantization.kernels.operators.declaration import DECLARED, NAMESPACE, Operator
+from mlframework.quantization.kernels.operators.declaration import DECLARED, NAMESPACE
 
 needs_kernels = pytest.mark.skipif(kernels.active_path() != "native", reason="needs compiled kernels")
 EVERY_SAMPLE = pytest.mark.parametrize(("name", "label"), LABELS)
@@ -24,19 +24,6 @@ WITHOUT_REFERENCE = {"pack_layer", "packed_layer"}
 WITHOUT_FAKE_FORM = {"pack_layer", "fingerprints"}
 # The hash of a shape is Python's there, and the compiled kernels have their own.
 WITH_OWN_VALUES = {"fingerprints"}
-# Sums over elements, which the compiled kernels form in the order in which they read. These are of up to 120 terms of
-# magnitude 300 at the most; of float32 (fake_quantize_backward, batch_statistics) or rounded to it.
-SUMS: dict[str, dict[int, float]] = {
-    "fake_quantize_backward": {1: 1e-4, 2: 1e-6},
-    "batch_statistics": {0: 1e-6, 1: 1e-6, 2: 1e-6, 3: 1e-6},
-    "normalize_backward": {0: 1e-5, 1: 1e-5, 2: 1e-5},
-}
-
-
-def tensors_of(operator: Operator, results: Any, arguments: tuple[Any, ...]) -> list[Any]:
-    """What a call gives: its results, and what it has changed."""
-    returned = list(results) if isinstance(results, tuple | list) else [results]
-    return returned + [arguments[index] for index in operator.mutated]
 
 
 def one_of_each_kind() -> list[tuple[str, str]]:
@@ -171,10 +158,10 @@ def test_which_tensors_it_takes() -> None:
     operator = DECLARED["fake_quantize"]
     values = torch.randn(4, 5)
     for dtype in (torch.float32, torch.bfloat16):
-        assert operator.runs_compiled(values.to(dtype))
+        assert operator.has_kernel(values.to(dtype))
     for dtype in (torch.float16, torch.float64):
-        assert not operator.runs_compiled(values.to(dtype))
-    assert operator.runs_compiled(torch.nn.Parameter(values))
-    assert not operator.runs_compiled(values.to("meta"))
-    mapped = torch.vmap(lambda row: torch.tensor(operator.runs_compiled(row)))(values)
+        assert not operator.has_kernel(values.to(dtype))
+    assert operator.has_kernel(torch.nn.Parameter(values))
+    assert not operator.has_kernel(values.to("meta"))
+    mapped = torch.vmap(lambda row: torch.tensor(operator.has_kernel(row)))(values)
     assert not mapped.any()

@@ -2,10 +2,11 @@
 
 from . import native
 from .backends.capability import int_mm_is_best, int_mm_is_exact, onednn_is_exact
+from .devices import active_path, interpreted_kernels, is_traced, reference_kernels
 from .epilogue import Epilogue
 from .geometry import ConvolutionGeometry
 from .integer_layer import IntegerLayer
-from .native import active_path, instruction_set, instruction_sets, is_traced, reference_kernels
+from .native import instruction_set, instruction_sets
 from .operators.codes import (
     add,
     average_positions,
@@ -27,6 +28,7 @@ from .plan import TrainingDescription, fuses, trains_on_integers
 from .products import ConvolutionProduct, LinearProduct, TransposedProduct
 from .programs import is_plain, make_program, release_program, run_program, run_programs
 from .subpixel import SubpixelConvolution, subpixel_convolution
+from .triton_gpu import registration
 
 __all__ = [
     "ConvolutionGeometry",
@@ -50,6 +52,7 @@ __all__ = [
     "instruction_sets",
     "int_mm_is_best",
     "int_mm_is_exact",
+    "interpreted_kernels",
     "is_plain",
     "is_traced",
     "lookup",
@@ -71,6 +74,8 @@ __all__ = [
     "trains_on_integers",
     "update_moving_average",
 ]
+
+registration.register()
 
 # Now, since a compiler cannot load them while it traces. Where they are not, whoever first asks for them is told.
 if native.LIBRARY.exists():

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import native
+from .devices import Kernels, kernels_on
 from .epilogue import Epilogue
 from .plan import plan
 from .products import Product
@@ -36,12 +36,12 @@ class IntegerLayer:
         self.bound = product.bound + int(epilogue.bias.to(torch.int64).abs().max())
         if self.bound >= 2**31:
             raise OverflowError(f"sums of a weight of shape {tuple(product.weight.shape)} may exceed int32")
-        self._runs: dict[bool, Callable[[Tensor], Tensor]] = {}
+        self._runs: dict[Kernels | None, Callable[[Tensor], Tensor]] = {}
         self.pack()
 
     def pack(self) -> Callable[[Tensor], Tensor]:
         """What computes the layer now, made where that is still to be done."""
-        selection = native.reference_is_forced()
+        selection = kernels_on(self.product.weight.device.type, self.product.weight.get_device())
         if selection not in self._runs:
             self._runs[selection] = plan(self.product.description).layer(self.product, self.epilogue)
         return self._runs[selection]

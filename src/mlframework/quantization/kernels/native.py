@@ -1,4 +1,4 @@
-"""The compiled kernels: where they are, whether they are loaded, and which tensors they take.
+"""The compiled kernels: where they are, and whether they are loaded.
 
 They stand beside this file as a library that speaks to PyTorch through its stable ABI (``csrc/``, built by the
 project's ``setup.py``), and implement for the CPU the operators of :mod:`.operators`. Without it the references run:
@@ -7,29 +7,19 @@ bit for bit the same and slower.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 LIBRARY = Path(__file__).with_name("_compiled.abi3.so")
 
-PLAIN = (Tensor, nn.Parameter)
-
-# Whether ``torch.compile`` is tracing.
-is_traced = torch.compiler.is_compiling
-
 
 class _State:
-    """Whether the library is loaded (None: nobody has asked), and whether references are forced."""
+    """Whether the library is loaded; None where nobody has asked."""
 
     is_loaded: bool | None = None
-    reference_is_forced = False
 
 
 def is_available() -> bool:
@@ -65,22 +55,6 @@ def library() -> Any:
     return torch.ops.mlframework_quantization_kernels
 
 
-def reference_is_forced() -> bool:
-    """Whether :func:`reference_kernels` is in force."""
-    return _State.reference_is_forced
-
-
-def takes(tensor: Tensor) -> bool:
-    """Whether the compiled kernels run on this tensor: one on the CPU that stands for nothing but itself."""
-    return (
-        not _State.reference_is_forced
-        and (type(tensor) in PLAIN or (is_traced() and type(tensor) is FakeTensor))  # no distributed tensor
-        and tensor.is_cpu
-        and (_State.is_loaded or is_available())
-        and not torch._C._are_functorch_transforms_active()  # nor for a batch, or a gradient, of vmap and its kind
-    )
-
-
 def instruction_set() -> str:
     """The row of the table of microkernels that is in use; ``"none"`` without compiled kernels.
 
@@ -97,25 +71,3 @@ def instruction_sets() -> tuple[str, ...]:
     ``"sse2"``; ``"neon_i8mm"``, ``"neon_dot"``; and ``"portable"``.
     """
     return tuple(library().instruction_sets().split()) if is_available() else ()
-
-
-def active_path() -> Literal["native", "reference"]:
-    """What computes on the CPU: the compiled kernels, or PyTorch's operations as ``arithmetic`` writes them.
-
-    Example:
-        >>> with reference_kernels():
-        ...     active_path()
-        'reference'
-    """
-    return "native" if not _State.reference_is_forced and is_available() else "reference"
-
-
-@contextlib.contextmanager
-def reference_kernels() -> Iterator[None]:
-    """Computes on codes with PyTorch's operations alone, in the whole process, for as long as the context lasts."""
-    before = _State.reference_is_forced
-    _State.reference_is_forced = True
-    try:
-        yield
-    finally:
-        _State.reference_is_forced = before

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
 from .backends.backend import Backend, SumsBackend
 from .backends.compiled import COMPILED
 from .backends.exact_floats import EXACT_FLOATS
 from .backends.int_mm import INT_MM
 from .backends.onednn import ONEDNN
 from .backends.phases import PHASES
+from .devices import Kernels, is_traced, kernels_for, kernels_on
 from .geometry import ConvolutionGeometry, is_dense_or_depthwise
 from .products import Description
 
@@ -41,33 +41,39 @@ class TrainingDescription(NamedTuple):
         weight: its shape, (O, I / groups, *kernel).
         geometry: of a convolution; None for a linear layer.
         input_dtype, weight_dtype: in floating point.
-        device: the type of the device that the input lies on.
+        device: the type of the device that the input lies on, and its index, -1 for a CPU.
     """
 
     weight: tuple[int, ...]
     geometry: ConvolutionGeometry | None
     input_dtype: torch.dtype
     weight_dtype: torch.dtype
-    device: str
+    device: tuple[str, int]
 
+
+# What layers, and what follows them, are computed of in training.
+_TRAINING_DTYPES: dict[Kernels, tuple[torch.dtype, ...]] = {
+    "compiled": (torch.float32,),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 # Any uint8 code by any int8 code: so many products stay within an int32, with as much room again for the bias.
 _MOST_PRODUCTS = 2**30 // (255 * 128)
 
 
 def trains_on_integers(description: TrainingDescription) -> bool:
-    """Whether ``train_layer`` is compiled for such a layer: in one or two dimensions, dense or depthwise, in float32,
-    with sums that stay within the accumulator."""
-    if native.is_traced():  # for which a cache would be one more thing that may change
-        return _has_training_form(description, native.reference_is_forced())
-    return _planned(description, native.reference_is_forced())
+    """Whether there are kernels of ``train_layer`` for such a layer: in one or two dimensions, dense or depthwise, with
+    sums that stay within the accumulator; on a CPU in float32."""
+    kernels = kernels_on(*description.device)
+    # A compiler traces; a cache would be one more thing that may change.
+    return _has_training_form(description, kernels) if is_traced() else _planned(description, kernels)
 
 
-def _has_training_form(description: TrainingDescription, reference_is_forced: bool) -> bool:
+def _has_training_form(description: TrainingDescription, kernels: Kernels | None) -> bool:
     weight, geometry = description.weight, description.geometry
-    if description.device != "cpu" or reference_is_forced or not native.is_available():
+    if kernels is None:
         return False
-    if not (description.input_dtype is description.weight_dtype is torch.float32):
+    if not {description.input_dtype, description.weight_dtype} <= set(_TRAINING_DTYPES[kernels]):
         return False
     if len(weight) not in ((2,) if geometry is None else (3, 4)) or 0 in weight:
         return False
@@ -79,5 +85,6 @@ _planned = functools.cache(_has_training_form)
 
 
 def fuses(values: Tensor) -> bool:
-    """Whether compiled kernels do in one step what follows a layer in training: of float32 values on the CPU."""
-    return values.dtype is torch.float32 and values.numel() > 0 and native.takes(values)
+    """Whether kernels do in one step what follows a layer in training: on a CPU, of float32 values."""
+    kernels = kernels_for(values)
+    return kernels is not None and values.dtype in _TRAINING_DTYPES[kernels] and values.numel() > 0

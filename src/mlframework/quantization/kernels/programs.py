@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import native
+from .devices import PLAIN, is_traced, kernels_for
 
 
 def make_program(inputs: int, instructions: Sequence[tuple[Any, Sequence[int]]], outputs: Sequence[int]) -> int:
@@ -45,12 +46,12 @@ def release_program(program: int) -> None:
 
 def is_plain(tensor: Any) -> bool:
     """Whether this is a tensor in the CPU's memory, and not something that only stands for one."""
-    return type(tensor) in native.PLAIN and tensor.is_cpu
+    return type(tensor) in PLAIN and tensor.is_cpu
 
 
 def run_programs() -> bool:
     """Whether programs may run now: there are compiled kernels, and nobody traces."""
-    return not native.is_traced() and native.takes(_PROBE)
+    return not is_traced() and kernels_for(_PROBE) == "compiled"
 
 
 _PROBE = torch.empty(0)

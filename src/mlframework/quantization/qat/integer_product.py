@@ -29,7 +29,8 @@ def training_description(
         return None
     if type(weight_node) is not FakeQuantizeLayer or weight_node.layer is not None:
         return None
-    return TrainingDescription(tuple(weight.shape), geometry, input.dtype, weight.dtype, input.device.type)
+    device = input.device.type, input.get_device()
+    return TrainingDescription(tuple(weight.shape), geometry, input.dtype, weight.dtype, device)
 
 
 def integer_product(

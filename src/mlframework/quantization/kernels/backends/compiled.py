@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import native
+from ..devices import kernels_for, kernels_on
 from ..epilogue import Epilogue
 from ..geometry import ConvolutionGeometry
 from ..operators.integer_layers import OutputGrid, integer_layer, pack_layer, packed_layer
@@ -52,7 +52,7 @@ class CompiledLayer:
         self.arguments = (self.packed, shape[0], shape[2:], *geometry_arguments(geometry), epilogue.dtype)
 
     def __call__(self, codes: Tensor) -> Tensor:
-        if not native.takes(codes):  # a tensor that only stands for one
+        if kernels_for(codes) != "compiled":  # a tensor that only stands for one
             return self._in_floats(codes)
         if torch.compiler.is_exporting():  # for other processors, too
             return self._unpacked(codes)
@@ -80,7 +80,7 @@ class CompiledLayer:
 
 class _Compiled:
     def takes(self, description: Description) -> bool:
-        if description.device != "cpu" or native.reference_is_forced() or not native.is_available():
+        if kernels_on(description.device) != "compiled":
             return False
         return description.kind in _KINDS and len(description.weight) <= 4 and description.is_dense_or_depthwise
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import native
+from ..devices import is_traced
 from ..products import Description, LinearProduct, Product
 from .backend import SumsBackend
 from .capability import int_mm_is_best
@@ -30,7 +30,7 @@ class _IntMm(SumsBackend):
         def run(codes: Tensor) -> Tensor:
             # Of rows that share their memory, as those of an expanded tensor do, it reads what lies behind.
             rows = codes.reshape(-1, codes.shape[-1]).contiguous()
-            if native.is_traced() or not _takes(rows, weight):
+            if is_traced() or not _takes(rows, weight):
                 return in_floats(codes)
             sums = torch._int_mm((rows ^ 128).view(torch.int8) if unsigned else rows, weight.t())
             if correction is not None:

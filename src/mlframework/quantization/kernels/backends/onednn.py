@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import native
+from ..devices import is_traced
 from ..products import ConvolutionProduct, Description, Product, TransposedProduct
 from .backend import SumsBackend
 from .capability import onednn_is_exact
@@ -42,7 +42,7 @@ class _Onednn(SumsBackend):
 
 def _is_left(codes: Tensor) -> bool:
     """Whether codes are none of oneDNN's: a graph that is traced, or none at all."""
-    return native.is_traced() or codes.numel() == 0
+    return is_traced() or codes.numel() == 0
 
 
 def _convolution_sums(product: ConvolutionProduct) -> Callable[[Tensor], Tensor] | None:

@@ -9,9 +9,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ... import arithmetic
-from ..native import is_traced, takes
-from ..operators.declaration import FLOATS
-from ..operators.fake_quantization import fake_quantize, fake_quantize_backward, mask_gradient, operands
+from ..devices import is_traced
+from ..operators.fake_quantization import (
+    fake_quantize,
+    fake_quantize_backward,
+    has_kernel,
+    mask_gradient,
+    operands,
+)
 from ..operators.snapshot import snapshot
 from .function import call
 
@@ -137,15 +142,14 @@ def fake_quantize_with_codes(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Values on the grid, differentiable; and codes with their grid (:class:`.FakeQuantized`) where asked for.
 
-    A scale or a zero point that does not require grad may be updated in place before backward runs. Without compiled
+    A scale or a zero point that does not require grad may be updated in place before backward runs. Without
     kernels there are no codes, which nobody would compute with.
     """
     learns = scale.requires_grad or zero_point.requires_grad
     compiled = (
-        input.dtype in FLOATS
-        and scale.dtype is torch.float32
+        scale.dtype is torch.float32
         and zero_point.dtype in _ZERO_POINTS
-        and takes(input)
+        and has_kernel(input)
         and (is_traced() or forward_ad._current_level < 0)
     )
     if compiled and not (torch.is_grad_enabled() and (learns or input.requires_grad)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...scheme import QuantizationScheme
-from .. import native
+from ..devices import is_traced
 from ..geometry import ConvolutionGeometry
 from ..operators.codes import dequantize
 from ..operators.fake_quantization import fake_quantize, mask_gradient
@@ -88,7 +88,7 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         scheme = state.scheme
         own_bias = None if bias is None else bias.detach().contiguous()
-        if state.averages is not None and not native.is_traced():
+        if state.averages is not None and not is_traced():
             output, mask, scale = train_layer(
                 codes,
                 grid,
@@ -199,7 +199,7 @@ def layer_on_codes(
         state: of the weight.
         geometry: of a convolution; None for a linear layer.
     """
-    if state.averages is not None and state.observes and native.is_traced():
+    if state.averages is not None and state.observes and is_traced():
         # Apart from the function: what a compiler traces as one changes nothing in place.
         axis = state.scheme.channel_axis
         update_moving_average(

@@ -1,8 +1,9 @@
 """How an operator is declared: its schema, what it computes in PyTorch's own operations, and its form on fake tensors.
 
 Operators are PyTorch's: ``torch.ops.mlframework_quantization_kernels.<name>``. The compiled library registers
-implementations for the CPU under the same names (``csrc/operators.cpp``), so ``torch.compile`` and ``torch.export`` see
-a call in the graph. Outputs have no history; gradients belong to the functions of :mod:`..differentiable`.
+implementations for the CPU under the same names (``csrc/operators.cpp``), and :mod:`..triton_gpu` those for a GPU, so
+``torch.compile`` and ``torch.export`` see a call in the graph. Outputs have no history; gradients belong to the
+functions of :mod:`..differentiable`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.library import Library, fallthrough_kernel, register_fake
 
-from .. import native
+from .. import devices
+from ..devices import Kernels
 
 NAMESPACE = "mlframework_quantization_kernels"
 
@@ -34,7 +36,13 @@ class Operator:
         schema: without the namespace.
         reference: the same in PyTorch's operations; None for what only compiled kernels can read.
         dtypes: of the first argument, that the compiled kernels take.
+
+    Attributes:
+        dtypes: of the first argument, that each kind of kernels takes.
+        mutated: the places of the arguments that change.
     """
+
+    empty_outputs: Callable[..., Any]
 
     def __init__(
         self,
@@ -44,7 +52,7 @@ class Operator:
     ) -> None:
         self.__doc__ = None if reference is None else reference.__doc__
         self.name = schema.partition("(")[0]
-        self.dtypes = dtypes
+        self.dtypes: dict[Kernels, tuple[torch.dtype, ...]] = {"compiled": dtypes, "triton": ()}
         _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
         if reference is not None:
             _LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -52,6 +60,7 @@ class Operator:
             _LIBRARY.impl(self.name, fallthrough_kernel, key)  # type: ignore[no-untyped-call]
         self.overload: Any = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self.reference: Any = self.overload if reference is None else reference
+        self.on_gpu: Callable[..., Any] | None = None
         self.mutated = tuple(
             index
             for index, argument in enumerate(self.overload._schema.arguments)
@@ -60,19 +69,35 @@ class Operator:
         DECLARED[self.name] = self
 
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Registers the operator's form on fake tensors: shapes, strides and dtypes of the outputs alone."""
+        """Registers the operator's form on fake tensors: shapes, strides and dtypes of the outputs alone. On real ones
+        it allocates them (:attr:`empty_outputs`)."""
         register_fake(f"{NAMESPACE}::{self.name}", function, lib=_LIBRARY)
+        self.empty_outputs = function
         return function
 
-    def runs_compiled(self, tensor: Tensor) -> bool:
-        """Whether a call with this first argument runs the compiled kernels."""
-        return tensor.dtype in self.dtypes and native.takes(tensor)
+    def implement_on_gpu(self, function: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> None:
+        """Registers the kernels for a GPU, which takes a first argument of these dtypes."""
+        _LIBRARY.impl(self.name, function, "CUDA")  # type: ignore[no-untyped-call]
+        self.dtypes["triton"] = dtypes
+        self.on_gpu = function
+
+    def has_kernel(self, tensor: Tensor) -> bool:
+        """Whether a call with this first argument runs kernels, and not the reference."""
+        kernels = devices.kernels_for(tensor)
+        return kernels is not None and tensor.dtype in self.dtypes[kernels]
+
+    def run(self, *arguments: Any) -> Any:
+        """The kernels; callers have asked :meth:`has_kernel`."""
+        if devices.interprets():
+            assert self.on_gpu is not None
+            return self.on_gpu(*arguments)
+        return self.overload(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        if not self.runs_compiled(arguments[0]):
+        if not self.has_kernel(arguments[0]):
             return self.reference(*arguments)
-        result = self.overload(*arguments)
-        if self.mutated and not native.is_traced():
+        result = self.run(*arguments)
+        if self.mutated and not devices.is_traced():
             # Which is how others see that these have changed.
             changed = [arguments[index] for index in self.mutated if arguments[index] is not None]
             torch.autograd.graph.increment_version([tensor for tensor in changed if not tensor.is_inference()])

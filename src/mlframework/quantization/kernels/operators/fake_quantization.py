@@ -175,6 +175,11 @@ def fake_quantize(
     )
 
 
+def has_kernel(input: Tensor) -> bool:
+    """Whether kernels compute :func:`fake_quantize` of this tensor."""
+    return _fake_quantize.has_kernel(input)
+
+
 def operands(
     input: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, axis: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import native
+from ..devices import PLAIN, kernels_for
 from .declaration import operator
 
 # Odd 64-bit constants of splitmix64 and MurmurHash3, as signed integers.
@@ -33,8 +33,8 @@ def fingerprints(tensors: Sequence[Tensor]) -> tuple[int, ...]:
         False
     """
     tensors = list(tensors)
-    is_plain = all(type(tensor) in native.PLAIN and tensor.is_cpu for tensor in tensors)
-    compiled = is_plain and native.takes(tensors[0])
+    is_plain = all(type(tensor) in PLAIN and tensor.is_cpu for tensor in tensors)
+    compiled = is_plain and kernels_for(tensors[0]) == "compiled"
     return tuple(_fingerprints.overload(tensors) if compiled else _fingerprints.reference(tensors))
 
 

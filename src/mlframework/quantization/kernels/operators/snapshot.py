@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from ..devices import is_traced
 from .declaration import operator
 
 
@@ -23,7 +23,7 @@ def _(state: Tensor) -> Tensor:
 
 def snapshot(state: Tensor) -> Tensor:
     """A copy that stays as it is when ``state`` is updated in place before backward has run."""
-    if native.is_traced():
+    if is_traced():
         copied: Tensor = _snapshot.overload(state)
         return copied
     return state.clone()

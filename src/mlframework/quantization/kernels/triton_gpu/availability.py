@@ -1,0 +1,71 @@
+"""Whether the kernels in Triton can run: the package is there, and the GPU is one that they are compiled for."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import torch
+
+# Ampere, the first with the int8 tensor cores that the kernels are written for.
+OLDEST_CAPABILITY = (8, 0)
+
+
+class _State:
+    has_warned = False
+
+
+def is_installed() -> bool:
+    """Whether Triton can be imported; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreter() -> bool:
+    """Whether Triton runs kernels on the CPU in this process."""
+    if not is_installed():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def runs_on(index: int) -> bool:
+    """Whether the kernels run on the GPU of that index (-1: the current one); warns once of a GPU that goes without.
+
+    What it has found of a device holds for as long as the process lasts.
+    """
+    if index not in _known:
+        _known[index] = _finds(index)
+    return _known[index]
+
+
+_known: dict[int, bool] = {}
+
+
+def _finds(index: int) -> bool:
+    if not torch.cuda.is_available():
+        return False
+    device = torch.cuda.current_device() if index < 0 else index
+    name = torch.cuda.get_device_name(device)
+    if torch.version.cuda is None:
+        return _without(name, "they are written for NVIDIA's GPUs")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        own, oldest = (".".join(map(str, each)) for each in (capability, OLDEST_CAPABILITY))
+        return _without(name, f"its compute capability is {own}, and they need {oldest} or newer")
+    if not is_installed():
+        return _without(name, "the package triton is not installed")
+    return True
+
+
+def _without(name: str, reason: str) -> bool:
+    if not _State.has_warned:
+        _State.has_warned = True
+        warnings.warn(
+            f"mlframework.quantization's GPU kernels do not run on {name}: {reason}. Training and integer layers run "
+            "several times slower there, with the same results",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return False

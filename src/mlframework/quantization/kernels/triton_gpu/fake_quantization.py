@@ -1,0 +1,237 @@
+"""Fake quantization: the kernels of :mod:`..operators.fake_quantization`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..operators.declaration import DECLARED
+from ..operators.layout import dense, laid_out_like
+from .arithmetic import clamped, grid_zero_point, packed_bits, to_codes, unsaturated_codes
+from .launch import BLOCK, EXACT, blocks_of, channels_of
+
+
+@triton.jit
+def _fake_quantize(
+    input,
+    addend,
+    scale,
+    zero_point,
+    values,
+    codes,
+    mask,
+    partials,
+    grid,
+    count,
+    channels,
+    inner,
+    clip_low,
+    clip_high,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    CLIPS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    WANTS_VALUES: tl.constexpr,
+    WANTS_CODES: tl.constexpr,
+    WANTS_MASK: tl.constexpr,
+    WANTS_EXTREMES: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * EACH
+    # Eight neighbours to a row: a byte of the mask.
+    places = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    lowest_seen = tl.full((BLOCK // 8, 8), float("inf"), tl.float32)
+    highest_seen = tl.full((BLOCK // 8, 8), float("-inf"), tl.float32)
+    nan_seen = tl.zeros((BLOCK // 8, 8), tl.int32)
+    for step in range(EACH):
+        start = (first + step) * BLOCK
+        offset = start + places
+        inside = offset < count
+        value = tl.load(input + offset, inside, other=0.0).to(tl.float32)
+        if HAS_ADDEND:
+            value += tl.load(addend + offset, inside, other=0.0).to(tl.float32)
+        bounded = clamped(value, clip_low, clip_high) if CLIPS else value
+        channel = (offset // inner) % channels if PER_CHANNEL else 0
+        own_scale = tl.load(scale + channel).to(tl.float32)
+        zero = grid_zero_point(tl.load(zero_point + channel), LOWEST, HIGHEST)
+        code = unsaturated_codes(bounded, own_scale, zero)
+        saturated = clamped(code, LOWEST, HIGHEST)
+        is_nan = bounded != bounded
+        if WANTS_VALUES:
+            tl.store(values + offset, ((saturated - zero) * own_scale).to(values.dtype.element_ty), inside)
+        if WANTS_CODES:
+            tl.store(codes + offset, to_codes(tl.where(is_nan, LOWEST, saturated), codes.dtype.element_ty), inside)
+            if PER_CHANNEL:
+                nowhere = tl.full((BLOCK // 8, 8), float("nan"), tl.float32)
+                tl.store(grid + channel + tl.zeros((BLOCK // 8, 8), tl.int64), nowhere, inside & is_nan)
+        if WANTS_MASK:
+            passes = inside & (code >= LOWEST) & (code <= HIGHEST)
+            if CLIPS:
+                passes = passes & (value > clip_low) & (value < clip_high)
+            byte = start // 8 + tl.arange(0, BLOCK // 8)
+            tl.store(mask + byte, packed_bits(passes.to(tl.int32)), byte < (count + 7) // 8)
+        if WANTS_EXTREMES:
+            lowest_seen = tl.minimum(lowest_seen, tl.where(inside, bounded, float("inf")))
+            highest_seen = tl.maximum(highest_seen, tl.where(inside, bounded, float("-inf")))
+        nan_seen = nan_seen | (inside & is_nan).to(tl.int32)
+    if not PER_CHANNEL and (WANTS_EXTREMES or WANTS_CODES):
+        program = tl.program_id(0)
+        programs = tl.num_programs(0)
+        tl.store(partials + program, tl.max(tl.max(nan_seen, 1), 0).to(tl.float32))
+        if WANTS_EXTREMES:
+            tl.store(partials + programs + program, tl.min(tl.min(lowest_seen, 1), 0))
+            tl.store(partials + 2 * programs + program, tl.max(tl.max(highest_seen, 1), 0))
+
+
+@triton.jit
+def _summarize(
+    partials,
+    scale,
+    zero_point,
+    extremes,
+    grid,
+    programs,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    WANTS_CODES: tl.constexpr,
+    WANTS_EXTREMES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the programs of :func:`_fake_quantize` have seen, as extremes and the grid of the codes; one program."""
+    offset = tl.arange(0, BLOCK)
+    inside = offset < programs
+    has_nan = tl.max(tl.load(partials + offset, inside, other=0.0), 0) > 0
+    if WANTS_EXTREMES:
+        minimum = tl.min(tl.load(partials + programs + offset, inside, other=float("inf")), 0)
+        maximum = tl.max(tl.load(partials + 2 * programs + offset, inside, other=float("-inf")), 0)
+        negated = tl.where(has_nan | (tl.abs(minimum) == float("inf")), float("-inf"), -minimum)
+        tl.store(extremes, negated)
+        tl.store(extremes + 1, tl.where(has_nan | (tl.abs(maximum) == float("inf")), float("-inf"), maximum))
+    if WANTS_CODES:
+        tl.store(grid, tl.where(has_nan, float("nan"), tl.load(scale).to(tl.float32)))
+        tl.store(grid + 1, grid_zero_point(tl.load(zero_point), LOWEST, HIGHEST))
+
+
+def fake_quantize(
+    input: Tensor,
+    addend: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    axis: int,
+    clip_low: float,
+    clip_high: float,
+    wants_values: bool,
+    wants_mask: bool,
+    wants_extremes: bool,
+    code_dtype: torch.dtype | None,
+) -> Any:
+    operator = DECLARED["fake_quantize"]
+    per_channel = scale.numel() > 1
+    if input.numel() == 0 or (wants_extremes and axis >= 0):
+        # The extremes of channels are asked for by themselves.
+        rest = (clip_low, clip_high, wants_values, wants_mask, wants_extremes, code_dtype)
+        return operator.reference(input, addend, scale, zero_point, lowest, highest, axis, *rest)
+    outputs = operator.empty_outputs(
+        input,
+        addend,
+        scale,
+        zero_point,
+        lowest,
+        highest,
+        axis,
+        clip_low,
+        clip_high,
+        wants_values,
+        wants_mask,
+        wants_extremes,
+        code_dtype,
+    )
+    values, codes, mask, both, grid = outputs
+    input = dense(input)
+    if grid is not None and per_channel:
+        grid[0] = scale
+        grid[1] = torch.round(zero_point.to(torch.float32)).clamp(lowest, highest)
+    count = input.numel()
+    programs, each = blocks_of(count)
+    summarizes = not per_channel and (wants_extremes or codes is not None)
+    partials = input.new_empty((3, programs), dtype=torch.float32) if summarizes else input
+    _, channels, inner = channels_of(input, axis)
+    _fake_quantize[(programs,)](
+        input,
+        input if addend is None else laid_out_like(addend, input),
+        scale,
+        zero_point,
+        input if values is None else values,
+        input if codes is None else codes,
+        input if mask is None else mask,
+        partials,
+        input if grid is None else grid,
+        count,
+        channels,
+        inner,
+        clip_low,
+        clip_high,
+        lowest,
+        highest,
+        addend is not None,
+        clip_low > -math.inf or clip_high < math.inf,
+        per_channel,
+        wants_values,
+        codes is not None,
+        wants_mask,
+        wants_extremes,
+        each,
+        BLOCK,
+        **EXACT,
+    )
+    if summarizes:
+        _summarize[(1,)](
+            partials,
+            scale,
+            zero_point,
+            partials if both is None else both,
+            partials if grid is None else grid,
+            programs,
+            lowest,
+            highest,
+            codes is not None,
+            wants_extremes,
+            triton.next_power_of_2(programs),
+            **EXACT,
+        )
+    return outputs
+
+
+@triton.jit
+def _mask_gradient(gradient, mask, passed, count, clip, CLIPS: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    places = tl.arange(0, BLOCK // 8)
+    offset = start + places[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = offset < count
+    byte = start // 8 + places
+    bits = tl.load(mask + byte, byte < (count + 7) // 8, other=0).to(tl.int32)
+    value = tl.load(gradient + offset, inside, other=0.0).to(tl.float32)
+    if CLIPS:
+        value = clamped(value, -clip, clip)
+    passes = ((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1) > 0
+    tl.store(passed + offset, tl.where(passes, value, 0.0).to(passed.dtype.element_ty), inside)
+
+
+def mask_gradient(gradient: Tensor, mask: Tensor, strides: list[int], gradient_clip: float | None) -> Tensor:
+    passed: Tensor = DECLARED["mask_gradient"].empty_outputs(gradient, mask, strides, gradient_clip)
+    count = gradient.numel()
+    if count > 0:
+        clip = 0.0 if gradient_clip is None else gradient_clip
+        _mask_gradient[(triton.cdiv(count, BLOCK),)](
+            laid_out_like(gradient, passed), mask, passed, count, clip, gradient_clip is not None, BLOCK, **EXACT
+        )
+    return passed

@@ -1,0 +1,32 @@
+"""Kernels for GPUs give the integers of the references, in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from example_operators import LABELS, SUMS, assert_same, assert_same_layout, samples, tensors_of
+from mlframework.quantization import kernels
+from mlframework.quantization.kernels.operators.declaration import DECLARED
+from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED
+
+pytestmark = pytest.mark.interpreter
+
+ON_GPU = {name for operators in IMPLEMENTED.values() for name in operators}
+
+
+@pytest.mark.parametrize(("name", "label"), [sample for sample in LABELS if sample[0] in ON_GPU])
+def test_the_reference_gives_the_same(name: str, label: str) -> None:
+    operator = DECLARED[name]
+    arguments = samples(name)[label]
+    with kernels.interpreted_kernels():
+        assert operator.has_kernel(arguments[0])
+        actual = tensors_of(operator, operator.run(*arguments), arguments)
+    torch.manual_seed(0)
+    arguments = samples(name)[label]
+    expected = tensors_of(operator, operator.reference(*arguments), arguments)
+    assert len(actual) == len(expected)
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(one, other, SUMS.get(name, {}).get(index, 0.0))
+        if one is not None:
+            assert_same_layout(one, other)
