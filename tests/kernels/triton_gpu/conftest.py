@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from mlframework.quantization.kernels.triton_gpu.availability import is_interpre
 
 
 @pytest.fixture(autouse=True)
-def _rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU rounds float32 to bfloat16 half to even; the interpreter of Triton 3.6 cuts the digits off."""
+def _computes_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU rounds float32 to bfloat16 half to even, where the interpreter of Triton 3.6 cuts the digits off, and says
+    nothing of infinities and NaN, of which NumPy warns."""
     if not is_interpreter():
         pytest.skip("needs Triton's interpreter: triton is not installed, or there is a GPU")
     import numpy as np
@@ -31,3 +33,5 @@ def _rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # The builder's methods are lambdas that look this one up.
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding)
+    with np.errstate(all="ignore"):
+        yield

@@ -27,7 +27,7 @@ class Normalized(NamedTuple):
     """What :func:`normalize` makes of a tensor.
 
     Attributes:
-        values: float32, on the grid.
+        values: on the grid, in the dtype of what is normalized.
         codes: of the scheme's dtype; None where not asked for.
         mask: uint8, a bit to an element in memory order: whether the gradient passes, neither clipped nor saturated.
         extremes: float32 (2, 1), ``[-minimum, maximum]`` before rounding; minus infinity where not finite.
@@ -71,7 +71,7 @@ def batch_statistics(
 def _(
     values: Tensor, running_mean: Tensor | None, running_variance: Tensor | None, momentum: float, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    mean = values.new_empty(values.shape[1])
+    mean = values.new_empty(values.shape[1], dtype=torch.float32)
     return mean, torch.empty_like(mean)
 
 
@@ -101,7 +101,7 @@ def _normalize(
     factor = inverse_deviation if weight is None else inverse_deviation * weight
     offset = (0.0 if bias is None else bias) - mean * factor
     along = [1, -1, *[1] * (values.dim() - 2)]
-    normalized = values * factor.reshape(along) + offset.reshape(along)
+    normalized = values.to(torch.float32) * factor.reshape(along) + offset.reshape(along)
     result = fake_quantize(
         normalized,
         scale,
@@ -115,7 +115,7 @@ def _normalize(
         extremes=True,
     )
     assert result.values is not None and result.mask is not None and result.extremes is not None
-    return result.values, result.codes, result.mask, result.extremes, result.grid
+    return result.values.to(values.dtype), result.codes, result.mask, result.extremes, result.grid
 
 
 @_normalize.fake
@@ -137,8 +137,8 @@ def _(
         torch.empty_like(values),
         None if code_dtype is None else torch.empty_like(values, dtype=code_dtype),
         values.new_empty((values.numel() + 7) // 8, dtype=torch.uint8),
-        values.new_empty((2, 1)),
-        None if code_dtype is None else values.new_empty((2, 1)),
+        values.new_empty((2, 1), dtype=torch.float32),
+        None if code_dtype is None else values.new_empty((2, 1), dtype=torch.float32),
     )
 
 
@@ -158,7 +158,7 @@ def normalize(
     r"""Normalizes, clips and quantizes.
 
     Args:
-        values: float32, as :func:`lies_in_rows` says.
+        values: as :func:`lies_in_rows` says; float32, on a GPU also bfloat16 and float16, which compute in float32.
         mean, inverse_deviation: of :func:`batch_statistics`.
         weight, bias: :math:`\gamma` and :math:`\beta`, float32 (C,), or None for 1 and 0.
         clip: the range of an activation that only clips; infinite ends clip nothing.
@@ -205,7 +205,7 @@ def _normalize_backward(
     factor = inverse_deviation.double() if weight is None else inverse_deviation.double() * weight
     to_rows = (rows - (to_bias + normalized * to_weight) / rows.shape[0]) * factor
     to_values = to_rows.to(values.dtype).reshape(passed.shape).movedim(-1, 1)
-    return to_values, to_weight.to(values.dtype), to_bias.to(values.dtype)
+    return to_values, to_weight.to(torch.float32), to_bias.to(torch.float32)
 
 
 @_normalize_backward.fake
@@ -230,7 +230,7 @@ def normalize_backward(
     weight: Tensor | None,
     gradient_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``values``, of :math:`\\gamma` and of :math:`\\beta`, summed in float64.
+    """Gradients of ``values``, in its dtype, and of :math:`\\gamma` and of :math:`\\beta`, float32, summed in float64.
 
     Only what the mask lets pass counts, its magnitude clipped first.
     """

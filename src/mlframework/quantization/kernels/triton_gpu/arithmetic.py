@@ -55,3 +55,46 @@ def requantized(accumulator, multiplier, zero_point, lowest, highest):
 def packed_bits(flags):
     """Of int32 flags (N, 8), 0 or 1, the bytes (N,) that hold them, the first as the lowest bit."""
     return tl.sum(flags << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
+
+
+@triton.jit
+def is_finite(value):
+    return tl.abs(value) < float("inf")
+
+
+@triton.jit
+def interpolated(start, end, weight):
+    """:func:`torch.lerp` in float32: from the nearer end, the product and the sum rounded once."""
+    difference = (end - start).to(tl.float64)
+    near = weight < 0.5
+    base = tl.where(near, start, end).to(tl.float64)
+    coefficient = tl.where(near, weight, weight - 1.0).to(tl.float64)
+    return (coefficient * difference + base).to(tl.float32)
+
+
+@triton.jit
+def moved_average(running, batch, momentum):
+    """One step of a moving average; the first batch is copied, and what is not finite leaves the average as it was."""
+    averaged = interpolated(running, batch, momentum)
+    return tl.where(is_finite(batch), tl.where(is_finite(running), averaged, batch), running)
+
+
+@triton.jit
+def scale_of_range(minimum, maximum, lowest, highest, SYMMETRIC: tl.constexpr, zero, SMALLEST, LARGEST):
+    """The finest scale whose grid covers a range and zero, as ``arithmetic.range_to_parameters`` says."""
+    minimum = tl.where(is_finite(minimum), tl.minimum(minimum, 0.0), 0.0)
+    maximum = tl.where(is_finite(maximum), tl.maximum(maximum, 0.0), 0.0)
+    if SYMMETRIC:
+        scale = tl.math.div_rn(maximum, maximum * 0 + (highest - zero))
+        below = tl.where(lowest < zero, lowest - zero, -1.0)
+        scale = tl.where(lowest < zero, tl.maximum(scale, tl.math.div_rn(minimum, minimum * 0 + below)), scale)
+    else:
+        scale = tl.math.div_rn(maximum * 0.5 - minimum * 0.5, maximum * 0 + (highest - lowest) * 0.5)
+    return tl.where(scale > 0, clamped(scale, SMALLEST, LARGEST), 1.0)
+
+
+@triton.jit
+def zero_point_of_range(minimum, scale, lowest, highest):
+    """The zero point of an affine grid whose scale is that of a range."""
+    minimum = tl.where(is_finite(minimum), tl.minimum(minimum, 0.0), 0.0)
+    return clamped(rounded(lowest - tl.math.div_rn(minimum, scale)), lowest, highest)

@@ -17,6 +17,57 @@ from .launch import BLOCK, EXACT, blocks_of, channels_of
 
 
 @triton.jit
+def quantize_block(
+    value,
+    start,
+    count,
+    own_scale,
+    zero,
+    values,
+    codes,
+    mask,
+    clip_low,
+    clip_high,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    CLIPS: tl.constexpr,
+    WANTS_VALUES: tl.constexpr,
+    WANTS_CODES: tl.constexpr,
+    WANTS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Clips and quantizes float32 values (BLOCK // 8, 8), the first of which is element ``start``, a multiple of eight;
+    stores what is wanted, and returns them as they were rounded."""
+    byte = tl.arange(0, BLOCK // 8)
+    offset = start + byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = offset < count
+    bounded = clamped(value, clip_low, clip_high) if CLIPS else value
+    code = unsaturated_codes(bounded, own_scale, zero)
+    saturated = clamped(code, LOWEST, HIGHEST)
+    if WANTS_VALUES:
+        tl.store(values + offset, ((saturated - zero) * own_scale).to(values.dtype.element_ty), inside)
+    if WANTS_CODES:
+        known = tl.where(bounded != bounded, LOWEST, saturated)
+        tl.store(codes + offset, to_codes(known, codes.dtype.element_ty), inside)
+    if WANTS_MASK:
+        passes = inside & (code >= LOWEST) & (code <= HIGHEST)
+        if CLIPS:
+            passes = passes & (value > clip_low) & (value < clip_high)
+        tl.store(mask + start // 8 + byte, packed_bits(passes.to(tl.int32)), start + byte * 8 < count)
+    return bounded
+
+
+@triton.jit
+def store_partials(partials, lowest_seen, highest_seen, nan_seen):
+    """What a program has seen, for :func:`_summarize`."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    tl.store(partials + program, tl.max(tl.max(nan_seen, 1), 0).to(tl.float32))
+    tl.store(partials + programs + program, tl.min(tl.min(lowest_seen, 1), 0))
+    tl.store(partials + 2 * programs + program, tl.max(tl.max(highest_seen, 1), 0))
+
+
+@triton.jit
 def _fake_quantize(
     input,
     addend,
@@ -40,7 +91,7 @@ def _fake_quantize(
     WANTS_VALUES: tl.constexpr,
     WANTS_CODES: tl.constexpr,
     WANTS_MASK: tl.constexpr,
-    WANTS_EXTREMES: tl.constexpr,
+    SUMMARIZES: tl.constexpr,
     EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -57,37 +108,36 @@ def _fake_quantize(
         value = tl.load(input + offset, inside, other=0.0).to(tl.float32)
         if HAS_ADDEND:
             value += tl.load(addend + offset, inside, other=0.0).to(tl.float32)
-        bounded = clamped(value, clip_low, clip_high) if CLIPS else value
         channel = (offset // inner) % channels if PER_CHANNEL else 0
-        own_scale = tl.load(scale + channel).to(tl.float32)
-        zero = grid_zero_point(tl.load(zero_point + channel), LOWEST, HIGHEST)
-        code = unsaturated_codes(bounded, own_scale, zero)
-        saturated = clamped(code, LOWEST, HIGHEST)
-        is_nan = bounded != bounded
-        if WANTS_VALUES:
-            tl.store(values + offset, ((saturated - zero) * own_scale).to(values.dtype.element_ty), inside)
-        if WANTS_CODES:
-            tl.store(codes + offset, to_codes(tl.where(is_nan, LOWEST, saturated), codes.dtype.element_ty), inside)
-            if PER_CHANNEL:
-                nowhere = tl.full((BLOCK // 8, 8), float("nan"), tl.float32)
-                tl.store(grid + channel + tl.zeros((BLOCK // 8, 8), tl.int64), nowhere, inside & is_nan)
-        if WANTS_MASK:
-            passes = inside & (code >= LOWEST) & (code <= HIGHEST)
-            if CLIPS:
-                passes = passes & (value > clip_low) & (value < clip_high)
-            byte = start // 8 + tl.arange(0, BLOCK // 8)
-            tl.store(mask + byte, packed_bits(passes.to(tl.int32)), byte < (count + 7) // 8)
-        if WANTS_EXTREMES:
+        bounded = quantize_block(
+            value,
+            start,
+            count,
+            tl.load(scale + channel).to(tl.float32),
+            grid_zero_point(tl.load(zero_point + channel), LOWEST, HIGHEST),
+            values,
+            codes,
+            mask,
+            clip_low,
+            clip_high,
+            LOWEST,
+            HIGHEST,
+            CLIPS,
+            WANTS_VALUES,
+            WANTS_CODES,
+            WANTS_MASK,
+            BLOCK,
+        )
+        is_nan = inside & (bounded != bounded)
+        if PER_CHANNEL and WANTS_CODES:
+            nowhere = tl.full((BLOCK // 8, 8), float("nan"), tl.float32)
+            tl.store(grid + channel, nowhere, is_nan)
+        if SUMMARIZES:
             lowest_seen = tl.minimum(lowest_seen, tl.where(inside, bounded, float("inf")))
             highest_seen = tl.maximum(highest_seen, tl.where(inside, bounded, float("-inf")))
-        nan_seen = nan_seen | (inside & is_nan).to(tl.int32)
-    if not PER_CHANNEL and (WANTS_EXTREMES or WANTS_CODES):
-        program = tl.program_id(0)
-        programs = tl.num_programs(0)
-        tl.store(partials + program, tl.max(tl.max(nan_seen, 1), 0).to(tl.float32))
-        if WANTS_EXTREMES:
-            tl.store(partials + programs + program, tl.min(tl.min(lowest_seen, 1), 0))
-            tl.store(partials + 2 * programs + program, tl.max(tl.max(highest_seen, 1), 0))
+            nan_seen = nan_seen | is_nan.to(tl.int32)
+    if SUMMARIZES:
+        store_partials(partials, lowest_seen, highest_seen, nan_seen)
 
 
 @triton.jit
@@ -104,7 +154,7 @@ def _summarize(
     WANTS_EXTREMES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the programs of :func:`_fake_quantize` have seen, as extremes and the grid of the codes; one program."""
+    """What programs have seen (:func:`store_partials`), as extremes and the grid of the codes; one program."""
     offset = tl.arange(0, BLOCK)
     inside = offset < programs
     has_nan = tl.max(tl.load(partials + offset, inside, other=0.0), 0) > 0
@@ -188,27 +238,40 @@ def fake_quantize(
         wants_values,
         codes is not None,
         wants_mask,
-        wants_extremes,
+        summarizes,
         each,
         BLOCK,
         **EXACT,
     )
     if summarizes:
-        _summarize[(1,)](
-            partials,
-            scale,
-            zero_point,
-            partials if both is None else both,
-            partials if grid is None else grid,
-            programs,
-            lowest,
-            highest,
-            codes is not None,
-            wants_extremes,
-            triton.next_power_of_2(programs),
-            **EXACT,
-        )
+        summarize(partials, scale, zero_point, both, grid, lowest, highest)
     return outputs
+
+
+def summarize(
+    partials: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    extremes: Tensor | None,
+    grid: Tensor | None,
+    lowest: int,
+    highest: int,
+) -> None:
+    """Fills in extremes and grid of per-tensor codes, where wanted, from what the programs have left behind."""
+    _summarize[(1,)](
+        partials,
+        scale,
+        zero_point,
+        partials if extremes is None else extremes,
+        partials if grid is None else grid,
+        partials.shape[1],
+        lowest,
+        highest,
+        grid is not None,
+        extremes is not None,
+        triton.next_power_of_2(partials.shape[1]),
+        **EXACT,
+    )
 
 
 @triton.jit

@@ -25,6 +25,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "codes": {"dequantize": CODES},
     "fake_quantization": {"fake_quantize": FLOATS, "mask_gradient": FLOATS},
+    "gradients": {"fake_quantize_backward": FLOATS},
+    "normalization": {"batch_statistics": FLOATS, "normalize": FLOATS, "normalize_backward": FLOATS},
+    "statistics": {"extremes": FLOATS, "update_moving_average": FLOATS},
 }
 
 
