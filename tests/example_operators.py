@@ -146,10 +146,14 @@ def _quantize() -> Iterator[tuple[str, Arguments]]:
 
 def _dequantize() -> Iterator[tuple[str, Arguments]]:
     for label, codes in _codes():
-        yield label, (codes, *_grid(codes, -1), -1)
+        yield label, (codes, *_grid(codes, -1), -1, torch.float32)
         if codes.dim() > 1:
-            yield f"{label}, per channel", (codes, *_grid(codes, 1), 1)
-    yield "of an integer zero point", (random_codes((5, 7), SIGNED), torch.ones(1), torch.tensor([3]).int(), -1)
+            yield f"{label}, per channel", (codes, *_grid(codes, 1), 1, torch.float32)
+    integer = torch.ones(1), torch.tensor([3]).int(), -1
+    yield "of an integer zero point", (random_codes((5, 7), SIGNED), *integer, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        codes = random_codes(_IMAGE, UNSIGNED)
+        yield f"to {dtype}", (codes, *_grid(codes, 1), 1, dtype)
 
 
 def _fake_quantize() -> Iterator[tuple[str, Arguments]]:

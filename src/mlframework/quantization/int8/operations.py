@@ -40,8 +40,7 @@ class _OnGrid(IntegerModule):
 
     def to_values(self, codes: Tensor) -> Tensor:
         """The float values of codes: computed in float32, in the dtype of the model around."""
-        values = kernels.dequantize(codes, self.scale, self.zero_point, self.scheme.channel_axis)
-        return values.to(self.float_dtype)
+        return kernels.dequantize(codes, self.scale, self.zero_point, self.scheme.channel_axis, self.float_dtype)
 
     def _read_by_kernels(self) -> tuple[Tensor, Tensor] | None:
         """Scale and zero point; None where they have come to have dtypes that the compiled kernels do not read."""

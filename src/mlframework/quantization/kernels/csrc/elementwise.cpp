@@ -92,7 +92,8 @@ void lookup_all(const uint8_t* codes, uint8_t flip, const uint8_t* table, uint8_
 
 }  // namespace
 
-Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t axis) {
+Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t axis,
+                  ScalarType dtype) {
   check_codes(codes, "codes");
   const Tensor source = dense(codes);
   const Tensor result = empty_like(source, ScalarType::Float);
@@ -108,7 +109,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_p
       dequantize_runs(from, to, layout, scales, zero_points);
     }
   });
-  return result;
+  return dtype == ScalarType::Float ? result : torch::stable::to(result, dtype);
 }
 
 Tensor lookup(const Tensor& codes, const Tensor& table) {

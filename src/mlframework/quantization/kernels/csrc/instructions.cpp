@@ -23,7 +23,7 @@ Tensor run_quantize(const Instruction& i, const Inputs& inputs) {
 }
 
 Tensor run_dequantize(const Instruction& i, const Inputs& inputs) {
-  return in_dtype(dequantize(*inputs[0], i.tensors[0], i.tensors[1], -1), i.numbers[0]);
+  return in_dtype(dequantize(*inputs[0], i.tensors[0], i.tensors[1], -1, ScalarType::Float), i.numbers[0]);
 }
 
 Tensor run_linear(const Instruction& i, const Inputs& inputs) {

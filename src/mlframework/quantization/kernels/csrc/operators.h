@@ -13,7 +13,8 @@ namespace kernels {
 Tensor quantize(const Tensor& values, const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest,
                 ScalarType dtype, int64_t axis);
 
-Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t axis);
+Tensor dequantize(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t axis,
+                  ScalarType dtype);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fake_quantize(
     const Tensor& input, const std::optional<Tensor>& addend, const Tensor& scale, const Tensor& zero_point,

@@ -143,7 +143,7 @@ class _LookUp(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         results: Tensor = lookup(codes, table)
         ctx.mark_non_differentiable(results)
-        return dequantize(results, grid[0], grid[1], None), results
+        return dequantize(results, grid[0], grid[1], None, input.dtype), results
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

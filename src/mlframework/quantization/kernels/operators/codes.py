@@ -48,21 +48,30 @@ def quantize(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: Quantiza
     return codes
 
 
-@operator("dequantize(Tensor codes, Tensor scale, Tensor zero_point, int axis) -> Tensor", CODES)
-def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    return arithmetic.dequantize_codes(codes, scale, zero_point, None if axis < 0 else axis)
+@operator(
+    "dequantize(Tensor codes, Tensor scale, Tensor zero_point, int axis, ScalarType dtype) -> Tensor",
+    CODES,
+)
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    return arithmetic.dequantize_codes(codes, scale, zero_point, None if axis < 0 else axis).to(dtype)
 
 
 @_dequantize.fake
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    return torch.empty_like(codes, dtype=torch.float32)
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, channel_axis: int | None) -> Tensor:
-    """Codes to float32 values; see :func:`.arithmetic.dequantize_codes`."""
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    channel_axis: int | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Codes to values, computed in float32 and rounded to ``dtype``; see :func:`.arithmetic.dequantize_codes`."""
     axis = -1 if channel_axis is None else channel_axis % codes.dim()
     compute = _dequantize if _are_read(scale, zero_point) else _dequantize.reference
-    values: Tensor = compute(codes, scale, zero_point, axis)
+    values: Tensor = compute(codes, scale, zero_point, axis, dtype)
     return values
 
 

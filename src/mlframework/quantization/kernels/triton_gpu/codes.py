@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,11 +22,11 @@ def _dequantize(
     code = tl.load(codes + offset, inside, other=0).to(tl.float32)
     step = tl.load(scale + channel)
     zero = tl.load(zero_point + channel).to(tl.float32)
-    tl.store(values + offset, (code - zero) * step, inside)
+    tl.store(values + offset, ((code - zero) * step).to(values.dtype.element_ty), inside)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    values: Tensor = DECLARED["dequantize"].empty_outputs(codes, scale, zero_point, axis)
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    values: Tensor = DECLARED["dequantize"].empty_outputs(codes, scale, zero_point, axis, dtype)
     if codes.numel() == 0:
         return values
     codes = dense(codes)

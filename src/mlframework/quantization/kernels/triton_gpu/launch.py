@@ -72,7 +72,7 @@ class Reduction(NamedTuple):
     @property
     def kept(self) -> int:
         """The number of programs to a split."""
-        return triton.cdiv((self.rows, self.columns)[1 - self.axis], self.tile[1 - self.axis])
+        return -(-(self.rows, self.columns)[1 - self.axis] // self.tile[1 - self.axis])
 
     @property
     def programs(self) -> int:
