@@ -143,7 +143,8 @@ def _histogram(input: Tensor) -> Tensor:
     while math.gcd(step, values.numel()) > 1:
         step += 1
     bits = values[::step].to(torch.float32).contiguous().view(torch.int32)
-    signed = torch.bincount((bits >> _SHIFT) + _MAGNITUDES, minlength=2 * _MAGNITUDES)
+    # (torch.bincount would wait for a GPU, to know how many bins there are.)
+    signed = bits.new_zeros(2 * _MAGNITUDES).index_add_(0, (bits >> _SHIFT) + _MAGNITUDES, torch.ones_like(bits))
     negative, positive = signed[:_FINITE], signed[_MAGNITUDES : _MAGNITUDES + _FINITE]
     return torch.cat([negative.flip(0), positive]).to(torch.float32)
 
@@ -194,7 +195,7 @@ def _squared_errors(
     limits = (levels[:, :-1] + levels[:, 1:]) / 2
     cells = []
     for below, prefix in zip(_moments_below(moments, limits), moments[2:], strict=True):
-        ends = prefix[[0, -1]].expand(len(lows), 2)
+        ends = prefix[:: len(prefix) - 1].expand(len(lows), 2)
         cells.append(torch.cat([ends[:, :1], below, ends[:, 1:]], dim=1).diff(dim=1))
     count, first, second = cells
     return (second - 2 * levels * first + levels * levels * count).sum(dim=1)

@@ -12,7 +12,7 @@ from ..devices import PLAIN, kernels_for
 from .declaration import operator
 
 # Odd 64-bit constants of splitmix64 and MurmurHash3, as signed integers.
-_KEY, _FACTOR = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
+KEY, FACTOR = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
 
 
 def fingerprints(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -33,9 +33,10 @@ def fingerprints(tensors: Sequence[Tensor]) -> tuple[int, ...]:
         False
     """
     tensors = list(tensors)
-    is_plain = all(type(tensor) in PLAIN and tensor.is_cpu for tensor in tensors)
-    compiled = is_plain and kernels_for(tensors[0]) == "compiled"
-    return tuple(_fingerprints.overload(tensors) if compiled else _fingerprints.reference(tensors))
+    device = tensors[0].device
+    is_plain = all(type(tensor) in PLAIN and tensor.device == device for tensor in tensors)
+    has_kernel = is_plain and kernels_for(tensors[0]) is not None
+    return tuple(_fingerprints.run(tensors) if has_kernel else _fingerprints.reference(tensors))
 
 
 @operator("fingerprints(Tensor[] tensors) -> int[]", ())
@@ -47,7 +48,7 @@ def _fingerprints(tensors: Sequence[Tensor]) -> list[int]:
 
 def _hash_of(tensor: Tensor) -> Tensor:
     """By PyTorch's operations, in 64-bit integers that wrap around: an int64 of no dimensions."""
-    bits = tensor.reshape(-1).double().view(torch.int64) * _FACTOR
-    keys = torch.arange(1, bits.numel() + 1, device=bits.device) * _KEY
+    bits = tensor.reshape(-1).double().view(torch.int64) * FACTOR
+    keys = torch.arange(1, bits.numel() + 1, device=bits.device) * KEY
     bits = (bits ^ (bits >> 32)) * (keys | 1)  # or an even number of signs that turn over would cancel
     return (bits ^ (bits >> 29)).sum()

@@ -25,6 +25,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "codes": {"dequantize": CODES},
     "fake_quantization": {"fake_quantize": FLOATS, "mask_gradient": FLOATS},
+    "fingerprints": {"fingerprints": ()},
     "gradients": {"fake_quantize_backward": FLOATS},
     "normalization": {"batch_statistics": FLOATS, "normalize": FLOATS, "normalize_backward": FLOATS},
     "statistics": {"extremes": FLOATS, "update_moving_average": FLOATS},
@@ -44,7 +45,8 @@ def _implementation(module: str, name: str) -> Callable[..., Any]:
     operator = DECLARED[name]
 
     def run(*arguments: Any) -> Any:
-        device = arguments[0].device
+        first = arguments[0]
+        device = first.device if isinstance(first, Tensor) else first[0].device  # of a list
         if any(isinstance(each, Tensor) and each.device != device for each in arguments):
             return operator.reference(*arguments)  # which raises PyTorch's own error
         with _on_device(device):
