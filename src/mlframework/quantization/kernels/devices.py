@@ -58,15 +58,17 @@ def interprets() -> bool:
     return _State.interprets
 
 
-def active_path() -> Literal["native", "reference"]:
-    """What computes on the CPU: the compiled kernels, or PyTorch's operations as ``arithmetic`` writes them.
+def active_path(device: torch.device | str = "cpu") -> Literal["native", "triton", "reference"]:
+    """What computes on a device: compiled kernels, those in Triton, or PyTorch's operations as ``arithmetic`` has them.
 
     Example:
         >>> with reference_kernels():
         ...     active_path()
         'reference'
     """
-    return "native" if kernels_on("cpu") == "compiled" else "reference"
+    device = torch.device(device)
+    kernels = kernels_on(device.type, -1 if device.index is None else device.index)
+    return "reference" if kernels is None else "native" if kernels == "compiled" else "triton"
 
 
 @contextlib.contextmanager
