@@ -14,7 +14,7 @@ def memory_order(input: Tensor) -> Tensor:
 
 def is_dense(input: Tensor) -> bool:
     """Whether the elements fill one block of memory, in any order of the dimensions."""
-    return input.permute(_outermost_first(input)).is_contiguous()
+    return input.is_contiguous() or input.permute(_outermost_first(input)).is_contiguous()
 
 
 def dense(input: Tensor) -> Tensor:
@@ -31,7 +31,9 @@ def lie_alike(left: Tensor, right: Tensor) -> bool:
 
 
 def laid_out_like(values: Tensor, input: Tensor) -> Tensor:
-    """The values of a tensor of that shape in the order of the elements of ``input``: itself, or a copy."""
+    """The values of a tensor of that shape in the order of the elements of ``input``, a dense one: itself, or a copy."""
+    if values.stride() == input.stride():
+        return values
     order = _outermost_first(input)
     back = sorted(range(len(order)), key=order.__getitem__)
     return values.permute(order).contiguous().permute(back)
