@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,3 +32,12 @@ def _rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # The builder's methods are lambdas that look this one up.
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding)
+
+
+@pytest.fixture(autouse=True)
+def _floats_overflow_in_silence() -> Iterator[None]:
+    """As they do on a GPU; NumPy, which the interpreter computes with, warns."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        yield
