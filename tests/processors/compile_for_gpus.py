@@ -98,14 +98,18 @@ def products_in_32_bits(code: str) -> list[str]:
     followers: set[str] = set()
     products = []
     for line in code.splitlines():
-        result, _, operation = line.partition(" loc(")[0].strip().partition(" = ")
+        line = line.partition(" loc(")[0].strip()
+        if "scf.for" in line:  # which names its counter, and what it carries, beside what these start with
+            names = set(re.findall(r"%\w+", line))
+            followers |= set() if followers.isdisjoint(names) else names
+            continue
+        result, _, operation = line.partition(" = ")
         results, operands = (set(re.findall(r"%\w+", part)) for part in (result, operation))
         follows = operation.startswith("tt.get_program_id") or not followers.isdisjoint(operands)
         if follows and has_result_in_32_bits(operation):
             if operation.startswith(("arith.muli", "arith.shli")):
-                products.append(line.strip())
-            # A loop names what it carries on the same line.
-            followers |= results | (operands if operation.startswith("scf.for") else set())
+                products.append(line)
+            followers |= results
         else:
             followers -= results  # regions side by side use the same names
     return products
@@ -114,7 +118,7 @@ def products_in_32_bits(code: str) -> list[str]:
 def has_result_in_32_bits(operation: str) -> bool:
     """Whether an operation's result is of 32-bit integers; neither a pointer, nor what was loaded or compared."""
     _, _, types = operation.partition(" : ")
-    result = re.split(r" -> | to ", operation if operation.startswith("scf.for") else types)[-1]
+    result = re.split(r" -> | to ", types)[-1]
     return re.search(r"(\b|x)i32\b", result) is not None and "ptr" not in types and "arith.cmp" not in operation
 
 

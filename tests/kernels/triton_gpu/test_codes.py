@@ -60,6 +60,13 @@ def test_quantize_at_ties_and_beside_them(data: st.DataObject) -> None:
         assert_reference("quantize", values, grid.scale, zero_point, grid.lowest, grid.highest, grid.dtype, -1)
 
 
+def test_nan_has_the_lowest_code() -> None:
+    values = torch.tensor([torch.nan, -torch.inf, torch.inf, 0.0])
+    with kernels.interpreted_kernels():
+        codes = DECLARED["quantize"].run(values, number(0.1), number(5), 2, 9, SIGNED, -1)
+    assert codes.tolist() == [2, 2, 9, 5]
+
+
 @settings(max_examples=25)
 @given(data=st.data())
 def test_requantize_at_ties_and_beside_them(data: st.DataObject) -> None:
@@ -113,3 +120,24 @@ def test_max_pool2d_of_any_geometry(data: st.DataObject) -> None:
     codes = random_codes((2, data.draw(st.sampled_from([1, 3, 16])), *sizes), data.draw(st.sampled_from(DTYPES)))
     codes = data.draw(st.sampled_from([*layouts(codes).values()]))
     assert_reference("max_pool2d", codes, kernel, stride, padding, dilation, data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("lookup", (torch.zeros(5, dtype=SIGNED), torch.zeros(255)), "table must hold 256 numbers, got 255"),
+        (
+            "lookup_gradient",
+            (torch.zeros(5), torch.zeros(5, dtype=SIGNED), torch.zeros(255), None),
+            "slopes must hold 256 numbers, got 255",
+        ),
+        (
+            "lookup_gradient",
+            (torch.zeros(4), torch.zeros(5, dtype=SIGNED), torch.zeros(256), None),
+            "gradient must have the shape of codes, got",
+        ),
+    ],
+)
+def test_what_would_be_read_beyond_an_end_is_refused(name: str, arguments: tuple[Any, ...], message: str) -> None:
+    with kernels.interpreted_kernels(), pytest.raises(RuntimeError, match=message):
+        DECLARED[name].run(*arguments)

@@ -147,7 +147,7 @@ def _sum_positions(
     tl.store(sums + row, sum, row < rows)
 
 
-@triton.jit(do_not_specialize=["count", "lowest", "highest"])
+@triton.jit(do_not_specialize=["lowest", "highest"])
 def _average_positions(
     codes,
     averages,
@@ -155,7 +155,6 @@ def _average_positions(
     scale,
     output_scale,
     output_zero_point,
-    count,
     lowest,
     highest,
     rows,
@@ -171,18 +170,19 @@ def _average_positions(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     steps = image_step, channel_step, position_step
     sum = _sums_of(codes, row, rows, channels, positions, *steps, STEPS, ROWS, POSITIONS)
-    accumulator = sum - tl.load(zero_point) * count
-    multiplier = tl.math.div_rn(tl.load(scale), tl.load(output_scale) * count.to(tl.float32))
+    accumulator = sum - tl.load(zero_point) * positions
+    multiplier = tl.math.div_rn(tl.load(scale), tl.load(output_scale) * positions)
     zero = tl.load(output_zero_point).to(tl.float32)
     code = requantized(accumulator, multiplier, zero, lowest, highest)
     tl.store(averages + row, to_codes(code, averages.dtype.element_ty), row < rows)
 
 
-class _Tiles(NamedTuple):
-    """How sums over positions are shared out: what each program takes of rows and positions at once, how often.
+class _Positions(NamedTuple):
+    """How sums over positions are shared out.
 
     Attributes:
-        arguments: of :func:`_sums_of`, from ``rows`` on.
+        codes: (N, C, P).
+        arguments: of :func:`_sums_of`, from ``rows`` on: every program sums ``ROWS`` rows, ``POSITIONS`` at a time.
     """
 
     codes: Tensor
@@ -190,23 +190,24 @@ class _Tiles(NamedTuple):
     arguments: tuple[int, ...]
 
 
-def _tiles_of(codes: Tensor) -> _Tiles:
+def _positions_of(codes: Tensor) -> _Positions:
     """Of codes (N, C, *size)."""
     codes = codes.flatten(2)
     images, channels, positions = codes.shape
-    # Channels that lie side by side are taken as many at once as fill a sector of a cache.
+    # Where channels lie side by side, no fewer are read of a position than fill a sector of a cache.
     longest, fewest = (BLOCK_OF_CODES, 1) if codes.stride(2) == 1 else (512, 32)
     at_once = min(triton.next_power_of_2(max(positions, 1)), longest)
-    steps = triton.next_power_of_2(triton.cdiv(max(positions, 1), at_once))
+    # A power of two, since kernels are compiled for every value of it.
+    steps = triton.next_power_of_2(max(triton.cdiv(positions, at_once), 1))
     rows = max(BLOCK_OF_CODES // at_once, fewest)
     arguments = images * channels, channels, positions, *codes.stride(), steps, rows, at_once
-    return _Tiles(codes, (triton.cdiv(images * channels, rows),), arguments)
+    return _Positions(codes, (triton.cdiv(images * channels, rows),), arguments)
 
 
 def sum_positions(codes: Tensor) -> Tensor:
     sums: Tensor = DECLARED["sum_positions"].empty_outputs(codes)
     if sums.numel() > 0:
-        flat, grid, arguments = _tiles_of(codes)
+        flat, grid, arguments = _positions_of(codes)
         _sum_positions[grid](flat, sums, *arguments, num_warps=WARPS_OF_CODES, **EXACT)
     return sums
 
@@ -224,7 +225,7 @@ def average_positions(
     numbers = zero_point, scale, output_scale, output_zero_point
     averages: Tensor = DECLARED["average_positions"].empty_outputs(codes, *numbers, lowest, highest, dtype)
     if averages.numel() > 0:
-        flat, grid, arguments = _tiles_of(codes)
-        ends = flat.shape[2], lowest, highest
+        flat, grid, arguments = _positions_of(codes)
+        ends = lowest, highest
         _average_positions[grid](flat, averages, *numbers, *ends, *arguments, num_warps=WARPS_OF_CODES, **EXACT)
     return averages
