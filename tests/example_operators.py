@@ -19,6 +19,8 @@ FLOATS = (torch.float32, torch.bfloat16)
 UNBOUNDED, RELU6 = (-math.inf, math.inf), (0.0, 6.0)
 
 _IMAGE = (2, 5, 4, 3)
+# More elements in a channel, or in a row of channels, than kernels take at once.
+_LARGE = {"long channels": (2, 3, 4100), "many channels": (70, 192)}
 _SHAPES = ((), (0,), (7,), (3, 0, 5), (4, 5))
 _LINEAR = ([], [], [], 1)
 
@@ -48,6 +50,12 @@ SUMS: dict[str, dict[int, float]] = {
 def samples(name: str) -> dict[str, Arguments]:
     """Calls of an operator by what they are about, with tensors made anew."""
     return dict(_SAMPLES[name]())
+
+
+def samples_on_gpu(name: str) -> dict[str, Arguments]:
+    """The same, and those of dtypes that kernels for GPUs alone take."""
+    more = _SAMPLES_ON_GPU.get(name)
+    return samples(name) | ({} if more is None else dict(more()))
 
 
 def with_specials(values: Tensor) -> Tensor:
@@ -142,6 +150,16 @@ def _quantize() -> Iterator[tuple[str, Arguments]]:
     for label, values, axis in _floats():
         scale, zero_point = _grid(values, axis)
         yield label, (values.nan_to_num(0.0), scale, zero_point.round().clamp(-128, 127), -128, 127, SIGNED, axis)
+    for label, shape in _LARGE.items():
+        values = torch.randn(shape) * 3
+        scale, zero_point = _grid(values, 1)
+        yield label, (values, scale, zero_point.round().clamp(0, 255).int(), 0, 255, UNSIGNED, 1)
+
+
+def _quantize_halves() -> Iterator[tuple[str, Arguments]]:
+    values = with_specials(torch.randn(_IMAGE) * 3).nan_to_num(0.0).half()
+    scale, zero_point = _grid(values, 1)
+    yield "in float16", (values, scale, zero_point.round().clamp(0, 255).int(), 0, 255, UNSIGNED, 1)
 
 
 def _dequantize() -> Iterator[tuple[str, Arguments]]:
@@ -151,6 +169,9 @@ def _dequantize() -> Iterator[tuple[str, Arguments]]:
             yield f"{label}, per channel", (codes, *_grid(codes, 1), 1, torch.float32)
     integer = torch.ones(1), torch.tensor([3]).int(), -1
     yield "of an integer zero point", (random_codes((5, 7), SIGNED), *integer, torch.float32)
+    for label, shape in _LARGE.items():
+        codes = random_codes(shape, UNSIGNED)
+        yield label, (codes, *_grid(codes, 1), 1, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         codes = random_codes(_IMAGE, UNSIGNED)
         yield f"to {dtype}", (codes, *_grid(codes, 1), 1, dtype)
@@ -229,9 +250,19 @@ def _lookup_gradient() -> Iterator[tuple[str, Arguments]]:
     yield "clipped", (rows_of(torch.randn(_IMAGE)), random_codes(_IMAGE, UNSIGNED), slopes, 0.7)
 
 
+def _lookup_gradient_in_halves() -> Iterator[tuple[str, Arguments]]:
+    codes, slopes = random_codes(_IMAGE, UNSIGNED), torch.randn(256)
+    for dtype in (torch.bfloat16, torch.float16):
+        gradient = with_specials(torch.randn(_IMAGE)).to(dtype)
+        yield f"in {dtype}", (gradient, codes, slopes, None)
+        yield f"in {dtype}, clipped", (rows_of(gradient), codes, slopes, 0.7)
+
+
 def _occurring() -> Iterator[tuple[str, Arguments]]:
     for label, codes in _codes():
         yield label, (codes,)
+    yield "many", (random_codes((9000,), SIGNED).clamp(-100, 90),)
+    yield "many, the last of them alone of its kind", (torch.arange(9001).div(9000).to(UNSIGNED),)
 
 
 def _add() -> Iterator[tuple[str, Arguments]]:
@@ -248,6 +279,9 @@ def _add() -> Iterator[tuple[str, Arguments]]:
         yield f"{layout} and one", call(left, rights["contiguous"][:1, :1, :1, :1])
         yield f"{layout} and a row to a channel", call(left, rights[layout][:, :, :1, :1])
     yield "fewer dimensions", call(random_codes((3,), UNSIGNED), rights["channels last"])
+    yield "every other dimension", call(random_codes((2, 1, 4, 1), UNSIGNED), random_codes((2, 3, 4, 5), UNSIGNED))
+    for label, (*rows, columns) in _LARGE.items():
+        yield label, call(random_codes((*rows, columns), UNSIGNED), random_codes((columns,), SIGNED))
     yield "nothing", call(random_codes((0, 4), UNSIGNED), random_codes((1, 4), UNSIGNED))
 
 
@@ -260,12 +294,21 @@ def _requantize() -> Iterator[tuple[str, Arguments]]:
         bias = torch.arange(5).int() * 99
         yield f"{layout}, floats, an integer bias", (sums, bias, torch.rand(5) * 1e-2, *rest, 1)
     yield "of a linear layer", (torch.randn(4, 5).round(), torch.ones(5), torch.rand(5), *rest, -1)
+    for label, shape in _LARGE.items():
+        sums = torch.randint(-50_000, 50_000, shape, dtype=torch.int32)
+        bias, multiplier = torch.arange(shape[1]).int() * 99, torch.rand(shape[1]) * 1e-2
+        yield label, (sums, bias, multiplier, *rest, 1)
+        yield f"{label}, one multiplier", (sums, bias, multiplier[:1], *rest, 1)
+        yield f"{label}, one bias", (sums, bias[-1:], multiplier, *rest, 1)
     yield "nothing", (torch.zeros(0, 5).int(), None, torch.rand(5), *rest, -1)
 
 
 def _max_pool2d() -> Iterator[tuple[str, Arguments]]:
     for layout, codes in layouts(random_codes(_IMAGE, SIGNED)).items():
         yield layout, (codes, [2, 3], [1, 2], [1, 1], [1, 1], True)
+    codes = rows_of(random_codes((1, 64, 9, 10), UNSIGNED))
+    yield "many channels", (codes, [3, 3], [1, 1], [1, 1], [1, 1], False)
+    yield "dilated", (random_codes((2, 3, 8, 9), UNSIGNED), [3, 2], [2, 2], [1, 1], [2, 1], False)
     yield "an empty batch", (random_codes((0, 3, 8, 9), SIGNED), [3, 2], [2, 2], [1, 1], [2, 1], False)
 
 
@@ -273,6 +316,8 @@ def _sum_positions() -> Iterator[tuple[str, Arguments]]:
     for layout, codes in layouts(random_codes(_IMAGE, SIGNED)).items():
         yield layout, (codes,)
     yield "one dimension", (random_codes((2, 3, 9), UNSIGNED),)
+    yield "many positions", (random_codes(_LARGE["long channels"], UNSIGNED),)
+    yield "many positions, channels last", (rows_of(random_codes((2, 5, 20, 30), SIGNED)),)
     yield "an empty batch", (random_codes((0, 3, 9), UNSIGNED),)
     yield "no positions", (random_codes((2, 3, 0), UNSIGNED),)
 
@@ -440,5 +485,11 @@ _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "normalize_backward": _normalize_backward,
 }
 
+_SAMPLES_ON_GPU: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
+    "quantize": _quantize_halves,
+    "lookup_gradient": _lookup_gradient_in_halves,
+}
+
 # Every operator with each of its samples.
 LABELS = [(name, label) for name in _SAMPLES for label in samples(name)]
+LABELS_ON_GPU = [(name, label) for name in _SAMPLES for label in samples_on_gpu(name)]

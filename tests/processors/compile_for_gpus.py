@@ -1,7 +1,8 @@
 """Compiles the kernels for GPUs without one: of each operator's samples, what a call of it would launch.
 
-Run as a program, in a process where Triton is not its interpreter: ``compile_for_gpus.py <capability> [operator ...]``.
-It prints, for each kernel, in how many variants it was compiled, as JSON.
+Launches that differ in sizes and alignment alone are compiled once. Run as a program, in a process where Triton is not
+its interpreter: ``compile_for_gpus.py <capability> [operator ...]``.
+It prints, for each operator, which kernels it launches, as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from example_operators import LABELS, samples
+from example_operators import samples_on_gpu
 from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED, function_of
 
 
@@ -53,27 +54,72 @@ class CompilesOnly(DriverBase):
 def main(capability: int, names: list[str]) -> None:
     triton.runtime.driver.set_active(CompilesOnly(capability))
     run = triton.runtime.JITFunction.run
-    compiled: dict[str, set[str]] = {}
+    compiled: set[tuple[Any, ...]] = set()
+    launched: dict[str, set[str]] = {}
 
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        compiled.setdefault(self.__name__, set()).add(kernel.hash)
-        check(self.__name__, kernel.asm)
-        return kernel
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launched[name].add(self.__name__)
+        kinds = [kind_of(argument) for argument in arguments]
+        # Triton makes a constant of every 1, which is another thing to a kernel than a number: once for each argument.
+        ones = {(self.__name__, place) for place, kind in enumerate(kinds) if kind is int and arguments[place] == 1}
+        needed = ones | {(self.__name__, *kinds, *options.items())}
+        if not compiled.issuperset(needed):
+            compiled.update(needed)
+            check(self.__name__, run(self, *arguments, grid=grid, warmup=True, **options).asm)
 
     triton.runtime.JITFunction.run = compile_only
     for module, operators in IMPLEMENTED.items():
-        for operator in operators:
-            for name, label in LABELS:
-                if name == operator and (not names or name in names):
-                    function_of(module, name)(*samples(name)[label])
-    print(json.dumps({name: len(variants) for name, variants in compiled.items()}))
+        for name in operators:
+            if not names or name in names:
+                launched[name] = set()
+                for arguments in samples_on_gpu(name).values():
+                    function_of(module, name)(*arguments)
+    print(json.dumps({name: sorted(kernels) for name, kernels in launched.items()}))
+
+
+def kind_of(argument: Any) -> Any:
+    """What decides, of an argument, which lines of a kernel are compiled, and with which types."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype
+    return argument if isinstance(argument, bool) else type(argument)
 
 
 def check(name: str, assembly: dict[str, str]) -> None:
-    """Nothing is contracted, and no address is computed in 32 bits."""
-    contracted = Counter(re.findall(r"\bfma\.rn\.f32\b", assembly["ptx"]))
+    """Nothing is contracted, and no offset of a program is computed in 32 bits."""
+    contracted = Counter(re.findall(r"\bfma\.rn\.\w+", assembly["ptx"]))
     assert not contracted, f"{name} contracts products and sums: {contracted}"
+    short = products_in_32_bits(assembly["ttir"])
+    assert not short, f"{name} computes in 32 bits what a program's number is multiplied by, and it overflows: {short}"
+
+
+def products_in_32_bits(code: str) -> list[str]:
+    """Of a kernel in Triton's intermediate language, the lines that multiply in 32 bits what follows from the number of
+    a program: they overflow on a tensor of 2**31 elements. A number that was extended to 64 bits is not followed."""
+    followers: set[str] = set()
+    products = []
+    for line in code.splitlines():
+        line = line.partition(" loc(")[0].strip()
+        if "scf.for" in line:  # which names its counter, and what it carries, beside what these start with
+            names = set(re.findall(r"%\w+", line))
+            followers |= set() if followers.isdisjoint(names) else names
+            continue
+        result, _, operation = line.partition(" = ")
+        results, operands = (set(re.findall(r"%\w+", part)) for part in (result, operation))
+        follows = operation.startswith("tt.get_program_id") or not followers.isdisjoint(operands)
+        if follows and has_result_in_32_bits(operation):
+            if operation.startswith(("arith.muli", "arith.shli")):
+                products.append(line)
+            followers |= results
+        else:
+            followers -= results  # regions side by side use the same names
+    return products
+
+
+def has_result_in_32_bits(operation: str) -> bool:
+    """Whether an operation's result is of 32-bit integers; neither a pointer, nor what was loaded or compared."""
+    _, _, types = operation.partition(" : ")
+    result = re.split(r" -> | to ", types)[-1]
+    return re.search(r"(\b|x)i32\b", result) is not None and "ptr" not in types and "arith.cmp" not in operation
 
 
 if __name__ == "__main__":

@@ -7,24 +7,42 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlframework.quantization.kernels.triton_gpu.availability import is_installed
+from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_installed(), reason="needs triton"),
+]
 
 TESTS = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(not is_installed(), reason="needs triton")
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_all_samples_compile(capability: str) -> None:
-    program = TESTS / "processors" / "compile_for_gpus.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(
-        [sys.executable, str(program), capability], env=environment, capture_output=True, text=True, check=False
-    )
+def printed_by(program: str, *arguments: str) -> Any:
+    """What a program prints in a process where Triton compiles."""
+    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
+    command = [sys.executable, str(TESTS / "processors" / program), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    compiled = json.loads(done.stdout.splitlines()[-1])
-    assert {"_fake_quantize", "_mask_gradient"} <= set(compiled)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_every_kernel_compiles(capability: str) -> None:
+    launched = printed_by("compile_for_gpus.py", capability)
+    assert set(launched) == {name for operators in IMPLEMENTED.values() for name in operators}
+    assert all(launched.values())
+
+
+def test_what_no_kernel_may_do_is_found() -> None:
+    found = printed_by("wrong_kernels.py")
+    assert found.pop("right") is None
+    assert "contracts" in found.pop("contracted")
+    assert set(found) == {"short", "extended_too_late", "short_in_a_loop"}
+    assert all("32 bits" in message for message in found.values())

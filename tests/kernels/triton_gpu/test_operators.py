@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from example_operators import LABELS, SUMS, assert_same, assert_same_layout, samples, tensors_of
+from example_operators import LABELS_ON_GPU, SUMS, assert_same, assert_same_layout, samples_on_gpu, tensors_of
 from mlframework.quantization import kernels
 from mlframework.quantization.kernels.operators.declaration import DECLARED
 from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED
@@ -16,15 +16,15 @@ pytestmark = pytest.mark.interpreter
 ON_GPU = {name for operators in IMPLEMENTED.values() for name in operators} - {"fingerprints"}
 
 
-@pytest.mark.parametrize(("name", "label"), [sample for sample in LABELS if sample[0] in ON_GPU])
+@pytest.mark.parametrize(("name", "label"), [sample for sample in LABELS_ON_GPU if sample[0] in ON_GPU])
 def test_the_reference_gives_the_same(name: str, label: str) -> None:
     operator = DECLARED[name]
-    arguments = samples(name)[label]
+    arguments = samples_on_gpu(name)[label]
     with kernels.interpreted_kernels():
         assert operator.has_kernel(arguments[0])
         actual = tensors_of(operator, operator.run(*arguments), arguments)
     torch.manual_seed(0)
-    arguments = samples(name)[label]
+    arguments = samples_on_gpu(name)[label]
     expected = tensors_of(operator, operator.reference(*arguments), arguments)
     assert len(actual) == len(expected)
     for index, (one, other) in enumerate(zip(actual, expected, strict=True)):

@@ -101,12 +101,14 @@ def _(codes: Tensor, table: Tensor) -> Tensor:
 def lookup_gradient(gradient: Tensor, codes: Tensor, slopes: Tensor, gradient_clip: float | None) -> Tensor:
     """A gradient through a table: times ``slopes`` (256 float32, the lowest code first) at codes of its shape.
 
-    Where the slope is 0 so is the result, even of a gradient that is infinite or NaN.
+    Where the slope is 0 so is the result, even of a gradient that is infinite or NaN. A gradient in half precision is
+    clipped and multiplied in float32.
     """
+    passed = gradient.to(arithmetic.compute_dtype(gradient))
     if gradient_clip is not None:
-        gradient = gradient.clamp(-gradient_clip, gradient_clip)
+        passed = passed.clamp(-gradient_clip, gradient_clip)
     slope = arithmetic.look_up(codes, slopes)
-    return torch.where(slope == 0, 0.0, gradient * slope)
+    return torch.where(slope == 0, 0.0, passed * slope).to(gradient.dtype)
 
 
 @lookup_gradient.fake
@@ -266,8 +268,10 @@ def _(
     dilation: tuple[int, int],
     ceil_mode: bool,
 ) -> Tensor:
-    values = F.max_pool2d(codes.to(torch.float32), kernel, stride, padding, dilation, ceil_mode)
-    return torch.empty_like(values, dtype=codes.dtype)
+    # On the device without memory: kernels allocate their output with this, and nothing shall be pooled twice.
+    values = torch.empty_strided(codes.shape, codes.stride(), dtype=torch.float32, device="meta")
+    pooled = F.max_pool2d(values, kernel, stride, padding, dilation, ceil_mode)
+    return torch.empty_like(pooled, dtype=codes.dtype, device=codes.device)
 
 
 def max_pool2d(

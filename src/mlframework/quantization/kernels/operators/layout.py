@@ -31,7 +31,7 @@ def lie_alike(left: Tensor, right: Tensor) -> bool:
 
 
 def laid_out_like(values: Tensor, input: Tensor) -> Tensor:
-    """The values of a tensor of that shape in the order of the elements of ``input``, a dense one: itself, or a copy."""
+    """The values of a tensor of that shape in the order of the elements of a dense ``input``: itself, or a copy."""
     if values.stride() == input.stride():
         return values
     order = _outermost_first(input)

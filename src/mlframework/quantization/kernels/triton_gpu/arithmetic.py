@@ -52,6 +52,12 @@ def requantized(accumulator, multiplier, zero_point, lowest, highest):
 
 
 @triton.jit
+def fused_multiply_add(code, factor, addend):
+    """``code * factor + addend`` in float64, where the product is exact, rounded to float32."""
+    return (code.to(tl.float64) * factor.to(tl.float64) + addend.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def packed_bits(flags):
     """Of int32 flags (N, 8), 0 or 1, the bytes (N,) that hold them, the first as the lowest bit."""
     return tl.sum(flags << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)

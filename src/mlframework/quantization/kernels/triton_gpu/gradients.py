@@ -12,7 +12,8 @@ from torch import Tensor
 from ..operators.declaration import DECLARED
 from ..operators.layout import dense, laid_out_like
 from .arithmetic import clamped, grid_zero_point, unsaturated_codes
-from .launch import EXACT, channels_as_matrix, channels_of
+from .launch import EXACT, channels_of
+from .reductions import channels_as_matrix
 
 
 @triton.jit

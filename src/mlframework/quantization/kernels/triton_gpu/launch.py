@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Of every launch: products and sums stay two operations, each rounded.
@@ -13,6 +14,13 @@ EXACT = {"enable_fp_fusion": False}
 
 # Elements to a program of a kernel that reads and writes each once.
 BLOCK = 2048
+
+# Of codes to codes: 16 to each of 256 threads, which is one access of 16 bytes.
+BLOCK_OF_CODES = 4096
+WARPS_OF_CODES = 8
+
+# Columns of a tile, of which a row is then some sectors of a cache.
+_NARROWEST = 64
 
 # A program works through several blocks where there are more than this: what programs leave behind for each other to
 # sum up stays small. (An H200 runs some 2,000 programs of 128 threads at a time.)
@@ -51,65 +59,64 @@ def channels_of(tensor: Tensor, axis: int) -> Channels:
     return Channels(math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :]))
 
 
-class Reduction(NamedTuple):
-    """How a row-major matrix is reduced along one of its axes, by programs that each leave one partial result.
+class Tiles(NamedTuple):
+    """How rows of elements are handed out: each program takes ``rows`` by ``columns`` of them, powers of two.
 
     Attributes:
-        rows, columns: of the matrix.
-        axis: the one that is reduced: 0, or 1.
-        splits: the number of partial results for every row (axis 1), or every column (axis 0).
-        each: the number of tiles that a program works through.
-        tile: rows and columns of a tile, powers of two.
+        beside: how many tiles lie side by side in a row.
     """
+
+    programs: int
+    beside: int
+    rows: int
+    columns: int
+
+
+def tiles_of(rows: int, columns: int, block: int = BLOCK) -> Tiles:
+    """Shares rows of elements out in tiles of ``block`` elements, with as little as possible beyond the last column."""
+    width = columns & -columns  # the largest power of two that divides them
+    if width < _NARROWEST or width * rows < block:
+        width = triton.next_power_of_2(columns)
+    width = min(width, block)
+    height = block // width
+    beside = triton.cdiv(columns, width)
+    return Tiles(triton.cdiv(rows, height) * beside, beside, height, width)
+
+
+@triton.jit
+def tile(beside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows (ROWS, 1) and the columns (1, COLUMNS) of this program in :class:`Tiles`."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // beside * ROWS + tl.arange(0, ROWS)[:, None]
+    column = program % beside * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return row, column
+
+
+class ChannelRows(NamedTuple):
+    """A dense tensor in the order of its memory as rows: of its channels, or of what lies in one channel."""
 
     rows: int
     columns: int
-    axis: int
-    splits: int
-    each: int
-    tile: tuple[int, int]
-
-    @property
-    def kept(self) -> int:
-        """The number of programs to a split."""
-        return -(-(self.rows, self.columns)[1 - self.axis] // self.tile[1 - self.axis])
-
-    @property
-    def programs(self) -> int:
-        return self.kept * self.splits
-
-    @property
-    def partials(self) -> tuple[int, int]:
-        """The shape that the partial results of one kind have."""
-        return (self.rows, self.splits) if self.axis == 1 else (self.splits, self.columns)
-
-    @property
-    def numbers(self) -> tuple[int, int, int, int]:
-        """As kernels take it: rows, columns, splits, and the size of the partial results of one kind."""
-        return self.rows, self.columns, self.splits, math.prod(self.partials)
-
-    @property
-    def constants(self) -> tuple[int, int, int, int]:
-        """As kernels are compiled for it: AXIS, EACH, ROWS, COLUMNS."""
-        return (self.axis, self.each, *self.tile)
+    channels: int
+    are_innermost: bool
 
 
-def reduction(rows: int, columns: int, axis: int) -> Reduction:
-    """Shares a matrix out: along its rows in tiles of one row, or along its columns in tiles of a few of them."""
-    width = min(triton.next_power_of_2(columns), BLOCK if axis == 1 else 64)
-    tile = (1, width) if axis == 1 else (BLOCK // width, width)
-    tiles = triton.cdiv((rows, columns)[axis], tile[axis])
-    kept = triton.cdiv((rows, columns)[1 - axis], tile[1 - axis])
-    each = triton.next_power_of_2(min(triton.cdiv(tiles * kept, MOST_PROGRAMS), tiles))
-    return Reduction(rows, columns, axis, triton.cdiv(tiles, each), each, tile)
-
-
-def channels_as_matrix(tensor: Tensor, axis: int) -> Reduction:
-    """The reduction of a dense tensor to one number a channel along ``axis``, or to one for all where that is -1.
-
-    A partial result of row r belongs to channel r modulo the number of channels.
-    """
+def channel_rows(tensor: Tensor, axis: int) -> ChannelRows:
+    """Of the channels along ``axis``; a single row of one channel where it is -1."""
     outer, channels, inner = channels_of(tensor, axis)
     if inner == 1 and channels > 1:
-        return reduction(outer, channels, 0)
-    return reduction(outer * channels, inner, 1)
+        return ChannelRows(outer, channels, channels, True)
+    return ChannelRows(outer * channels, inner, channels, False)
+
+
+@triton.jit
+def of_channels(numbers, row, column, channels, PER_CHANNEL: tl.constexpr, ARE_INNERMOST: tl.constexpr):
+    """Of a tile of :class:`ChannelRows`, the number of each element's channel, in a shape that broadcasts; without
+    ``PER_CHANNEL`` the only number. Beyond the last channel it is 1."""
+    if not PER_CHANNEL:
+        number = tl.load(numbers)
+    elif ARE_INNERMOST:
+        number = tl.load(numbers + column, column < channels, other=1)
+    else:
+        number = tl.load(numbers + row % channels)
+    return number

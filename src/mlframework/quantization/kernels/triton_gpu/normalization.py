@@ -16,7 +16,8 @@ from torch import Tensor
 from ..operators.declaration import DECLARED
 from .arithmetic import clamped, grid_zero_point, interpolated
 from .fake_quantization import quantize_block, store_partials, summarize
-from .launch import BLOCK, EXACT, blocks_of, reduction
+from .launch import BLOCK, EXACT, blocks_of
+from .reductions import reduction
 
 
 @triton.jit

@@ -23,7 +23,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # By module of this package, the operators that it implements, each as the function of its name, and the dtypes of the
 # first argument that they take.
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "codes": {"dequantize": CODES},
+    "addition": {"add": CODES},
+    "codes": {
+        "quantize": FLOATS,
+        "dequantize": CODES,
+        "lookup": CODES,
+        "lookup_gradient": FLOATS,
+        "occurring": CODES,
+        "requantize": (torch.float32, torch.int32),
+    },
+    "pooling": {"max_pool2d": CODES, "sum_positions": CODES, "average_positions": CODES},
     "fake_quantization": {"fake_quantize": FLOATS, "mask_gradient": FLOATS},
     "fingerprints": {"fingerprints": ()},
     "gradients": {"fake_quantize_backward": FLOATS},

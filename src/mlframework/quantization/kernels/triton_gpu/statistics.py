@@ -11,7 +11,8 @@ from ...arithmetic import LARGEST_SCALE, SMALLEST_SCALE
 from ..operators.declaration import DECLARED
 from ..operators.layout import dense
 from .arithmetic import is_finite, moved_average, scale_of_range, zero_point_of_range
-from .launch import EXACT, channels_as_matrix, channels_of
+from .launch import EXACT, channels_of
+from .reductions import channels_as_matrix
 
 
 @triton.jit

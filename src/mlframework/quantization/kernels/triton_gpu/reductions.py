@@ -1,0 +1,73 @@
+"""How sums and extremes of tensors are shared out to programs, each of which leaves a partial result."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+
+from .launch import BLOCK, MOST_PROGRAMS, channel_rows
+
+
+class Reduction(NamedTuple):
+    """How a row-major matrix is reduced along one of its axes, by programs that each leave one partial result.
+
+    Attributes:
+        rows, columns: of the matrix.
+        axis: the one that is reduced: 0, or 1.
+        splits: the number of partial results for every row (axis 1), or every column (axis 0).
+        each: the number of tiles that a program works through.
+        tile: rows and columns of a tile, powers of two.
+    """
+
+    rows: int
+    columns: int
+    axis: int
+    splits: int
+    each: int
+    tile: tuple[int, int]
+
+    @property
+    def kept(self) -> int:
+        """The number of programs to a split."""
+        return -(-(self.rows, self.columns)[1 - self.axis] // self.tile[1 - self.axis])
+
+    @property
+    def programs(self) -> int:
+        return self.kept * self.splits
+
+    @property
+    def partials(self) -> tuple[int, int]:
+        """The shape that the partial results of one kind have."""
+        return (self.rows, self.splits) if self.axis == 1 else (self.splits, self.columns)
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """As kernels take it: rows, columns, splits, and the size of the partial results of one kind."""
+        return self.rows, self.columns, self.splits, math.prod(self.partials)
+
+    @property
+    def constants(self) -> tuple[int, int, int, int]:
+        """As kernels are compiled for it: AXIS, EACH, ROWS, COLUMNS."""
+        return (self.axis, self.each, *self.tile)
+
+
+def reduction(rows: int, columns: int, axis: int) -> Reduction:
+    """Shares a matrix out: along its rows in tiles of one row, or along its columns in tiles of a few of them."""
+    width = min(triton.next_power_of_2(columns), BLOCK if axis == 1 else 64)
+    tile = (1, width) if axis == 1 else (BLOCK // width, width)
+    tiles = triton.cdiv((rows, columns)[axis], tile[axis])
+    kept = triton.cdiv((rows, columns)[1 - axis], tile[1 - axis])
+    each = triton.next_power_of_2(min(triton.cdiv(tiles * kept, MOST_PROGRAMS), tiles))
+    return Reduction(rows, columns, axis, triton.cdiv(tiles, each), each, tile)
+
+
+def channels_as_matrix(tensor: Tensor, axis: int) -> Reduction:
+    """The reduction of a dense tensor to one number a channel along ``axis``, or to one for all where that is -1.
+
+    A partial result of row r belongs to channel r modulo the number of channels.
+    """
+    rows, columns, _, are_innermost = channel_rows(tensor, axis)
+    return reduction(rows, columns, 0 if are_innermost else 1)
