@@ -75,6 +75,9 @@ def check(name: str, assembly: dict[str, str]) -> None:
     """Nothing is contracted, and no address is computed in 32 bits."""
     contracted = Counter(re.findall(r"\bfma\.rn\.f32\b", assembly["ptx"]))
     assert not contracted, f"{name} contracts products and sums: {contracted}"
+    if name == "_dense":
+        on_tensor_cores = re.search(r"(wgmma\.mma_async|mma)\.sync\.\S+\.s32\.s8\.s8", assembly["ptx"])
+        assert on_tensor_cores, f"{name} multiplies without the int8 tensor cores"
 
 
 if __name__ == "__main__":
