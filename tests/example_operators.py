@@ -37,6 +37,9 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Arguments]] = {
 }
 
 
+# What kernels for GPUs compute in half precision, too (:func:`in_half_precision`).
+HALF_PRECISION = ("train_layer", "weighted_product")
+
 # Sums over elements, which kernels form in an order of their own. These are of up to 120 terms of
 # magnitude 300 at the most; of float32 (fake_quantize_backward, batch_statistics) or rounded to it.
 SUMS: dict[str, dict[int, float]] = {
@@ -49,6 +52,13 @@ SUMS: dict[str, dict[int, float]] = {
 def samples(name: str) -> dict[str, Arguments]:
     """Calls of an operator by what they are about, with tensors made anew."""
     return dict(_SAMPLES[name]())
+
+
+def in_half_precision(name: str, arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    """A call of one of :data:`HALF_PRECISION`, with weight and output in that dtype."""
+    assert name in HALF_PRECISION
+    codes, grid, weight, *others, _ = arguments
+    return codes, grid, weight.to(dtype), *others, dtype
 
 
 def with_specials(values: Tensor) -> Tensor:

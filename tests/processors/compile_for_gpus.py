@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from example_operators import LABELS, samples
+from example_operators import HALF_PRECISION, LABELS, in_half_precision, samples
 from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED, function_of
 
 
@@ -68,6 +68,8 @@ def main(capability: int, names: list[str]) -> None:
             for name, label in LABELS:
                 if name == operator and (not names or name in names):
                     function_of(module, name)(*samples(name)[label])
+                    for dtype in (torch.bfloat16, torch.float16) if name in HALF_PRECISION else ():
+                        function_of(module, name)(*in_half_precision(name, samples(name)[label], dtype))
     print(json.dumps({name: len(variants) for name, variants in compiled.items()}))
 
 
@@ -75,7 +77,7 @@ def check(name: str, assembly: dict[str, str]) -> None:
     """Nothing is contracted, and no address is computed in 32 bits."""
     contracted = Counter(re.findall(r"\bfma\.rn\.f32\b", assembly["ptx"]))
     assert not contracted, f"{name} contracts products and sums: {contracted}"
-    if name == "_dense":
+    if name == "dense":
         on_tensor_cores = re.search(r"(wgmma\.mma_async|mma)\.sync\.\S+\.s32\.s8\.s8", assembly["ptx"])
         assert on_tensor_cores, f"{name} multiplies without the int8 tensor cores"
 
