@@ -45,7 +45,8 @@ class CompilesOnly(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        raise AssertionError("nothing runs")
+        """Of what is measured, each is compiled."""
+        return lambda run, **options: run() is None
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
@@ -59,7 +60,7 @@ def main(capability: int, names: list[str]) -> None:
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched[name].add(self.__name__)
-        kinds = [kind_of(argument) for argument in arguments]
+        kinds = [kind_of(*each) for each in zip(arguments, self.params, strict=False)]
         # Triton makes a constant of every 1, which is another thing to a kernel than a number: once for each argument.
         ones = {(self.__name__, place) for place, kind in enumerate(kinds) if kind is int and arguments[place] == 1}
         needed = ones | {(self.__name__, *kinds, *options.items())}
@@ -74,14 +75,31 @@ def main(capability: int, names: list[str]) -> None:
                 launched[name] = set()
                 for arguments in samples_on_gpu(name).values():
                     function_of(module, name)(*arguments)
+    if not names:
+        name = "integer_layer"
+        finish_library_products()
     print(json.dumps({name: sorted(kernels) for name, kernels in launched.items()}))
 
 
-def kind_of(argument: Any) -> Any:
+def finish_library_products() -> None:
+    """What no operator launches without a GPU: the rest of a layer whose product a library has computed."""
+    from mlframework.quantization.kernels.triton_gpu.library_products import through_library
+    from mlframework.quantization.kernels.triton_gpu.results import Result
+
+    rows, weight = torch.zeros(24, 16, dtype=torch.uint8), torch.zeros(8, 16, dtype=torch.int8)
+    ends = torch.zeros(1, dtype=torch.int32)
+    for dtype in (torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16):
+        for grid in ((3.0, 0.0, 255.0), (ends, ends, ends)):
+            result = Result(torch.zeros(8, dtype=torch.int32), torch.ones(8), *grid)
+            through_library(rows, weight, result, torch.empty(24, 8, dtype=dtype))
+
+
+def kind_of(argument: Any, parameter: Any) -> Any:
     """What decides, of an argument, which lines of a kernel are compiled, and with which types."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype
-    return argument if isinstance(argument, bool) else type(argument)
+    chooses = isinstance(argument, bool) or (parameter.is_constexpr and argument in (0, 1, 2))  # others are sizes
+    return argument if chooses else type(argument)
 
 
 def check(name: str, assembly: dict[str, str]) -> None:
@@ -90,6 +108,9 @@ def check(name: str, assembly: dict[str, str]) -> None:
     assert not contracted, f"{name} contracts products and sums: {contracted}"
     short = products_in_32_bits(assembly["ttir"])
     assert not short, f"{name} computes in 32 bits what a program's number is multiplied by, and it overflows: {short}"
+    if name == "dense":
+        on_tensor_cores = re.search(r"(wgmma\.mma_async|mma)\.sync\.\S+\.s32\.s8\.s8", assembly["ptx"])
+        assert on_tensor_cores, f"{name} multiplies without the int8 tensor cores"
 
 
 def products_in_32_bits(code: str) -> list[str]:

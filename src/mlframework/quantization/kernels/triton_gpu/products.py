@@ -1,0 +1,193 @@
+"""Linear layers and convolutions as one matrix product, and which of the ways to compute it is the fastest."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+
+from ..operators.layer_sums import Ints
+from ..operators.layout import with_channels_last
+from .dense import FLAT, ROWS, TAPS, dense
+from .launch import EXACT
+from .library_products import suits_library, through_library
+from .results import Result
+from .tuning import fastest, loop_bound
+
+# Tiles that share their weights, or their codes, run at the same time: the second reads them from the cache.
+_TILES_TOGETHER = 8
+
+# Fewer channels than these fill no tile.
+_CHANNELS_OF_A_TILE = 32
+
+
+class Configuration(NamedTuple):
+    """Of a launch: the tile, as positions, outputs and products to a round; warps, and rounds that are loaded ahead."""
+
+    rows: int
+    outputs: int
+    products: int
+    warps: int
+    stages: int
+
+
+# The first that is not too large for a layer runs where nothing can be measured.
+_CONFIGURATIONS = (
+    Configuration(128, 128, 128, 8, 3),
+    Configuration(128, 128, 128, 4, 3),
+    Configuration(128, 256, 128, 8, 3),
+    Configuration(128, 64, 128, 4, 3),
+    Configuration(64, 128, 128, 4, 4),
+    Configuration(64, 64, 128, 4, 4),
+    Configuration(64, 32, 128, 4, 4),
+    Configuration(16, 64, 128, 4, 5),
+    Configuration(16, 16, 128, 4, 5),
+)
+
+
+@functools.cache
+def configurations(rows: int, outputs: int, products: int) -> tuple[Configuration, ...]:
+    """Those for a layer with that many positions and outputs and, in a row of its input, products."""
+    largest_rows, largest_outputs = (max(triton.next_power_of_2(size), 16) for size in (rows, outputs))
+    # The fewest products with zeros, and then the longest rounds.
+    length = min((128, 64, 32), key=lambda size: triton.cdiv(products, size) * size)
+    return tuple(
+        each._replace(products=length)
+        for each in _CONFIGURATIONS
+        if each.rows <= largest_rows and each.outputs <= largest_outputs
+    )
+
+
+class _Layer(NamedTuple):
+    """The numbers that :func:`.dense.dense` takes from ``rows`` on, but for that of its steps, which the tile says."""
+
+    rows: int
+    outputs: int
+    channels: int
+    length: int
+    size: tuple[int, int]
+    output_size: tuple[int, int]
+    kernel_width: int
+    strides: tuple[int, int, int]
+    geometry: Sequence[int]
+
+
+def linear(rows: Tensor, padding_code: int | Tensor, weight: Tensor, result: Result, output: Tensor) -> None:
+    """Codes (M, I) by a weight (O, I), into ``output`` of M times O elements."""
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    outputs, channels = weight.shape
+    one = (1, 1)
+    layer = _Layer(rows.shape[0], outputs, channels, channels, one, one, 1, (0, rows.stride(0), 0), (*one, 0, 0, *one))
+    _run(rows, padding_code, weight, result, output, layer, ROWS.value, 1)
+
+
+def convolution(
+    codes: Tensor,
+    padding_code: int | Tensor,
+    weight: Tensor,
+    result: Result,
+    output: Tensor,
+    geometry: tuple[Ints, Ints, Ints, int],
+) -> None:
+    """Codes (N, C, H, W) by a weight (O, height, width, C / groups), into an output whose channels lie innermost."""
+    codes = codes if codes.stride(1) == 1 else with_channels_last(codes)
+    strides, padding, dilation, groups = geometry
+    outputs, *kernel, channels = weight.shape
+    number, _, height, width = codes.shape
+    down, right = codes.stride(2), codes.stride(3)
+    lies_in_rows = codes.stride(0) == height * down and down == width * right
+    if kernel == [1, 1] and set(strides) == {1} and set(padding) == {0} and groups == 1 and lies_in_rows:
+        rows = codes.as_strided((number * height * width, channels), (right, 1))
+        linear(rows, padding_code, weight.reshape(outputs, channels), result, output)
+        return
+    size = output.shape[2], output.shape[3]
+    layer = _Layer(
+        number * size[0] * size[1],
+        outputs // groups,
+        channels,
+        kernel[0] * kernel[1] * channels,
+        (height, width),
+        size,
+        kernel[1],
+        (codes.stride(0), down, right),
+        (*strides, *padding, *dilation),
+    )
+    mode = TAPS.value if channels >= _CHANNELS_OF_A_TILE else FLAT.value
+    _run(codes, padding_code, weight, result, output, layer, mode, groups)
+
+
+def _run(
+    codes: Tensor,
+    padding_code: int | Tensor,
+    weight: Tensor,
+    result: Result,
+    output: Tensor,
+    layer: _Layer,
+    mode: int,
+    groups: int,
+) -> None:
+    products = layer.channels if mode == TAPS.value else layer.length
+    bucket = triton.next_power_of_2(layer.rows)
+    choices: tuple[Configuration | None, ...] = configurations(bucket, layer.outputs, products)
+    if mode == ROWS.value and suits_library(codes, weight):
+        choices = (*choices, None)
+
+    def run(choice: Configuration | None) -> None:
+        if choice is None:
+            through_library(codes, weight, result, output)
+        else:
+            _launch(codes, padding_code, weight, result, output, layer, mode, groups, choice)
+
+    key = (bucket, layer[1:], mode, groups, codes.dtype, output.dtype, codes.device)
+    run(fastest(key, choices, run))
+
+
+def _launch(
+    codes: Tensor,
+    padding_code: int | Tensor,
+    weight: Tensor,
+    result: Result,
+    output: Tensor,
+    layer: _Layer,
+    mode: int,
+    groups: int,
+    configuration: Configuration,
+) -> None:
+    block_m, block_n, block_k, warps, stages = configuration
+    taps = layer.length // layer.channels if mode == TAPS.value else 1
+    products = layer.channels if mode == TAPS.value else layer.length
+    tiles = triton.cdiv(layer.rows, block_m) * triton.cdiv(layer.outputs, block_n)
+    dense[(tiles, groups)](
+        codes,
+        weight,
+        result.bias,
+        result.multiplier,
+        output,
+        padding_code,
+        *result[2:],
+        layer.rows,
+        layer.outputs,
+        layer.channels,
+        loop_bound(taps * triton.cdiv(products, block_k)),
+        layer.length,
+        *layer.size,
+        *layer.output_size,
+        layer.kernel_width,
+        *layer.strides,
+        *layer.geometry,
+        mode,
+        mode != FLAT.value and products % block_k == 0,
+        isinstance(padding_code, Tensor),
+        result.multiplier.numel() > 1,
+        result.is_in_memory,
+        _TILES_TOGETHER,
+        block_m,
+        block_n,
+        block_k,
+        num_warps=warps,
+        num_stages=stages,
+        **EXACT,
+    )
