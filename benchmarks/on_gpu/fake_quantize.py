@@ -78,7 +78,10 @@ def learned(x: Tensor) -> dict[str, Contender]:
     def aten(x: Tensor) -> Tensor:
         return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, LOWEST, HIGHEST, factor)
 
-    return {OURS: Contender(ours, (ours.scale, ours.zero_point)), ATEN: Contender(aten, (scale, zero_point), waits=True)}
+    return {
+        OURS: Contender(ours, (ours.scale, ours.zero_point)),
+        ATEN: Contender(aten, (scale, zero_point), waits=True),
+    }
 
 
 # Forward reads the input and writes the output, backward reads one gradient and writes the other. An average reads the

@@ -20,6 +20,7 @@ OURS = "ours"
 # Of the faster of bfloat16's two.
 TIMES = {"mlp": Target(0.70), "gpt": Target(0.70), "resnet50": Target(0.80)}
 
+
 def run(network: str, record: Recorder, device: torch.device, rehearses: bool) -> None:
     """Times the ways to run the network in evaluation; the outputs of ours must be equal."""
     workload = workload_of(network, rehearses)

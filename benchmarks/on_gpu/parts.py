@@ -65,7 +65,12 @@ def groups(chosen: Sequence[str], lines: Path, rehearses: bool) -> list[list[Par
 
 def _command(name: str, lines: Path, rehearses: bool) -> list[str]:
     if name == BUILD:
-        return [sys.executable, "setup.py", "--version" if rehearses else "build_ext", *([] if rehearses else ["--inplace"])]
+        return [
+            sys.executable,
+            "setup.py",
+            "--version" if rehearses else "build_ext",
+            *([] if rehearses else ["--inplace"]),
+        ]
     if name in TESTS:
         return _tests(name, lines, rehearses)
     command = [sys.executable, str(PROGRAM), "--measure", name, "--lines", str(lines)]
@@ -73,8 +78,8 @@ def _command(name: str, lines: Path, rehearses: bool) -> list[str]:
 
 
 def _tests(name: str, lines: Path, rehearses: bool) -> list[str]:
-    # What PyTorch and Triton warn of on a GPU nobody has seen yet, and a machine may have any plugins of pytest.
-    options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark", f"--gpu-lines={lines}"]
+    # (pytest-benchmark, where it is installed, warns of pytest-xdist before any test, and warnings are errors.)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", f"--gpu-lines={lines}"]
     if rehearses:
         options.append("--gpu-device=cpu")
     elif importlib.util.find_spec("xdist") is not None:

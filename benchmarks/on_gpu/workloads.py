@@ -108,4 +108,3 @@ class AutocastStep(TrainingStep):
     def forward(self) -> Tensor:
         with torch.autocast(self.targets.device.type, self.dtype, enabled=self.dtype is not None):
             return super().forward()
-

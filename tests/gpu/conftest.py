@@ -1,6 +1,7 @@
 """The device that these tests are for, and what becomes of their results.
 
-Without a GPU they are skipped. ``--gpu-device cpu`` rehearses them: on tensors of the CPU, a sample of each kind, tiny.
+Without a GPU they are skipped. ``--gpu-device cpu`` rehearses them: on tensors of the CPU, the first case of each test
+(and operator), tiny.
 ``benchmarks/gpu.py`` runs them on the day that there is a GPU; options are known where this folder is named.
 """
 
@@ -28,11 +29,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     own = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in own:
         item.add_marker(pytest.mark.gpu)
+        item.add_marker(pytest.mark.filterwarnings("default"))  # nobody has seen yet what PyTorch warns of there
     if config.getoption("--gpu-device", "cuda") == "cpu":
         kept, seen = [], set()
         for item in own:
             arguments = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-            kind = (item.path, getattr(item, "originalname", item.name), arguments.get("name"))
+            kind = (item.path, getattr(item, "originalname", item.name), arguments.get("operator"))
             if kind not in seen:
                 kept.append(item)
             seen.add(kind)

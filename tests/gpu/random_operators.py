@@ -127,7 +127,17 @@ def _fake_quantize(draw: Draw) -> Arguments:
     lowest, highest, dtype = draw.one_of(*GRIDS)
     wanted = draw.one_of((True, True, axis < 0), (True, False, False), (False, True, False), (True, True, False))
     clip = draw.one_of(UNBOUNDED, UNBOUNDED, RELU6)
-    return (values, addend, *draw.grid(tuple(values.shape), axis), lowest, highest, axis, *clip, *wanted, draw.maybe(dtype))
+    return (
+        values,
+        addend,
+        *draw.grid(tuple(values.shape), axis),
+        lowest,
+        highest,
+        axis,
+        *clip,
+        *wanted,
+        draw.maybe(dtype),
+    )
 
 
 def _mask_gradient(draw: Draw) -> Arguments:
@@ -168,7 +178,15 @@ def _update_moving_average(draw: Draw) -> Arguments:
     axis = draw.axis(tuple(values.shape))
     channels = 1 if axis < 0 else values.shape[axis]
     grid = draw.one_of((0, 255, False, 0), (-128, 127, True, 0))
-    return values, False, axis, *observer(channels, is_new=draw.one_of(True, False)), 0.1, *grid, draw.one_of(True, False)
+    return (
+        values,
+        False,
+        axis,
+        *observer(channels, is_new=draw.one_of(True, False)),
+        0.1,
+        *grid,
+        draw.one_of(True, False),
+    )
 
 
 def _lookup(draw: Draw) -> Arguments:

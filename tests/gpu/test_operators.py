@@ -58,30 +58,29 @@ def sums_differ(actual: Tensor, expected: Tensor) -> float:
     return difference
 
 
-@pytest.mark.parametrize(("name", "label"), [sample for sample in LABELS if sample[0] in ON_GPU])
-def test_samples(name: str, label: str, device: torch.device) -> None:
-    operator = DECLARED[name]
-    arguments = samples(name)[label]
-    assert device.type == "cpu" or operator.has_kernel(moved(arguments[0], device))
-    compare(operator, arguments, device, is_realistic=False)
+@pytest.mark.parametrize(("operator", "label"), [sample for sample in LABELS if sample[0] in ON_GPU])
+def test_samples(operator: str, label: str, device: torch.device) -> None:
+    arguments = samples(operator)[label]
+    assert device.type == "cpu" or DECLARED[operator].has_kernel(moved(arguments[0], device))
+    compare(DECLARED[operator], arguments, device, is_realistic=False)
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CASES_A_TEST))
-@pytest.mark.parametrize("name", [name for name in RANDOM if name in ON_GPU])
+@pytest.mark.parametrize("operator", [name for name in RANDOM if name in ON_GPU])
 def test_random_calls(
-    name: str, first: int, device: torch.device, rehearses: bool, record_property: Callable[[str, object], None]
+    operator: str, first: int, device: torch.device, rehearses: bool, record_property: Callable[[str, object], None]
 ) -> None:
     # (The interpreter's halves are not those of a GPU: tests/kernels/triton_gpu/conftest.py.)
-    taken = tuple(dtype for dtype in ON_GPU[name] if dtype.is_floating_point)
+    taken = tuple(dtype for dtype in ON_GPU[operator] if dtype.is_floating_point)
     dtypes = taken if taken and not rehearses else (torch.float32,)
     largest = 0.0
     for seed in range(first, first + (REHEARSED_CASES if rehearses else CASES_A_TEST)):
-        arguments = RANDOM[name](Draw(seed, rehearses, dtypes))
+        arguments = RANDOM[operator](Draw(seed, rehearses, dtypes))
         try:
-            largest = max(largest, compare(DECLARED[name], arguments, device, is_realistic=True))
+            largest = max(largest, compare(DECLARED[operator], arguments, device, is_realistic=True))
         except AssertionError as error:
             raise AssertionError(f"case {seed}, {described(arguments)}: {error}") from error
-    if name in SUMS:
+    if operator in SUMS:
         record_property("largest relative difference of sums", largest)
 
 
