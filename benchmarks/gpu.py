@@ -1,9 +1,9 @@
 """Everything that is to be checked and measured on a machine with a GPU, in eight minutes: ``make gpu``.
 
-It takes torch for CUDA with its Triton, pytest, transformers and NumPy, and builds the compiled kernels of the CPU where
-there is a compiler. Each part is a process of its own with a limit; what one fails does not stop the others. Records
-are written as they come (``gpu.jsonl``), then put together (``gpu.json``), with what all parts printed and the profiles
-of training steps beside them, into ``$OUT``, or ``out/`` where that is not set. A short table comes last.
+It takes torch for CUDA with its Triton, pytest, transformers and NumPy, and builds the compiled kernels of the CPU
+where there is a compiler. Each part is a process of its own with a limit; one that fails does not stop the others.
+Records are written as they come (``gpu.jsonl``), then put together (``gpu.json``), with what all parts printed and the
+profiles of training steps beside them, into ``$OUT``, or ``out/`` where that is not set. A short table comes last.
 
     python benchmarks/gpu.py [--parts operators fake_quantize] [--seconds 480]
     python benchmarks/gpu.py --rehearse           # all of it on a CPU, tiny: nobody tries it out on the day
@@ -19,13 +19,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from on_gpu import parts
 from on_gpu.record import Lines, Recorder, write_json
 from on_gpu.report import section, table
 from on_gpu.runner import Outcome, Runner
+
+ROOT = parts.ROOT
 
 
 def run(chosen: list[str], seconds: float, rehearses: bool) -> int:

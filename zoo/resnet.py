@@ -123,5 +123,5 @@ def resnet18(width: int = 64, classes: int = 1000, small_images: bool = False) -
 
 
 def resnet50(width: int = 64, classes: int = 1000, small_images: bool = False) -> ResNet:
-    """Four stages of 3, 4, 6 and 3 bottlenecks, 4 to 32 times ``width`` channels; 25.6 M parameters for 1000 classes."""
+    """Four stages of 3, 4, 6 and 3 bottlenecks, 4 to 32 times ``width`` channels; 25.6 M parameters."""
     return ResNet([width, 2 * width, 4 * width, 8 * width], [3, 4, 6, 3], classes, small_images, Bottleneck)

@@ -18,7 +18,7 @@ PROGRAM = ROOT / "benchmarks" / "gpu.py"
 SECONDS = 480
 
 BUILD = "build"
-TESTS = {"operators": 6, "models": 4, "training": 2}  # and how many processes share the work of each
+TESTS = {"operators": 6, "models": 4, "training": 4}  # and how many processes share the work of each
 
 
 class Measurement(NamedTuple):
@@ -38,8 +38,8 @@ MEASUREMENTS = {
     **{f"{network}_converted": Measurement("inference", "run", network) for network in ("mlp", "gpt", "resnet50")},
 }
 
-# Parts of a group run side by side; what is timed runs alone. The compiled steps come last, and early in the run, beside
-# the tests, the compiler's caches are filled for them.
+# Parts of a group run side by side; what is timed runs alone. The compiled steps come late; early in the run, beside the
+# tests, the caches of the compiler are filled for them.
 GROUPS: tuple[dict[str, float], ...] = (
     {BUILD: 60},
     {"environment": 40},

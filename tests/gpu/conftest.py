@@ -79,7 +79,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         "outcome": report.outcome,
         "seconds": round(report.duration, 2),
         "reason": reason,
-        "measured": {name: value for name, value in report.user_properties},
+        "measured": dict(report.user_properties),
     }
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:

@@ -36,7 +36,7 @@ from zoo.data import pictures
 Record = Callable[[str, object], None]
 
 SMALL_RESNET = Network(partial(ResNet, [8, 16], [1, 1], 10, True), partial(pictures, image_size=16, classes=10))
-SMALL = {"resnet": SMALL_RESNET, "mlp": NETWORKS["mlp"], "gpt": NETWORKS["gpt"]}
+SMALL = {"mlp": NETWORKS["mlp"], "resnet": SMALL_RESNET, "gpt": NETWORKS["gpt"]}
 EVERY = pytest.mark.parametrize("name", SMALL)
 BATCH, WARM_UP = 32, 3
 
