@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=parts.SECONDS)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--write", type=Path)
-    parser.add_argument("--measure", choices=parts.MEASUREMENTS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=parts.NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write is not None:

@@ -15,7 +15,7 @@ from .record import Recorder
 from .timing import copy_bandwidth, milliseconds
 
 PACKAGES = ("triton", "transformers", "numpy", "pytest", "pytest-xdist", "setuptools")
-QUERY = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,mig.mode.current"
+DRIVER = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,mig.mode.current"
 
 
 def run(record: Recorder, device: torch.device, rehearses: bool) -> None:
@@ -37,8 +37,10 @@ def run(record: Recorder, device: torch.device, rehearses: bool) -> None:
         record.fact("multiprocessors", properties.multi_processor_count)
         record.fact("CUDA", torch.version.cuda)
         try:
-            command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-            record.fact(QUERY, subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout)
+            command = ["nvidia-smi", f"--query-gpu={DRIVER}", "--format=csv,noheader"]
+            record.fact(
+                "driver", subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            )
         except (OSError, subprocess.SubprocessError) as error:
             record.failure("nvidia-smi", error)
     else:

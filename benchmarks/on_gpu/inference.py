@@ -38,6 +38,13 @@ def run(network: str, record: Recorder, device: torch.device, rehearses: bool) -
             record.figure(f"{network}: {name} / {FLOAT}", time / min(floats), "", target)
 
 
+def compile_ahead(network: str, record: Recorder, device: torch.device, rehearses: bool) -> None:
+    """Fills the compiler's cache on disk for :func:`run`."""
+    workload = workload_of(network, rehearses)
+    with torch.no_grad():
+        _calls(record, network, workload, tuple(x.to(device) for x in workload.data()[0]), device)
+
+
 def _calls(
     record: Recorder, network: str, workload: Workload, inputs: tuple[Tensor, ...], device: torch.device
 ) -> dict[str, Call]:

@@ -160,9 +160,13 @@ def _times(
 def _profile(record: Recorder, title: str, step: AutocastStep, device: torch.device) -> None:
     """Writes what takes the time of a step, and of Python around it, to a file."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as profiler:
-        step()
-        synchronize(device)
+    try:
+        with profile(activities=activities) as profiler:
+            step()
+            synchronize(device)
+    except Exception as error:  # a machine may keep its counters to itself
+        record.failure(f"{title}, profile", error)
+        return
     averages = profiler.key_averages()
     orders = [f"self_{device.type}_time_total", "self_cpu_time_total"]
     with (record.folder / "gpu_profiles.txt").open("a", encoding="utf-8") as file:
