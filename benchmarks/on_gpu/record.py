@@ -64,9 +64,13 @@ class Recorder:
         self.part = part
         self.folder = folder
         self._lines = lines
+        self._measured: set[str] = set()
 
     def figure(self, name: str, value: float, unit: str = "", target: Target | None = None) -> None:
-        """A number; with a target, it stands in the short table."""
+        """A number; with a target, it stands in the short table. Measured again beside others, it is not repeated."""
+        if name in self._measured:
+            return
+        self._measured.add(name)
         asked = None if target is None else target._asdict()
         self._lines.append(
             {"kind": "figure", "part": self.part, "name": name, "value": value, "unit": unit, "asked": asked}

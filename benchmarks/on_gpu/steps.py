@@ -57,50 +57,38 @@ def _torch_ao_model(workload: Workload) -> nn.Module:
     return torch_ao_eager.prepared(workload.model())
 
 
-EAGER: dict[str, Make] = {
-    FLOAT: _float,
-    OURS: _ours,
-    RECOMPUTE: _recompute,
-    TORCH_AO: _torch_ao,
-    f"{TORCH_AO}, float32": _torch_ao_float32,
-}
-COMPILED: dict[str, Make] = {FLOAT: _float, OURS: _ours}
+OWN: dict[str, Make] = {FLOAT: _float, OURS: _ours}
+PEERS: dict[str, Make] = {TORCH_AO: _torch_ao, f"{TORCH_AO}, float32": _torch_ao_float32}
+# Of networks with batch normalization, whose input it computes again.
+RECOMPUTED: dict[str, Make] = {RECOMPUTE: _recompute}
 
 
 def eager(network: str, record: Recorder, device: torch.device, rehearses: bool) -> None:
-    """Steps as Python runs them."""
-    steps = _made(record, network, EAGER, device, rehearses, compiles=False)
-    memory = {name: _memory(step, device) for name, step in steps.items()}
-    for name, (saved, peak) in memory.items():
-        record.figure(f"{network}: {name}, saved for backward", saved / 2**20, "MiB")
-        record.figure(f"{network}: {name}, peak of a step", peak / 2**20, "MiB")
-        if name != FLOAT and FLOAT in memory:
-            target = SAVED if name == OURS and network in SAVED_OF else None
-            record.figure(f"{network}: {name} / {FLOAT}, saved for backward", saved / memory[FLOAT][0], "", target)
-            record.figure(f"{network}: {name} / {FLOAT}, peak of a step", peak / memory[FLOAT][1], "")
+    """Steps as Python runs them: with QAT and without first, then the others."""
+    steps = _made(record, network, OWN, device, rehearses, compiles=False)
+    _memories(record, network, "eager", steps, device)
     _times(record, network, "eager", steps, device, rehearses)
-    for name in (OURS, FLOAT):
-        if name in steps:
-            _profile(record, f"{network}, eager, {name}", steps[name], device)
+    for name, step in steps.items():
+        _profile(record, f"{network}, eager, {name}", step, device)
+    steps.pop(OURS, None)
+    others = {**(RECOMPUTED if network == "resnet50" else {}), **PEERS}
+    steps |= _made(record, network, others, device, rehearses, compiles=False)
+    _memories(record, network, "eager", steps, device)
+    _times(record, network, "eager", steps, device, rehearses)
 
 
 def compiled(network: str, record: Recorder, device: torch.device, rehearses: bool) -> None:
     """The same under ``torch.compile``."""
-    steps = _made(record, network, COMPILED, device, rehearses, compiles=True)
-    memory = {name: _memory(step, device) for name, step in steps.items()}
-    for name, (saved, peak) in memory.items():
-        record.figure(f"{network}: {name}, compiled, saved for backward", saved / 2**20, "MiB")
-        record.figure(f"{network}: {name}, compiled, peak of a step", peak / 2**20, "MiB")
-    if {OURS, FLOAT} <= memory.keys():
-        record.figure(f"{network}: {OURS} / {FLOAT}, compiled, saved for backward", memory[OURS][0] / memory[FLOAT][0])
+    steps = _made(record, network, OWN, device, rehearses, compiles=True)
     _times(record, network, "compiled", steps, device, rehearses)
+    _memories(record, network, "compiled", steps, device)
     if OURS in steps:
         _profile(record, f"{network}, compiled, {OURS}", steps[OURS], device)
 
 
 def compile_ahead(network: str, record: Recorder, device: torch.device, rehearses: bool) -> None:
     """Fills the compiler's cache on disk, so that :func:`compiled` finds in it what takes a minute to make."""
-    _made(record, network, COMPILED, device, rehearses, compiles=True)
+    _made(record, network, OWN, device, rehearses, compiles=True)
 
 
 def _made(
@@ -127,6 +115,18 @@ def _made(
             record.failure(f"{network}: {name}{', compiled' if compiles else ''}", error)
         gc.collect()
     return steps
+
+
+def _memories(record: Recorder, network: str, way: str, steps: dict[str, AutocastStep], device: torch.device) -> None:
+    memory = {name: _memory(step, device) for name, step in steps.items()}
+    for name, of_step in memory.items():
+        for what, bytes_ in zip(("saved for backward", "peak of a step"), of_step, strict=True):
+            record.figure(f"{network}: {name}, {way}, {what}", bytes_ / 2**20, "MiB")
+        if name != FLOAT and FLOAT in memory:
+            target = SAVED if name == OURS and network in SAVED_OF else None
+            saved, peak = (own / other for own, other in zip(of_step, memory[FLOAT], strict=True))
+            record.figure(f"{network}: {name} / {FLOAT}, {way}, saved for backward", saved, "", target)
+            record.figure(f"{network}: {name} / {FLOAT}, {way}, peak of a step", peak)
 
 
 def _memory(step: AutocastStep, device: torch.device) -> tuple[int, int]:

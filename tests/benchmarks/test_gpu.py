@@ -56,9 +56,9 @@ def test_rehearsal(tmp_path: Path) -> None:
         "learned, bfloat16: ours, of the copy's bandwidth",
         "fixed, float32: ATen / ours",
         "resnet50: ours / bfloat16, eager",
-        "resnet50: ours / bfloat16, saved for backward",
+        "resnet50: ours / bfloat16, eager, saved for backward",
         "gpt: ours / bfloat16, compiled",
-        "mlp: ours, compiled, reduce-overhead / bfloat16, compiled",
+        "mlp: ours, compiled, reduce-overhead / bfloat16, compiled, reduce-overhead",
     } <= asked
     assert done.stdout.rstrip().endswith(table(result).rstrip())
     assert "resnet50, eager, ours" in (tmp_path / "gpu_profiles.txt").read_text()
