@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ from on_gpu.report import section, table
 from on_gpu.runner import Outcome, Runner
 
 ROOT = parts.ROOT
+LOOKING_SECONDS = 60
 
 
 def run(chosen: list[str], seconds: float, rehearses: bool) -> int:
@@ -57,14 +59,25 @@ def run(chosen: list[str], seconds: float, rehearses: bool) -> int:
     return int(any(status != "passed" for status in statuses))
 
 
-def measure(name: str, lines: Path, rehearses: bool) -> None:
-    """One part, in this process."""
+def has_gpu() -> bool:
+    """Whether PyTorch finds one; asked in another process, since a driver may hang."""
+    program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    try:
+        return subprocess.run([sys.executable, "-c", program], timeout=LOOKING_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def measure(name: str, lines: Path, rehearses: bool) -> int:
+    """One part, in this process; the exit code says whether all of it ran that had to."""
     import torch
 
     device = torch.device("cpu" if rehearses else "cuda")
     if rehearses:
         torch.set_num_threads(1)
-    parts.measurement(name)(Recorder(name, Lines(lines), lines.parent), device, rehearses)
+    record = Recorder(name, Lines(lines), lines.parent)
+    parts.measurement(name)(record, device, rehearses)
+    return int(record.has_failed)
 
 
 def write(path: Path) -> None:
@@ -95,8 +108,10 @@ def main() -> int:
         write(arguments.write)
         return 0
     if arguments.measure is not None:
-        measure(arguments.measure, arguments.lines, arguments.rehearse)
-        return 0
+        return measure(arguments.measure, arguments.lines, arguments.rehearse)
+    if not (arguments.rehearse or has_gpu()):
+        print("There is no GPU here that PyTorch can use. (--rehearse runs everything on the CPU, tiny.)")
+        return 2
     return run(arguments.parts, arguments.seconds, arguments.rehearse)
 
 

@@ -42,7 +42,7 @@ def run(record: Recorder, device: torch.device, rehearses: bool) -> None:
                 "driver", subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
             )
         except (OSError, subprocess.SubprocessError) as error:
-            record.failure("nvidia-smi", error)
+            record.failure("nvidia-smi", error, is_peer=True)
     else:
         record.fact("card", "none (a rehearsal on the CPU)")
     elements = 2**16 if rehearses else 2**28

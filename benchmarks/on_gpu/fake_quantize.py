@@ -128,7 +128,7 @@ def _calls(
             if not contender.waits:
                 calls[f"{name}, captured"] = captured(call, device)
         except Exception as error:
-            record.failure(f"{case}: {name}", error)
+            record.failure(f"{case}: {name}", error, is_peer=name != OURS)
     return calls
 
 

@@ -58,6 +58,9 @@ class Recorder:
         part: its name.
         lines: where its records go.
         folder: for files beside them.
+
+    Attributes:
+        has_failed: whether something did not run that had to.
     """
 
     def __init__(self, part: str, lines: Lines, folder: Path) -> None:
@@ -65,6 +68,7 @@ class Recorder:
         self.folder = folder
         self._lines = lines
         self._measured: set[str] = set()
+        self.has_failed = False
 
     def figure(self, name: str, value: float, unit: str = "", target: Target | None = None) -> None:
         """A number; with a target, it stands in the short table. Measured again beside others, it is not repeated."""
@@ -80,8 +84,9 @@ class Recorder:
         """Something in words."""
         self._lines.append({"kind": "fact", "part": self.part, "name": name, "value": str(value)})
 
-    def failure(self, name: str, error: BaseException) -> None:
-        """Something that did not run, where the part goes on."""
+    def failure(self, name: str, error: BaseException, is_peer: bool = False) -> None:
+        """Something that did not run, where the part goes on; a peer's is no failure of the part."""
+        self.has_failed |= not is_peer
         text = f"{type(error).__name__}: {error}".splitlines()[0][:400]
         self._lines.append({"kind": "failure", "part": self.part, "name": name, "value": text})
 

@@ -23,7 +23,7 @@ def table(result: Result) -> str:
             *_aligned([("part", "ended", "seconds", "tests"), *_parts(result)]),
             "",
             *(f"FAILED {test['name']}: {test['reason']}" for test in failed),
-            *(f"did not run: {each['part']}, {each['name']}: {each['value']}" for each in result["failures"]),
+            *(f"did not run: {each['part']}, {each['name']}: {each['value'][:160]}" for each in result["failures"]),
         ]
     )
 

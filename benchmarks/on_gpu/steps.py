@@ -112,7 +112,8 @@ def _made(
             synchronize(device)
             steps[name] = step
         except Exception as error:
-            record.failure(f"{network}: {name}{', compiled' if compiles else ''}", error)
+            title = f"{network}: {name}{', compiled' if compiles else ''}"
+            record.failure(title, error, is_peer=name in PEERS)
         gc.collect()
     return steps
 
@@ -165,7 +166,7 @@ def _profile(record: Recorder, title: str, step: AutocastStep, device: torch.dev
             step()
             synchronize(device)
     except Exception as error:  # a machine may keep its counters to itself
-        record.failure(f"{title}, profile", error)
+        record.failure(f"{title}, profile", error, is_peer=True)
         return
     averages = profiler.key_averages()
     orders = [f"self_{device.type}_time_total", "self_cpu_time_total"]

@@ -121,7 +121,8 @@ def test_records_come_together_but_for_one_that_was_cut_off(lines: Lines, tmp_pa
     record = Recorder("steps", lines, tmp_path)
     record.figure("ratio", 0.9, target=Target(1.05))
     record.fact("card", "a card")
-    record.failure("peer", RuntimeError("no\nkernel"))
+    record.failure("ours", RuntimeError("no\nkernel"))
+    assert record.has_failed
     with lines.path.open("a") as file:
         file.write('{"kind": "figu')
     result = write_json(lines, tmp_path / "gpu.json")
@@ -137,7 +138,8 @@ def test_the_reports_name_the_card_and_what_was_missed(lines: Lines, tmp_path: P
     record.fact("card", "NVIDIA H200")
     record.figure("gpt: ours / bfloat16", 1.2, target=Target(1.05))
     record.figure("copy", 4300.0, "GB/s")
-    record.failure("torch.ao", RuntimeError("float32 alone"))
+    record.failure("torch.ao", RuntimeError("float32 alone"), is_peer=True)
+    assert not record.has_failed
     lines.append({"kind": "part", "name": "operators", "status": "failed", "seconds": 3.0})
     lines.append(
         {"kind": "test", "part": "operators", "name": "test_samples[add]", "outcome": "failed", "reason": "differs"}
