@@ -20,6 +20,9 @@ Arguments = tuple[Any, ...]
 _MOST_ELEMENTS = 2_000_000
 _MOST_PRODUCTS = 300_000_000
 
+# Of gradients: one that every dtype has.
+CLIP = 0.75
+
 GRIDS = ((-128, 127, SIGNED), (0, 255, UNSIGNED), (-127, 127, SIGNED), (-8, 7, SIGNED), (0, 15, UNSIGNED))
 
 
@@ -143,7 +146,7 @@ def _fake_quantize(draw: Draw) -> Arguments:
 def _mask_gradient(draw: Draw) -> Arguments:
     gradient = draw.floats(draw.shape())
     flags = torch.empty_like(gradient, dtype=torch.bool).copy_(torch.rand(gradient.shape) > 0.4)
-    return draw.gradient_of(gradient), pack_mask(flags), list(flags.stride()), draw.maybe(0.7)
+    return draw.gradient_of(gradient), pack_mask(flags), list(flags.stride()), draw.maybe(CLIP)
 
 
 def _fake_quantize_backward(draw: Draw) -> Arguments:
@@ -151,7 +154,7 @@ def _fake_quantize_backward(draw: Draw) -> Arguments:
     axis = draw.axis(tuple(values.shape))
     lowest, highest, _ = draw.one_of(*GRIDS)
     grid = (*draw.grid(tuple(values.shape), axis), lowest, highest, axis)
-    return draw.gradient_of(values), values, *grid, draw.one_of(True, False), draw.maybe(0.7), 0.01, True
+    return draw.gradient_of(values), values, *grid, draw.one_of(True, False), draw.maybe(CLIP), 0.01, True
 
 
 def _quantize(draw: Draw) -> Arguments:
@@ -196,7 +199,7 @@ def _lookup(draw: Draw) -> Arguments:
 def _lookup_gradient(draw: Draw) -> Arguments:
     codes = draw.codes(draw.shape())
     gradient = draw.laid_out(torch.randn(codes.shape).to(draw.one_of(*draw.dtypes)))
-    return gradient, codes, torch.randn(256), draw.maybe(0.7)
+    return gradient, codes, torch.randn(256), draw.maybe(CLIP)
 
 
 def _add(draw: Draw) -> Arguments:
@@ -215,6 +218,10 @@ def _requantize(draw: Draw) -> Arguments:
 def _max_pool2d(draw: Draw) -> Arguments:
     kernel = draw.one_of(2, 3)
     return draw.codes(draw.image()), [kernel, 3], [2, draw.one_of(1, 2)], [1, 1], [1, 1], draw.one_of(True, False)
+
+
+def _occurring(draw: Draw) -> Arguments:
+    return (draw.codes(draw.shape()),)
 
 
 def _positions(draw: Draw) -> Arguments:
@@ -276,7 +283,7 @@ def _normalize_backward(draw: Draw) -> Arguments:
     channels = values.shape[1]
     gradient = torch.empty_like(values).copy_(torch.randn(values.shape) + 0.5)
     statistics = torch.randn(channels), torch.rand(channels) + 0.5, draw.maybe(torch.randn(channels))
-    return gradient, pack_mask(values > 0), values, *statistics, draw.one_of(math.inf, 0.7)
+    return gradient, pack_mask(values > 0), values, *statistics, draw.one_of(math.inf, CLIP)
 
 
 RANDOM: dict[str, Callable[[Draw], Arguments]] = {
@@ -289,6 +296,7 @@ RANDOM: dict[str, Callable[[Draw], Arguments]] = {
     "update_moving_average": _update_moving_average,
     "lookup": _lookup,
     "lookup_gradient": _lookup_gradient,
+    "occurring": _occurring,
     "add": _add,
     "requantize": _requantize,
     "max_pool2d": _max_pool2d,
