@@ -35,7 +35,7 @@ def section(result: Result) -> str:
         "",
         "`make gpu`: bit equality with the CPU, then times by the device's own events, contenders taken in turns.",
         "Steps are those of training under bfloat16 autocast, with SGD and momentum; the ratios are to the same step",
-        "without QAT, and in inference to the faster of the compiled bfloat16 models. Captured: as one CUDA graph,",
+        "without QAT, and in inference to bfloat16 compiled with mode reduce-overhead. Captured: as one CUDA graph,",
         f"without the time of Python. {_facts_line(result)}",
         "",
         *(f"- {name}: {value}" for name, value in result["facts"].items() if name.startswith(WORKLOAD)),
@@ -68,6 +68,11 @@ def _tests_lines(result: Result) -> Iterator[str]:
         failed = sum(test["outcome"] == "failed" for test in tests)
         skipped = sum(test["outcome"] == "skipped" for test in tests)
         yield f"- tests of {part}: {len(tests) - failed - skipped} passed, {failed} failed, {skipped} skipped"
+        measured: dict[str, float] = {}
+        for test in tests:
+            for name, value in test.get("measured", {}).items():
+                measured[name] = max(value, measured.get(name, 0.0))
+        yield from (f"  - {name}: {value:.2g}" for name, value in measured.items())
 
 
 def _asked(result: Result) -> Iterator[tuple[str, str, str, bool]]:

@@ -144,6 +144,10 @@ def test_the_reports_name_the_card_and_what_was_missed(lines: Lines, tmp_path: P
     lines.append(
         {"kind": "test", "part": "operators", "name": "test_samples[add]", "outcome": "failed", "reason": "differs"}
     )
+    for difference in (2e-6, 3e-6):
+        lines.append(
+            {"kind": "test", "part": "operators", "name": "t", "outcome": "passed", "measured": {"sums": difference}}
+        )
     result = write_json(lines, tmp_path / "gpu.json")
     printed = table(result)
     assert "FAILED test_samples[add]: differs" in printed
@@ -153,4 +157,4 @@ def test_the_reports_name_the_card_and_what_was_missed(lines: Lines, tmp_path: P
     assert "| gpt: ours / bfloat16 | <= 1.05 | 1.2 | no |" in written
     assert "| copy | 4300 GB/s |" in written
     assert "| torch.ao | RuntimeError: float32 alone |" in written
-    assert "- tests of operators: 0 passed, 1 failed, 0 skipped" in written
+    assert "- tests of operators: 2 passed, 1 failed, 0 skipped\n  - sums: 3e-06\n" in written
