@@ -1,4 +1,5 @@
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -10,7 +11,7 @@ KERNELS := src/mlframework/quantization/kernels
 WITHOUT_AVX512 := $(VENV)/without_avx512.so
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: demo test test-fast test-long test-avx2 test-arm bench lint format clean
+.PHONY: demo test test-fast test-long test-avx2 test-arm gpu bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -37,6 +38,10 @@ test-arm: $(INSTALLED)
 	command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
 		{ $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends g++-aarch64-linux-gnu qemu-user; }
 	$(PYTEST) tests/kernels/test_microkernels.py
+
+# On a machine with a GPU, with the Python that has PyTorch there: nothing is installed. Eight minutes at the most.
+gpu:
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 # About 50 minutes, on a machine that does nothing else.
 bench: $(PEERS_INSTALLED)

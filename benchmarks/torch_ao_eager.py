@@ -18,7 +18,7 @@ from torch.ao.quantization import (
 
 import zoo
 from zoo.mobilenet_v2 import InvertedResidual
-from zoo.resnet import BasicBlock
+from zoo.resnet import BasicBlock, Bottleneck
 
 
 class QuantizableBasicBlock(nn.Module):
@@ -34,6 +34,22 @@ class QuantizableBasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         return self.sum.add_relu(self.second(self.first(x)), identity)
+
+
+class QuantizableBottleneck(nn.Module):
+    """The bottleneck, likewise."""
+
+    def __init__(self, block: Bottleneck) -> None:
+        super().__init__()
+        self.first = nn.Sequential(block.conv1, block.bn1, nn.ReLU())
+        self.second = nn.Sequential(block.conv2, block.bn2, nn.ReLU())
+        self.third = nn.Sequential(block.conv3, block.bn3)
+        self.downsample = block.downsample
+        self.sum = FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.sum.add_relu(self.third(self.second(self.first(x))), identity)
 
 
 class QuantizableInvertedResidual(nn.Module):
@@ -88,6 +104,8 @@ def _rewritten(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, BasicBlock):
             model.set_submodule(name, QuantizableBasicBlock(module))
+        elif isinstance(module, Bottleneck):
+            model.set_submodule(name, QuantizableBottleneck(module))
         elif isinstance(module, InvertedResidual):
             model.set_submodule(name, QuantizableInvertedResidual(module))
     for name, module in list(model.named_modules()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 
 import hypothesis
@@ -14,6 +15,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mlframework.quantization import kernels
+
+# Where there are none, it warns once, which would be the error of whichever test comes first.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)
+    kernels.active_path()
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")

@@ -418,6 +418,8 @@ def _pack_layer() -> Iterator[tuple[str, Arguments]]:
 
 
 def _packed_layer() -> Iterator[tuple[str, Arguments]]:
+    if kernels.active_path() != "native":
+        return  # there is nothing else that packs
     for label, arguments in _pack_layer():
         shape, weight_shape, geometry = LAYERS[label.removesuffix(", to values")]
         packed = DECLARED["pack_layer"].overload(*arguments)

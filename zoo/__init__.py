@@ -18,7 +18,7 @@ from .gpt import GPT
 from .mlp import MLP
 from .mobilenet_v2 import MobileNetV2
 from .network import Network, logits_of, loss_of, train_steps
-from .resnet import ResNet, resnet18, resnet20
+from .resnet import ResNet, resnet18, resnet20, resnet50
 from .unet import UNet
 from .vit import ViT
 
@@ -37,6 +37,7 @@ __all__ = [
     "loss_of",
     "resnet18",
     "resnet20",
+    "resnet50",
     "roughen_batch_norms",
     "train_steps",
     "zero_some_gammas",
@@ -82,6 +83,7 @@ FULL_SIZE: dict[str, Network] = {
     "resnet20": Network(resnet20, _cifar, fully_integer=True),
     "resnet18_cifar": Network(partial(resnet18, classes=10, small_images=True), _cifar, fully_integer=True),
     "resnet18": Network(resnet18, _imagenet, fully_integer=True),
+    "resnet50": Network(resnet50, _imagenet, fully_integer=True),
     "mobilenet_v2": Network(MobileNetV2, _imagenet, fully_integer=True),
     "unet": Network(UNet, partial(pictures_to_segment, image_size=256, classes=2), fully_integer=True),
     "mlp": Network(partial(MLP, inputs=3 * 32 * 32), _cifar, fully_integer=True),

@@ -22,6 +22,7 @@ from zoo import (
     logits_of,
     resnet18,
     resnet20,
+    resnet50,
     roughen_batch_norms,
     train_steps,
     zero_some_gammas,
@@ -29,12 +30,13 @@ from zoo import (
 
 EVERY_NETWORK = pytest.mark.parametrize("name", NETWORKS)
 
-# torchvision's resnet18, mobilenet_v2 and timm's vit_tiny_patch16_224 have these numbers to the last parameter, and so
-# has OpenAI's small GPT-2; a ResNet-20 whose shortcuts pad with zeros has 2,752 fewer.
+# torchvision's resnet18, resnet50, mobilenet_v2 and timm's vit_tiny_patch16_224 have these numbers to the last
+# parameter, and so has OpenAI's small GPT-2; a ResNet-20 whose shortcuts pad with zeros has 2,752 fewer.
 PARAMETERS = {
     "resnet20": (resnet20, 272_474),
     "resnet18": (resnet18, 11_689_512),
     "resnet18 for small images": (partial(resnet18, classes=10, small_images=True), 11_173_962),
+    "resnet50": (resnet50, 25_557_032),
     "mobilenet_v2": (MobileNetV2, 3_504_872),
     "mobilenet_v2 of ten classes": (partial(MobileNetV2, classes=10), 2_236_682),
     "vit tiny": (ViT, 5_717_416),

@@ -10,14 +10,14 @@ namespace kernels {
 // Calls an operator of PyTorch that returns a tensor.
 template <size_t kCount>
 Tensor call_operator(const char* name, const char* overload, std::array<StableIValue, kCount> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The same memory, from `offset` elements further on, with other sizes and strides.
 inline Tensor reinterpret(const Tensor& tensor, const Shape& sizes, const Shape& strides, int64_t offset = 0) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()),
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()),
                                                                sizes.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
