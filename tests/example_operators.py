@@ -12,6 +12,7 @@ from torch import Tensor
 from example_codes import SIGNED, UNSIGNED, layouts, random_codes
 from mlframework.quantization import kernels
 from mlframework.quantization.kernels.operators.declaration import DECLARED, Operator
+from mlframework.quantization.kernels.operators.integer_layers import fold_zero_point
 from mlframework.quantization.kernels.operators.masks import pack_mask
 
 Arguments = tuple[Any, ...]
@@ -347,22 +348,22 @@ def _train_layer() -> Iterator[tuple[str, Arguments]]:
         outputs = weight_shape[0]
         weight, bias = torch.randn(weight_shape), torch.randn(outputs)
         for layout, codes in _codes_of_a_layer(shape):
-            per_channel = (0, *observer(outputs), 0.1, -127, 127, True, True, *geometry)
+            per_channel = (0, *observer(outputs), 0.1, -127, 127, True, True, *geometry, torch.float32)
             yield f"{label}{layout}, per channel", (codes, grid, weight, bias, *per_channel)
-        per_tensor = (-1, *observer(1, is_new=False), 0.1, -127, 127, True, False, *geometry)
+        per_tensor = (-1, *observer(1, is_new=False), 0.1, -127, 127, True, False, *geometry, torch.float32)
         yield f"{label}, per tensor", (random_codes(shape, UNSIGNED), grid, weight, None, *per_tensor)
-        quiet = (0, *observer(outputs), 0.1, -7, 7, False, True, *geometry)
+        quiet = (0, *observer(outputs), 0.1, -7, 7, False, True, *geometry, torch.float32)
         turned = dense(layouts(weight)["turned"])
         yield f"{label}, unobserved", (random_codes(shape, UNSIGNED), grid, turned, bias, *quiet)
     shape, weight_shape, geometry = LAYERS["conv2d"]
-    rest = (0, *observer(weight_shape[0]), 0.1, -127, 127, True, True, *geometry)
+    rest = (0, *observer(weight_shape[0]), 0.1, -127, 127, True, True, *geometry, torch.float32)
     broken = with_specials(torch.randn(weight_shape))
     yield "a weight with what is not finite", (random_codes(shape, UNSIGNED), grid, broken, None, *rest)
     bias = with_specials(torch.randn(weight_shape[0]) * 1e9)
-    rest = (0, *observer(weight_shape[0]), 0.1, -127, 127, True, True, *geometry)
+    rest = (0, *observer(weight_shape[0]), 0.1, -127, 127, True, True, *geometry, torch.float32)
     yield "biases that do not fit", (random_codes(shape, UNSIGNED), grid, torch.randn(weight_shape), bias, *rest)
     nowhere = torch.tensor([[math.nan], [3.0]])
-    rest = (0, *observer(weight_shape[0]), 0.1, -127, 127, True, True, *geometry)
+    rest = (0, *observer(weight_shape[0]), 0.1, -127, 127, True, True, *geometry, torch.float32)
     bias = torch.randn(weight_shape[0])
     yield "codes of NaN", (random_codes(shape, UNSIGNED), nowhere, torch.randn(weight_shape), bias, *rest)
 
@@ -371,7 +372,7 @@ def _weighted_product() -> Iterator[tuple[str, Arguments]]:
     for label, arguments in _train_layer():
         codes, grid, weight, bias, axis = arguments[:5]
         scale = torch.rand(1 if axis < 0 else weight.shape[0]) * 0.02 + 0.005
-        yield label, (codes, grid, weight, scale, bias, axis, -127, 127, *arguments[-4:])
+        yield label, (codes, grid, weight, scale, bias, axis, -127, 127, *arguments[-5:])
 
 
 def _integer_layer() -> Iterator[tuple[str, Arguments]]:
@@ -392,6 +393,14 @@ def _integer_layer() -> Iterator[tuple[str, Arguments]]:
         to_values = (None, None, None, *RELU6, torch.float32)
         codes = random_codes(shape, SIGNED)
         yield f"{label}, to values", (codes, number, weight, bias, torch.rand(1) * 1e-3, *to_values, *geometry)
+
+
+def _folded_layer() -> Iterator[tuple[str, Arguments]]:
+    for label, arguments in _integer_layer():
+        codes, number, weight, bias, multiplier, *grid = arguments
+        rest = (9, 9.0, 255.0, UNSIGNED) if grid[0] is not None else (0, *RELU6, torch.float32)
+        folded = fold_zero_point(weight, bias, int(number), codes.dtype)
+        yield label, (codes, int(number), *folded, multiplier, *rest, *grid[-4:])
 
 
 def _pack_layer() -> Iterator[tuple[str, Arguments]]:
@@ -476,6 +485,7 @@ _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "train_layer": _train_layer,
     "weighted_product": _weighted_product,
     "integer_layer": _integer_layer,
+    "folded_layer": _folded_layer,
     "pack_layer": _pack_layer,
     "packed_layer": _packed_layer,
     "fingerprints": _fingerprints,

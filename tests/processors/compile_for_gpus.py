@@ -45,7 +45,8 @@ class CompilesOnly(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        raise AssertionError("nothing runs")
+        """Of what is measured, each is compiled."""
+        return lambda run, **options: run() is None
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty

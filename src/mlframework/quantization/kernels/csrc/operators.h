@@ -78,11 +78,11 @@ std::tuple<Tensor, Tensor, Tensor> train_layer(
     const Tensor& codes, const Tensor& grid, const Tensor& weight, const std::optional<Tensor>& bias, int64_t axis,
     const Tensor& minimum, const Tensor& maximum, const Tensor& batches, const Tensor& scale, const Tensor& zero_point,
     double momentum, int64_t lowest, int64_t highest, bool observes, bool wants_mask, Shape stride, Shape padding,
-    Shape dilation, int64_t groups);
+    Shape dilation, int64_t groups, ScalarType dtype);
 
 Tensor weighted_product(const Tensor& codes, const Tensor& grid, const Tensor& weight, const Tensor& weight_scale,
                         const std::optional<Tensor>& bias, int64_t axis, int64_t lowest, int64_t highest, Shape stride,
-                        Shape padding, Shape dilation, int64_t groups);
+                        Shape padding, Shape dilation, int64_t groups, ScalarType dtype);
 
 int64_t make_program(int64_t inputs, std::vector<std::string> names, Shape code, std::vector<Tensor> tensors,
                      Shape outputs);

@@ -19,7 +19,8 @@ struct Geometry {
 
 // Before anything changes: the averages of the weight are not to be moved by a call that fails.
 void check(const Tensor& codes, const Tensor& grid, const Tensor& weight, const std::optional<Tensor>& bias,
-           const Geometry& geometry) {
+           const Geometry& geometry, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float, "dtype must be float32 on a CPU");
   check_codes(codes, "codes");
   numbers_in(grid, 2, "grid");
   check_floats(weight, "weight");
@@ -88,9 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> train_layer(
     const Tensor& codes, const Tensor& grid, const Tensor& weight, const std::optional<Tensor>& bias, int64_t axis,
     const Tensor& minimum, const Tensor& maximum, const Tensor& batches, const Tensor& scale, const Tensor& zero_point,
     double momentum, int64_t lowest, int64_t highest, bool observes, bool wants_mask, Shape stride, Shape padding,
-    Shape dilation, int64_t groups) {
+    Shape dilation, int64_t groups, ScalarType dtype) {
   const Geometry geometry{stride, padding, dilation, groups};
-  check(codes, grid, weight, bias, geometry);
+  check(codes, grid, weight, bias, geometry, dtype);
   QuantizedWeight quantized =
       observes ? observe_and_quantize_weight(weight, axis, minimum, maximum, batches, scale, zero_point, momentum,
                                              lowest, highest, wants_mask)
@@ -101,9 +102,9 @@ std::tuple<Tensor, Tensor, Tensor> train_layer(
 
 Tensor weighted_product(const Tensor& codes, const Tensor& grid, const Tensor& weight, const Tensor& weight_scale,
                         const std::optional<Tensor>& bias, int64_t axis, int64_t lowest, int64_t highest, Shape stride,
-                        Shape padding, Shape dilation, int64_t groups) {
+                        Shape padding, Shape dilation, int64_t groups, ScalarType dtype) {
   const Geometry geometry{stride, padding, dilation, groups};
-  check(codes, grid, weight, bias, geometry);
+  check(codes, grid, weight, bias, geometry, dtype);
   QuantizedWeight quantized = quantize_weight(weight, axis, weight_scale, lowest, highest, false);
   return product(codes, grid, quantized, bias, geometry);
 }

@@ -12,6 +12,9 @@ from ..geometry import ConvolutionGeometry, is_dense_or_depthwise
 from .declaration import CODES, Operator, operator
 from .layer_sums import GEOMETRY, Ints, exact_sums, geometry_arguments, output_like
 
+# What lowers an unsigned code to a signed one.
+UNSIGNED_OFFSET = 128
+
 
 @operator(
     "integer_layer(Tensor codes, Tensor zero_point, Tensor weight, Tensor bias, Tensor multiplier,"
@@ -107,6 +110,84 @@ def integer_layer(
     else:
         result = _integer_layer.reference(*arguments, output_padding)
     return result
+
+
+def fold_zero_point(
+    weight: Tensor, bias: Tensor, zero_point: int | Tensor, input_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    r"""A layer's weight and bias for products of int8 codes alone, which know no zero point.
+
+    With codes :math:`q'_x` lowered by 128 where they are unsigned, and :math:`z'` the zero point lowered by as much,
+    :math:`\sum (q_x - z_x)\, q_w = \sum q'_x q_w - z' \sum q_w`; integers wrap around, so that no part of it overflows.
+
+    Returns:
+        The weight as (O, *kernel, I / groups), contiguous, and the bias with the second sum in it, int32 (O,).
+    """
+    offset = UNSIGNED_OFFSET if input_dtype is torch.uint8 else 0
+    difference = offset - (zero_point.to(torch.int32) if isinstance(zero_point, Tensor) else zero_point)
+    sums = weight.flatten(1).sum(dim=1, dtype=torch.int32)
+    return weight.movedim(1, -1).contiguous(), bias + sums * difference
+
+
+@operator(
+    "folded_layer(Tensor codes, int padding_code, Tensor weight, Tensor bias, Tensor multiplier, int zero_point,"
+    f" float lowest, float highest, ScalarType dtype, {GEOMETRY}) -> Tensor",
+    (),
+)
+def folded_layer(
+    codes: Tensor,
+    padding_code: int,
+    weight: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    zero_point: int,
+    lowest: float,
+    highest: float,
+    dtype: torch.dtype,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+) -> Tensor:
+    """A layer with weight and bias of :func:`fold_zero_point`, as kernels for GPUs read them.
+
+    Args:
+        codes: of the input, with a batch; ``padding_code`` is their zero point.
+        multiplier: float32, (O,) or (1,).
+        zero_point, lowest, highest: of the output's codes, or of its values, which have no zero point.
+        dtype: of the output.
+    """
+    geometry = stride, padding, dilation, groups
+    oriented = weight.movedim(-1, 1)
+    # Folding with signed codes, of the zero point's opposite, takes it out again.
+    offset = UNSIGNED_OFFSET if codes.dtype is torch.uint8 else 0
+    bias = fold_zero_point(oriented, bias, offset - padding_code, torch.int8)[1]
+    sums = exact_sums(codes, padding_code, oriented, geometry)
+    axis = (1 if stride else -1) % sums.dim()
+    accumulator = sums + arithmetic.along_axis(bias, sums.dim(), axis)
+    factor = arithmetic.along_axis(multiplier, sums.dim(), axis)
+    if dtype.is_floating_point:
+        return arithmetic.rescale_accumulator(accumulator, factor).clamp_(lowest, highest)
+    return arithmetic.requantize_accumulator(accumulator, factor, zero_point, int(lowest), int(highest), dtype)
+
+
+@folded_layer.fake
+def _(
+    codes: Tensor,
+    padding_code: int,
+    weight: Tensor,
+    bias: Tensor,
+    multiplier: Tensor,
+    zero_point: int,
+    lowest: float,
+    highest: float,
+    dtype: torch.dtype,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+) -> Tensor:
+    return output_like(codes, weight.shape[0], weight.shape[1:-1], (stride, padding, dilation, groups), dtype)
 
 
 # Packed once for many calls, in an order that only the compiled kernels of this processor read.

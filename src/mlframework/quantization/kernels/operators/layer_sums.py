@@ -33,7 +33,7 @@ def geometry_arguments(geometry: ConvolutionGeometry | None) -> tuple[Ints, Ints
 
 def exact_sums(
     codes: Tensor,
-    zero_point: Tensor,
+    zero_point: int | Tensor,
     weight: Tensor,
     geometry: tuple[Ints, Ints, Ints, int],
     output_padding: Ints | None = None,

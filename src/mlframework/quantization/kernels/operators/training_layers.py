@@ -21,7 +21,7 @@ class TrainedLayer(NamedTuple):
     """What :func:`train_layer` gives.
 
     Attributes:
-        output: float32.
+        output: in the dtype that was asked for.
         mask: of the weight, a bit to an element in memory order; None where not asked for.
         scale: of the weight as it was used, (O,): a channel whose bias would not fit the accumulator has a
             larger one, as in conversion; one whose weights hold NaN has NaN, and so has one that is observed with an
@@ -36,7 +36,7 @@ class TrainedLayer(NamedTuple):
 @operator(
     "train_layer(Tensor codes, Tensor grid, Tensor weight, Tensor? bias, int axis, Tensor(a!) minimum,"
     " Tensor(b!) maximum, Tensor(c!) batches, Tensor(d!) scale, Tensor(e!) zero_point, float momentum, int lowest,"
-    f" int highest, bool observes, bool wants_mask, {GEOMETRY}) -> (Tensor, Tensor, Tensor)",
+    f" int highest, bool observes, bool wants_mask, {GEOMETRY}, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     CODES,
 )
 def _train_layer(
@@ -59,6 +59,7 @@ def _train_layer(
     padding: Ints,
     dilation: Ints,
     groups: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     geometry = stride, padding, dilation, groups
     with torch.no_grad():
@@ -74,7 +75,7 @@ def _train_layer(
         if observes and channel_axis == 0:  # the averages do not follow what is not finite
             is_finite = weight.isfinite().flatten(1).all(dim=1)
             weight = torch.where(arithmetic.along_axis(is_finite, weight.dim(), 0), weight, torch.nan)
-        output, used = _product(codes, grid, weight, scale, bias, axis, lowest, highest, geometry)
+        output, used = _product(codes, grid, weight, scale, bias, axis, lowest, highest, geometry, dtype)
     return output, mask, used
 
 
@@ -99,8 +100,9 @@ def _(
     padding: Ints,
     dilation: Ints,
     groups: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    output = output_like(codes, weight.shape[0], weight.shape[2:], (stride, padding, dilation, groups), torch.float32)
+    output = output_like(codes, weight.shape[0], weight.shape[2:], (stride, padding, dilation, groups), dtype)
     mask = weight.new_empty((weight.numel() + 7) // 8, dtype=torch.uint8) if wants_mask else None
     return output, mask, scale.new_empty(weight.shape[0])
 
@@ -119,13 +121,14 @@ def train_layer(
     *,
     observes: bool,
     mask: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> TrainedLayer:
     """Observes a weight, quantizes it, and computes its layer on codes.
 
     Args:
         codes: of the input.
         grid: theirs, float32 (2, 1): scale and zero point. A scale of NaN makes the output NaN.
-        weight: float32.
+        weight: float32, on a GPU also bfloat16 and float16.
         bias: float32 (O,), rounded to units of the accumulator; None for none.
         averages: running minimum and maximum of the weight, float32 (C,), and the number of batches, int64 (1,).
         scale, zero_point: float32 (C,), of the weight; the zero point is 0.
@@ -134,6 +137,7 @@ def train_layer(
         geometry: of a convolution; None for a linear layer.
         observes: whether to fold the weight into the averages, and make a scale of them, first.
         mask: whether to return where a gradient of the weight passes.
+        dtype: of the output: float32, on a GPU also bfloat16 and float16.
     """
     return TrainedLayer._make(
         _train_layer(
@@ -151,13 +155,14 @@ def train_layer(
             observes,
             mask,
             *geometry_arguments(geometry),
+            dtype,
         )
     )
 
 
 @operator(
     "weighted_product(Tensor codes, Tensor grid, Tensor weight, Tensor weight_scale, Tensor? bias, int axis,"
-    f" int lowest, int highest, {GEOMETRY}) -> Tensor",
+    f" int lowest, int highest, {GEOMETRY}, ScalarType dtype) -> Tensor",
     CODES,
 )
 def _weighted_product(
@@ -173,10 +178,11 @@ def _weighted_product(
     padding: Ints,
     dilation: Ints,
     groups: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     geometry = stride, padding, dilation, groups
     with torch.no_grad():
-        return _product(codes, grid, weight, weight_scale, bias, axis, lowest, highest, geometry)[0]
+        return _product(codes, grid, weight, weight_scale, bias, axis, lowest, highest, geometry, dtype)[0]
 
 
 @_weighted_product.fake
@@ -193,8 +199,9 @@ def _(
     padding: Ints,
     dilation: Ints,
     groups: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return output_like(codes, weight.shape[0], weight.shape[2:], (stride, padding, dilation, groups), torch.float32)
+    return output_like(codes, weight.shape[0], weight.shape[2:], (stride, padding, dilation, groups), dtype)
 
 
 def weighted_product(
@@ -205,6 +212,7 @@ def weighted_product(
     bias: Tensor | None,
     scheme: QuantizationScheme,
     geometry: ConvolutionGeometry | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """A layer on codes, its weight quantized with a scale that is given: what :func:`train_layer` returns as output."""
     output: Tensor = _weighted_product(
@@ -217,6 +225,7 @@ def weighted_product(
         scheme.quant_min,
         scheme.quant_max,
         *geometry_arguments(geometry),
+        dtype,
     )
     return output
 
@@ -231,8 +240,9 @@ def _product(
     lowest: int,
     highest: int,
     geometry: tuple[Ints, Ints, Ints, int],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The float32 output, and the scale of the weight as it was used."""
+    """The output, and the scale of the weight as it was used."""
     channel_axis = None if axis < 0 else axis
     weight_codes = arithmetic.quantize_to(
         weight.nan_to_num(nan=0.0), scale, torch.zeros_like(scale), lowest, highest, torch.int8, channel_axis
@@ -248,4 +258,4 @@ def _product(
     output_axis = channel_axis_of(geometry) % sums.dim()
     accumulator = sums + arithmetic.along_axis(bias_codes, sums.dim(), output_axis)
     multiplier = arithmetic.along_axis(input_scale * used, sums.dim(), output_axis)
-    return arithmetic.rescale_accumulator(accumulator, multiplier), used
+    return arithmetic.rescale_accumulator(accumulator, multiplier).to(dtype), used

@@ -104,3 +104,9 @@ def zero_point_of_range(minimum, scale, lowest, highest):
     """The zero point of an affine grid whose scale is that of a range."""
     minimum = tl.where(is_finite(minimum), tl.minimum(minimum, 0.0), 0.0)
     return clamped(rounded(lowest - tl.math.div_rn(minimum, scale)), lowest, highest)
+
+
+@triton.jit
+def rounded_in_double(value):
+    """Half to even, of float64 of a magnitude below ``2**50``: the code of a bias has no room for it in float32."""
+    return (value + 6755399441055744.0) - 6755399441055744.0

@@ -36,6 +36,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "fake_quantization": {"fake_quantize": FLOATS, "mask_gradient": FLOATS},
     "fingerprints": {"fingerprints": ()},
     "gradients": {"fake_quantize_backward": FLOATS},
+    "layers": {"folded_layer": CODES, "integer_layer": CODES, "train_layer": CODES, "weighted_product": CODES},
     "normalization": {"batch_statistics": FLOATS, "normalize": FLOATS, "normalize_backward": FLOATS},
     "statistics": {"extremes": FLOATS, "update_moving_average": FLOATS},
 }
