@@ -91,6 +91,9 @@ def check(name: str, assembly: dict[str, str]) -> None:
     assert not contracted, f"{name} contracts products and sums: {contracted}"
     short = products_in_32_bits(assembly["ttir"])
     assert not short, f"{name} computes in 32 bits what a program's number is multiplied by, and it overflows: {short}"
+    if name == "_dense":
+        on_tensor_cores = re.search(r"(wgmma\.mma_async|mma)\.sync\.\S+\.s32\.s8\.s8", assembly["ptx"])
+        assert on_tensor_cores, f"{name} multiplies without the int8 tensor cores"
 
 
 def products_in_32_bits(code: str) -> list[str]:
