@@ -15,13 +15,14 @@ from .backends.exact_floats import EXACT_FLOATS
 from .backends.int_mm import INT_MM
 from .backends.onednn import ONEDNN
 from .backends.phases import PHASES
+from .backends.triton_gpu import TRITON_GPU
 from .devices import Kernels, is_traced, kernels_for, kernels_on
 from .geometry import ConvolutionGeometry, is_dense_or_depthwise
 from .products import Description
 
 # In the order of preference.
 _SUMS: tuple[SumsBackend, ...] = (INT_MM, ONEDNN, EXACT_FLOATS)
-_LAYERS: tuple[Backend, ...] = (COMPILED, PHASES, *_SUMS)
+_LAYERS: tuple[Backend, ...] = (COMPILED, TRITON_GPU, PHASES, *_SUMS)
 
 
 def plan(description: Description) -> Backend:

@@ -36,11 +36,12 @@ class TrainingForward(WrappedLayer):
         output, computation = product
         addend = None
         if bias is not None and self._batch_norm[0] is not None:
-            addend = arithmetic.along_axis(bias, output.dim(), 1)
+            addend = arithmetic.along_axis(bias, output.dim(), 1).to(output.dtype)
             output = output + addend
         output = self._follow(output, computation, None if addend is None else addend.detach())
-        if self.output_fake_quantize is None and torch.is_autocast_enabled("cpu"):
-            return output.to(torch.get_autocast_dtype("cpu"))
+        device = output.device.type
+        if self.output_fake_quantize is None and torch.is_autocast_enabled(device):
+            return output.to(torch.get_autocast_dtype(device))
         return output if self.input_fake_quantize is None else in_format_of(input, output)
 
     def _on_codes(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Computation | None] | None:

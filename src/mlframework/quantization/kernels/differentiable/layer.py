@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...scheme import QuantizationScheme
-from ..devices import is_traced
+from ..devices import is_traced, kernels_for
 from ..geometry import ConvolutionGeometry
 from ..operators.codes import dequantize
 from ..operators.fake_quantization import fake_quantize, mask_gradient
@@ -65,6 +65,7 @@ class Computation(NamedTuple):
     bias: Tensor | None
     scheme: QuantizationScheme
     geometry: ConvolutionGeometry | None
+    dtype: torch.dtype = torch.float32
 
     def __call__(self) -> Tensor:
         return weighted_product(*self)
@@ -85,6 +86,7 @@ class _Layer(torch.autograd.Function):
         own_weight: Tensor,
         state: WeightState,
         geometry: ConvolutionGeometry | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         scheme = state.scheme
         own_bias = None if bias is None else bias.detach().contiguous()
@@ -102,6 +104,7 @@ class _Layer(torch.autograd.Function):
                 geometry,
                 observes=state.observes,
                 mask=state.mask and state.saturates,
+                dtype=dtype,
             )
         else:
             scale = state.scale.expand(own_weight.shape[0]).clone()  # which is updated in place
@@ -109,13 +112,13 @@ class _Layer(torch.autograd.Function):
             if state.mask:
                 ends = scheme.quant_min, scheme.quant_max, scheme.channel_axis
                 mask = fake_quantize(own_weight, state.scale, state.zero_point, *ends, values=False, mask=True).mask
-            output = weighted_product(codes, grid, own_weight, state.scale, own_bias, scheme, geometry)
+            output = weighted_product(codes, grid, own_weight, state.scale, own_bias, scheme, geometry, dtype)
         ctx.save_for_backward(codes, grid, own_weight, scale, mask)
         ctx.geometry = geometry
         ctx.ends = scheme.quant_min, scheme.quant_max
         ctx.gradient_clip = state.gradient_clip
-        autocast = torch.is_autocast_enabled("cpu")
-        ctx.dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
+        ctx.dtype = _autocast_dtype(codes) or dtype
+        ctx.dtypes = [None if each is None else each.dtype for each in (input, weight, bias)]
         ctx.set_materialize_grads(False)
         return output
 
@@ -123,7 +126,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_gradient_of_gradient()
         if gradient is None:
-            return (None,) * 8
+            return (None,) * 9
         codes, grid, own_weight, scale, mask = ctx.saved_tensors
         needs_input, needs_weight, _bias = needs = ctx.needs_input_grad[:3]
         dtype = ctx.dtype
@@ -139,14 +142,30 @@ class _Layer(torch.autograd.Function):
             weight = values
         backward = _linear_backward if ctx.geometry is None else _convolution_backward
         to_input, to_weight, to_bias = (
-            None if each is None else each.to(torch.float32)
-            for each in backward(gradient.to(dtype), input, weight.to(dtype), ctx.geometry, needs)
+            None if each is None else each.to(own)
+            for each, own in zip(
+                backward(gradient.to(dtype), input, weight.to(dtype), ctx.geometry, needs), ctx.dtypes, strict=True
+            )
         )
         if to_weight is not None and mask is not None:
             to_weight = mask_gradient(to_weight, mask, own_weight.stride(), ctx.gradient_clip)
         elif to_weight is not None and ctx.gradient_clip is not None:
             to_weight = to_weight.clamp(-ctx.gradient_clip, ctx.gradient_clip)
-        return to_input, to_weight, to_bias, *[None] * 5
+        return to_input, to_weight, to_bias, *[None] * 6
+
+
+def output_dtype(input: Tensor, codes: Tensor) -> torch.dtype:
+    """Of a layer on these codes of an input: what the layer would return by itself, where kernels for a GPU run it; the
+    compiled ones return float32."""
+    if kernels_for(codes) != "triton":
+        return torch.float32
+    return _autocast_dtype(codes) or input.dtype
+
+
+def _autocast_dtype(codes: Tensor) -> torch.dtype | None:
+    """Autocast's on the device of the codes; None where it is off."""
+    device = codes.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -205,8 +224,9 @@ def layer_on_codes(
         update_moving_average(
             own_weight, False, axis, *state.averages, state.scale, state.zero_point, state.momentum, state.scheme, True
         )
-    output: Tensor = call(_Layer, input, weight, bias, *codes, own_weight, state, geometry)
+    dtype = output_dtype(input, codes.codes)
+    output: Tensor = call(_Layer, input, weight, bias, *codes, own_weight, state, geometry, dtype)
     if not again:
         return output, None
     own_bias = None if bias is None else bias.detach().contiguous()
-    return output, Computation(*codes, own_weight, state.scale.clone(), own_bias, state.scheme, geometry)
+    return output, Computation(*codes, own_weight, state.scale.clone(), own_bias, state.scheme, geometry, dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import arithmetic
+from .. import devices
 from ..geometry import ConvolutionGeometry, is_dense_or_depthwise
 from .declaration import CODES, Operator, operator
 from .layer_sums import GEOMETRY, Ints, exact_sums, geometry_arguments, output_like
@@ -104,8 +105,8 @@ def integer_layer(
     grid = (None, None, None, *clip, torch.float32) if output is None else (*output[:3], *clip, output.dtype)
     arguments = (codes, zero_point, weight, bias, multiplier, *grid, *geometry_arguments(geometry))
     groups = 1 if geometry is None else geometry.groups
-    is_compiled = weight.dim() <= 4 and is_dense_or_depthwise(weight.shape, groups)
-    if output_padding is None and is_compiled:
+    has_kernel = devices.kernels_for(codes) == "triton" or is_dense_or_depthwise(weight.shape, groups)
+    if output_padding is None and weight.dim() <= 4 and has_kernel:
         result: Tensor = _integer_layer(*arguments)
     else:
         result = _integer_layer.reference(*arguments, output_padding)
