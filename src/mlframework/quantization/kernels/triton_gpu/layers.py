@@ -84,9 +84,7 @@ def train_layer(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     averages = Averages(minimum, maximum, batches, zero_point, momentum) if observes else None
-    quantized = quantized_weight(
-        weight, scale, bias, grid, axis, lowest, highest, codes.dtype, averages, wants_mask
-    )
+    quantized = quantized_weight(weight, scale, bias, grid, axis, lowest, highest, codes.dtype, averages, wants_mask)
     geometry = stride, padding, dilation, groups
     return _trained(codes, grid, weight, quantized, geometry, dtype), quantized.mask, quantized.scale
 

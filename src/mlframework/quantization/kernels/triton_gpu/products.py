@@ -139,10 +139,7 @@ def _dense(
         else:  # what is read in the place of a code then does not matter
             inside = inside & is_product[None, :]
             weights = tl.load(weight_address, is_product[:, None], other=0)
-        if EVEN and MODE == ROWS:
-            values = tl.load(address)
-        else:
-            values = tl.load(address, inside, other=zero)
+        values = tl.load(address) if EVEN and MODE == ROWS else tl.load(address, inside, other=zero)
         sums = tl.dot(as_signed(values), weights, sums, out_dtype=tl.int32)
     store_result(
         sums,
@@ -161,7 +158,7 @@ def _dense(
 
 
 class Configuration(NamedTuple):
-    """Of a launch: the tile, as positions, outputs, and products to a round; warps, and rounds that are loaded ahead."""
+    """Of a launch: the tile, as positions, outputs and products to a round; warps, and rounds that are loaded ahead."""
 
     rows: int
     outputs: int
@@ -215,9 +212,7 @@ def linear(rows: Tensor, padding_code: int | Tensor, weight: Tensor, result: Res
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     outputs, channels = weight.shape
     one = (1, 1)
-    layer = _Layer(
-        rows.shape[0], outputs, channels, channels, one, one, 1, (0, rows.stride(0), 0), (*one, 0, 0, *one)
-    )
+    layer = _Layer(rows.shape[0], outputs, channels, channels, one, one, 1, (0, rows.stride(0), 0), (*one, 0, 0, *one))
     _run(rows, padding_code, weight, result, output, layer, ROWS.value, 1)
 
 

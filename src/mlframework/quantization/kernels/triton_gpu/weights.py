@@ -179,9 +179,7 @@ def quantized_weight(
         if averages is not None:
             minimum, maximum, batches, zero_point, momentum = averages
             state = minimum, maximum, batches, scale, zero_point
-            DECLARED["update_moving_average"].run(
-                weight, False, axis, *state, momentum, lowest, highest, True, 0, True
-            )
+            DECLARED["update_moving_average"].run(weight, False, axis, *state, momentum, lowest, highest, True, 0, True)
         _, codes, mask, _, own_grid = DECLARED["fake_quantize"].run(
             weight, None, scale, torch.zeros_like(scale), *ends, torch.int8
         )
