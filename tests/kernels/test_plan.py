@@ -29,8 +29,10 @@ from mlframework.quantization.kernels.backends.exact_floats import EXACT_FLOATS
 from mlframework.quantization.kernels.backends.int_mm import INT_MM
 from mlframework.quantization.kernels.backends.onednn import ONEDNN
 from mlframework.quantization.kernels.backends.phases import PHASES
+from mlframework.quantization.kernels.backends.triton_gpu import TRITON_GPU
 from mlframework.quantization.kernels.plan import plan, plan_sums
 from mlframework.quantization.kernels.products import Description
+from mlframework.quantization.kernels.triton_gpu import availability
 
 needs_kernels = pytest.mark.skipif(kernels.active_path() != "native", reason="needs compiled kernels")
 
@@ -120,6 +122,44 @@ def test_on_another_device_nothing_of_the_cpu_runs(monkeypatch: pytest.MonkeyPat
         assert plan(layer._replace(device="cuda")) in (INT_MM, EXACT_FLOATS)
     with_probes(monkeypatch, onednn_exact=True, int_mm_best=False)
     assert all(plan(layer._replace(device="cuda")) is EXACT_FLOATS for layer in EVERY)
+
+
+@pytest.fixture
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "runs_on", lambda index: True)
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_on_a_gpu_kernels_run_convolutions_and_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_probes(monkeypatch, onednn_exact=True, int_mm_best=True)
+    on_gpu = {layer: plan(layer._replace(device="cuda")) for layer in EVERY}
+    for layer in (LINEAR, ROW, DENSE, DEPTHWISE, GROUPED):
+        assert on_gpu[layer] is TRITON_GPU
+    assert on_gpu[UPSCALING] is PHASES
+    for layer in (VOLUME, UNEVEN_UPSCALING, DILATED_UPSCALING, GROUPED_UPSCALING):
+        assert on_gpu[layer] is EXACT_FLOATS
+    with kernels.reference_kernels():
+        assert all(plan(layer._replace(device="cuda")) in (INT_MM, EXACT_FLOATS) for layer in EVERY)
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize(
+    ("input", "weight", "trains"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float16, torch.float16, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float64, torch.float32, False),
+        (torch.float32, torch.float64, False),
+    ],
+    ids=str,
+)
+def test_what_trains_on_integers_on_a_gpu(input: torch.dtype, weight: torch.dtype, trains: bool) -> None:
+    layer = TRAINED._replace(input_dtype=input, weight_dtype=weight, device=("cuda", 0))
+    assert trains_on_integers(layer) is trains
+    with kernels.reference_kernels():
+        assert not trains_on_integers(layer)
 
 
 def test_without_the_library_pytorch_runs_all(monkeypatch: pytest.MonkeyPatch) -> None:

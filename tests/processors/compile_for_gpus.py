@@ -45,8 +45,7 @@ class CompilesOnly(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        """Of what is measured, each is compiled."""
-        return lambda run, **options: run() is None
+        raise AssertionError("nothing runs")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
@@ -91,9 +90,6 @@ def check(name: str, assembly: dict[str, str]) -> None:
     assert not contracted, f"{name} contracts products and sums: {contracted}"
     short = products_in_32_bits(assembly["ttir"])
     assert not short, f"{name} computes in 32 bits what a program's number is multiplied by, and it overflows: {short}"
-    if name == "_dense":
-        on_tensor_cores = re.search(r"(wgmma\.mma_async|mma)\.sync\.\S+\.s32\.s8\.s8", assembly["ptx"])
-        assert on_tensor_cores, f"{name} multiplies without the int8 tensor cores"
 
 
 def products_in_32_bits(code: str) -> list[str]:

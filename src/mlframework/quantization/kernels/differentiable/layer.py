@@ -132,7 +132,7 @@ class _Layer(torch.autograd.Function):
         dtype = ctx.dtype
         # The gradient of each takes the values of the other.
         if needs_weight:
-            input = dequantize(codes, grid[0], grid[1], None).to(dtype)
+            input = dequantize(codes, grid[0], grid[1], None, dtype)
         else:
             input = gradient.new_empty(1).to(dtype).expand(codes.shape)
         weight = own_weight

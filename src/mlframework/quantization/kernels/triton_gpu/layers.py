@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators.declaration import DECLARED
 from ..operators.integer_layers import fold_zero_point
 from ..operators.layer_sums import Ints, output_like
 from .depthwise import depthwise
@@ -26,12 +25,15 @@ def folded_layer(
     lowest: float,
     highest: float,
     dtype: torch.dtype,
-    *geometry: Ints | int,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
 ) -> Tensor:
-    arguments = (padding_code, weight, bias, multiplier, zero_point, lowest, highest, dtype)
-    output: Tensor = DECLARED["folded_layer"].empty_outputs(codes, *arguments, *geometry)
+    geometry = stride, padding, dilation, groups
+    output = output_like(codes, weight.shape[0], weight.shape[1:-1], geometry, dtype)
     result = Result(bias, multiplier, float(zero_point), float(lowest), float(highest))
-    _product(codes, padding_code, weight, result, output, geometry)  # type: ignore[arg-type]
+    _product(codes, padding_code, weight, result, output, geometry)
     return output
 
 
@@ -47,17 +49,19 @@ def integer_layer(
     clip_low: float,
     clip_high: float,
     dtype: torch.dtype,
-    *geometry: Ints | int,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
 ) -> Tensor:
-    grid = (output_zero_point, lowest, highest, clip_low, clip_high, dtype)
-    arguments = (codes, zero_point, weight, bias, multiplier, *grid, *geometry)
-    output: Tensor = DECLARED["integer_layer"].empty_outputs(*arguments)
+    geometry = stride, padding, dilation, groups
+    output = output_like(codes, weight.shape[0], weight.shape[2:], geometry, dtype)
     weight, bias = fold_zero_point(weight, bias, zero_point, codes.dtype)
     if output_zero_point is None or lowest is None or highest is None:
         result = Result(bias, multiplier, 0.0, clip_low, clip_high)
     else:
         result = Result(bias, multiplier, output_zero_point, lowest, highest)
-    _product(codes, zero_point, weight, result, output, geometry)  # type: ignore[arg-type]
+    _product(codes, zero_point, weight, result, output, geometry)
     return output
 
 
