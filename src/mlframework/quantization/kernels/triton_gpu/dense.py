@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .arithmetic import to_codes
 from .results import as_signed, store_result
+from .tuning import WINDOW
 
 # How a tile of the input is found. ROWS: a row of the matrix is a row of the input. TAPS: a tile lies within one tap.
 # FLAT: a tile goes over several taps, of few channels.
@@ -19,7 +20,7 @@ TAPS: tl.constexpr = tl.constexpr(1)
 FLAT: tl.constexpr = tl.constexpr(2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps", *WINDOW])
 def dense(
     codes,
     weight,

@@ -13,10 +13,10 @@ from ..operators.layout import with_channels_last
 from .arithmetic import to_codes
 from .launch import EXACT
 from .results import Result, as_signed, store_result
-from .tuning import fastest, loop_bound
+from .tuning import WINDOW, fastest, loop_bound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "taps", "weight_stride", *WINDOW])
 def _depthwise(
     codes,
     weight,

@@ -37,6 +37,7 @@ class Configuration(NamedTuple):
 # The first that is not too large for a layer runs where nothing can be measured.
 _CONFIGURATIONS = (
     Configuration(128, 128, 128, 8, 3),
+    Configuration(128, 128, 128, 4, 3),
     Configuration(128, 256, 128, 8, 3),
     Configuration(128, 64, 128, 4, 3),
     Configuration(64, 128, 128, 4, 4),

@@ -22,6 +22,22 @@ _fastest: dict[Hashable, Any] = {}
 _WARM_UP, _MEASUREMENT = 2, 10
 
 
+# Of a kernel that goes over an image, arguments that it is not compiled anew for: it would be no faster.
+WINDOW = (
+    "height",
+    "width",
+    "output_height",
+    "output_width",
+    "kernel_width",
+    "step_down",
+    "step_right",
+    "top",
+    "left",
+    "dilation_down",
+    "dilation_right",
+)
+
+
 def fastest(key: Hashable, choices: Sequence[Choice], run: Callable[[Choice], object]) -> Choice:
     """The choice with which ``run`` takes the least time; the first one where nothing can be measured.
 

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import arithmetic
-from ..operators.declaration import DECLARED
 from ..operators.integer_layers import UNSIGNED_OFFSET
 from .arithmetic import (
     clamped,
@@ -20,7 +19,9 @@ from .arithmetic import (
     scale_of_range,
     unsaturated_codes,
 )
+from .fake_quantization import fake_quantize
 from .launch import BLOCK, EXACT
+from .statistics import update_moving_average
 from .tuning import loop_bound
 
 
@@ -52,7 +53,7 @@ class QuantizedWeight(NamedTuple):
     mask: Tensor | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outputs", "blocks", "offset"])
 def _prepare(
     weight,
     scale,
@@ -179,15 +180,13 @@ def quantized_weight(
         if averages is not None:
             minimum, maximum, batches, zero_point, momentum = averages
             state = minimum, maximum, batches, scale, zero_point
-            DECLARED["update_moving_average"].run(weight, False, axis, *state, momentum, lowest, highest, True, 0, True)
-        _, codes, mask, _, own_grid = DECLARED["fake_quantize"].run(
-            weight, None, scale, torch.zeros_like(scale), *ends, torch.int8
-        )
+            update_moving_average(weight, False, axis, *state, momentum, lowest, highest, True, 0, True)
+        _, codes, mask, _, own_grid = fake_quantize(weight, None, scale, torch.zeros_like(scale), *ends, torch.int8)
         return _prepared(codes, own_grid[0], bias, grid, lowest, highest, input_dtype, None, mask)
     result = _prepared(weight, scale, bias, grid, lowest, highest, input_dtype, averages, None)
     if not wants_mask:
         return result
-    mask = DECLARED["fake_quantize"].run(weight, None, scale, torch.zeros_like(scale), *ends, None)[2]
+    mask = fake_quantize(weight, None, scale, torch.zeros_like(scale), *ends, None)[2]
     return result._replace(mask=mask)
 
 
@@ -211,7 +210,7 @@ def _prepared(
     length = weight.numel() // outputs
     codes = weight.new_empty((outputs, *kernel, channels), dtype=torch.int8)
     folded = weight.new_empty(outputs, dtype=torch.int32)
-    multiplier, used = weight.new_empty((2, outputs), dtype=torch.float32)
+    multiplier, used = (weight.new_empty(outputs, dtype=torch.float32) for _ in range(2))
     columns = min(triton.next_power_of_2(length), BLOCK)
     rows = min(BLOCK // columns, triton.next_power_of_2(outputs), 64)
     nothing = used  # in the place of what is not read
