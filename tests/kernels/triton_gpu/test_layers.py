@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from example_codes import DTYPES, SIGNED, UNSIGNED, layouts, random_codes
-from example_operators import HALF_PRECISION, LABELS, assert_same, assert_same_layout, in_half_precision, samples
+from example_operators import assert_same
 from mlframework.quantization import kernels
 from mlframework.quantization.kernels import (
     ConvolutionGeometry,
@@ -25,7 +25,6 @@ from mlframework.quantization.kernels import (
 from mlframework.quantization.kernels.backends.exact_floats import EXACT_FLOATS
 from mlframework.quantization.kernels.backends.phases import PHASES
 from mlframework.quantization.kernels.backends.triton_gpu import TRITON_GPU
-from mlframework.quantization.kernels.operators.declaration import DECLARED
 from mlframework.quantization.kernels.plan import plan
 from mlframework.quantization.kernels.products import Product
 
@@ -158,36 +157,3 @@ def test_an_empty_batch() -> None:
     for shape, weight_shape, geometry in CASES.values():
         product = random_product(weight_shape, UNSIGNED, geometry, 3)
         assert_as_floats(product, epilogues(weight_shape[0])[0], random_codes((0, *shape[1:]), UNSIGNED))
-
-
-IN_HALF = (
-    "linear, per tensor",
-    "conv1d, unobserved",
-    "conv2d, channels last, per channel",
-    "depthwise, per channel",
-    "a weight with what is not finite",
-    "biases that do not fit",
-)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [(name, label) for name, label in LABELS if name in HALF_PRECISION and label in IN_HALF],
-)
-def test_half_precision(name: str, label: str, dtype: torch.dtype) -> None:
-    """Of weights, whose codes are those of the same numbers in float32, and of outputs, rounded once."""
-    operator = DECLARED[name]
-    arguments = in_half_precision(name, samples(name)[label], dtype)
-    torch.manual_seed(0)
-    again = in_half_precision(name, samples(name)[label], dtype)
-    with kernels.interpreted_kernels():
-        actual = operator.run(*arguments)
-    expected = operator.reference(*again)
-    for one, other in zip(*(each if isinstance(each, tuple) else (each,) for each in (actual, expected)), strict=True):
-        assert_same(one, other)
-    for index in operator.mutated:
-        assert_same(arguments[index], again[index])
-    output = actual[0] if isinstance(actual, tuple) else actual
-    assert output.dtype is dtype
-    assert_same_layout(output, expected[0] if isinstance(expected, tuple) else expected)

@@ -53,7 +53,7 @@ def _depthwise(
 ):
     """Some positions of the output, by some channels."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = tl.minimum(channel, channels - 1)
     source = tl.minimum(row, rows - 1)
     right = (source % output_width).to(tl.int32) * step_right - left
@@ -76,7 +76,7 @@ def _depthwise(
             inside[:, None] & (channel < channels)[None, :],
             other=zero,
         )
-        factor = tl.load(weight + (known.to(tl.int64) * weight_stride + tap)).to(tl.int32)
+        factor = tl.load(weight + (known * weight_stride + tap)).to(tl.int32)
         sums += as_signed(values).to(tl.int32) * factor[None, :]
     store_result(
         sums,

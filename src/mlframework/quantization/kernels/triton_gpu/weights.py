@@ -89,9 +89,9 @@ def _prepare(
 ):
     """Some of the output's channels, each a row whose elements lie side by side, ``channels`` times ``taps`` of them;
     where these already are next to each other as the products read them, ``taps`` is 1."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < outputs
-    start = (row.to(tl.int64) * length)[:, None]
+    start = (row * length)[:, None]
     column = tl.arange(0, COLUMNS)
     step = tl.load(scale + (row if PER_CHANNEL else row * 0), is_row, other=1.0)
     is_unknown = step != step
