@@ -375,6 +375,16 @@ def _weighted_product() -> Iterator[tuple[str, Arguments]]:
         yield label, (codes, grid, weight, scale, bias, axis, -127, 127, *arguments[-5:])
 
 
+def _in_halves(layers: Iterator[tuple[str, Arguments]]) -> Iterator[tuple[str, Arguments]]:
+    """Of layers of a training step, some with weight and output in half precision."""
+    for label, (codes, grid, weight, *others, _) in layers:
+        if label in _LAYERS_IN_HALVES:
+            for dtype in (torch.bfloat16, torch.float16):
+                # The outputs in half precision of a weight in float32 are autocast's.
+                own = weight.to(dtype) if "conv2d" not in label else weight
+                yield f"{label}, in {dtype}", (codes, grid, own, *others, dtype)
+
+
 def _integer_layer() -> Iterator[tuple[str, Arguments]]:
     number = torch.tensor([3]).int()
     for label, (shape, weight_shape, geometry) in LAYERS.items():
@@ -497,8 +507,7 @@ _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "normalize_backward": _normalize_backward,
 }
 
-# Of the layers of a training step, calls with weight and output in half precision.
-_IN_HALVES = (
+_LAYERS_IN_HALVES = (
     "linear, per tensor",
     "conv1d, unobserved",
     "conv2d, channels last, per channel",
@@ -506,14 +515,6 @@ _IN_HALVES = (
     "a weight with what is not finite",
     "biases that do not fit",
 )
-
-
-def _in_halves(calls: Iterator[tuple[str, Arguments]]) -> Iterator[tuple[str, Arguments]]:
-    for label, (codes, grid, weight, *others, _) in calls:
-        for dtype in (torch.bfloat16, torch.float16) if label in _IN_HALVES else ():
-            copies = [each.clone() if isinstance(each, Tensor) else each for each in others]  # which a call changes
-            yield f"{label}, in {dtype}", (codes, grid, weight.to(dtype), *copies, dtype)
-
 
 _SAMPLES_ON_GPU: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "quantize": _quantize_halves,

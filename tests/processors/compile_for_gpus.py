@@ -45,7 +45,7 @@ class CompilesOnly(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        """Of what is measured, each is compiled."""
+        """Of what is to be measured, each is compiled."""
         return lambda run, **options: run() is None
 
     def map_python_to_cpp_type(self, ty: str) -> str:
@@ -60,7 +60,7 @@ def main(capability: int, names: list[str]) -> None:
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched[name].add(self.__name__)
-        kinds = [kind_of(*each) for each in zip(arguments, self.params, strict=False)]
+        kinds = [kind_of(argument) for argument in arguments]
         # Triton makes a constant of every 1, which is another thing to a kernel than a number: once for each argument.
         ones = {(self.__name__, place) for place, kind in enumerate(kinds) if kind is int and arguments[place] == 1}
         needed = ones | {(self.__name__, *kinds, *options.items())}
@@ -75,31 +75,30 @@ def main(capability: int, names: list[str]) -> None:
                 launched[name] = set()
                 for arguments in samples_on_gpu(name).values():
                     function_of(module, name)(*arguments)
-    if not names:
-        name = "integer_layer"
+    if not names or "folded_layer" in names:
+        name = "folded_layer"
         finish_library_products()
     print(json.dumps({name: sorted(kernels) for name, kernels in launched.items()}))
 
 
 def finish_library_products() -> None:
-    """What no operator launches without a GPU: the rest of a layer whose product a library has computed."""
+    """What a layer launches only where there is a GPU: its rest, after a product that a library has computed."""
     from mlframework.quantization.kernels.triton_gpu.library_products import through_library
     from mlframework.quantization.kernels.triton_gpu.results import Result
 
     rows, weight = torch.zeros(24, 16, dtype=torch.uint8), torch.zeros(8, 16, dtype=torch.int8)
-    ends = torch.zeros(1, dtype=torch.int32)
+    end = torch.zeros(1, dtype=torch.int32)
     for dtype in (torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16):
-        for grid in ((3.0, 0.0, 255.0), (ends, ends, ends)):
+        for grid in ((3.0, 0.0, 255.0), (end, end, end)):
             result = Result(torch.zeros(8, dtype=torch.int32), torch.ones(8), *grid)
             through_library(rows, weight, result, torch.empty(24, 8, dtype=dtype))
 
 
-def kind_of(argument: Any, parameter: Any) -> Any:
+def kind_of(argument: Any) -> Any:
     """What decides, of an argument, which lines of a kernel are compiled, and with which types."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype
-    chooses = isinstance(argument, bool) or (parameter.is_constexpr and argument in (0, 1, 2))  # others are sizes
-    return argument if chooses else type(argument)
+    return argument if isinstance(argument, bool) else type(argument)
 
 
 def check(name: str, assembly: dict[str, str]) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from example_codes import UNSIGNED, random_codes
 from example_operators import assert_same, observer
-from mlframework.quantization import QuantizationScheme, arithmetic
+from mlframework.quantization import QuantizationScheme, arithmetic, kernels
 from mlframework.quantization.kernels import ConvolutionGeometry
 from mlframework.quantization.kernels.differentiable.layer import Codes, Computation, WeightState, layer_on_codes
+from mlframework.quantization.kernels.triton_gpu.availability import is_interpreter
 
 # The shape of the codes, that of the weight, and the geometry.
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], ConvolutionGeometry | None]] = {
@@ -207,6 +208,33 @@ def test_under_autocast_the_gradients_are_of_lower_precision() -> None:
         assert one.dtype is torch.float32
         assert not torch.equal(one, other)
         assert (one - other).abs().max() <= 0.02 * other.abs().max()  # of 8 bits, in sums of which some cancel
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not is_interpreter(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize("under_autocast", [False, True])
+@EVERY_CASE
+def test_kernels_for_gpus_return_the_dtype_of_a_float_layer(case: Any, under_autocast: bool) -> None:
+    """Autocast's, else that of the input; rounded once, and computed again the same."""
+    whole, layer = Layer(case, 0), Layer(case, 0)
+    expected, _ = whole()
+    expected.backward(whole.gradient)
+    if not under_autocast:
+        layer.input = layer.input.detach().half().requires_grad_()
+    with kernels.interpreted_kernels():
+        with torch.autocast("cpu", dtype=torch.float16, enabled=under_autocast):
+            output, computation = layer(again=True)
+        assert computation is not None
+        assert_same(output.detach(), expected.detach().half())
+        assert_same(computation(), output.detach())
+        output.backward(layer.gradient.half())
+    for own, other in ((layer.input, whole.input), (layer.weight, whole.weight), (layer.bias, whole.bias)):
+        assert own is not None
+        assert own.grad is not None
+        assert other is not None
+        assert other.grad is not None
+        assert own.grad.dtype is own.dtype
+        assert (own.grad.float() - other.grad).abs().max() <= 0.01 * other.grad.abs().max()  # of 11 bits, in sums
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ SOME = pytest.mark.parametrize("name", ["cnn", "mlp"])
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often kernels for GPUs run layers, by operator."""
     counts: Counter[str] = Counter()
 

@@ -154,7 +154,7 @@ class _Layer(torch.autograd.Function):
         return to_input, to_weight, to_bias, *[None] * 6
 
 
-def output_dtype(input: Tensor, codes: Tensor) -> torch.dtype:
+def _output_dtype(input: Tensor, codes: Tensor) -> torch.dtype:
     """Of a layer on these codes of an input: what the layer would return by itself, where kernels for a GPU run it; the
     compiled ones return float32."""
     if kernels_for(codes) != "triton":
@@ -224,7 +224,7 @@ def layer_on_codes(
         update_moving_average(
             own_weight, False, axis, *state.averages, state.scale, state.zero_point, state.momentum, state.scheme, True
         )
-    dtype = output_dtype(input, codes.codes)
+    dtype = _output_dtype(input, codes.codes)
     output: Tensor = call(_Layer, input, weight, bias, *codes, own_weight, state, geometry, dtype)
     if not again:
         return output, None

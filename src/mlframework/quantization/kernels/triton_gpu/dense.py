@@ -13,12 +13,6 @@ from .arithmetic import to_codes
 from .results import as_signed, store_result
 from .tuning import WINDOW
 
-# How a tile of the input is found. ROWS: a row of the matrix is a row of the input. TAPS: a tile lies within one tap.
-# FLAT: a tile goes over several taps, of few channels.
-ROWS: tl.constexpr = tl.constexpr(0)
-TAPS: tl.constexpr = tl.constexpr(1)
-FLAT: tl.constexpr = tl.constexpr(2)
-
 
 @triton.jit(do_not_specialize=["rows", "steps", *WINDOW])
 def dense(
@@ -50,7 +44,8 @@ def dense(
     left,
     dilation_down,
     dilation_right,
-    MODE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_FLAT: tl.constexpr,
     EVEN: tl.constexpr,
     PADDING_IN_MEMORY: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
@@ -60,8 +55,12 @@ def dense(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of the output; the second axis of the grid is that of the groups. ``rows`` are all positions, ``outputs``
-    and ``channels`` those of a group, and ``length`` is the number of products to a sum."""
+    """A tile of the output; the second axis of the grid is that of the groups.
+
+    ``rows`` are all positions, ``outputs`` and ``channels`` those of a group, and ``length`` is the number of products
+    to a sum. Without a window, a row of the matrix is a row of the input. With one, a tile of the input lies within one
+    tap or, flat, goes over several, of few channels.
+    """
     program = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     down = tl.cdiv(rows, BLOCK_M)
@@ -78,7 +77,7 @@ def dense(
     output_channel = group * outputs + column
     k = tl.arange(0, BLOCK_K)
     weight_row = (group * outputs + tl.minimum(column, outputs - 1)) * length
-    if MODE == ROWS:
+    if not HAS_WINDOW:
         start = source * row_stride
     else:
         right = (source % output_width).to(tl.int32) * step_right - left
@@ -93,12 +92,12 @@ def dense(
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     blocks = tl.cdiv(channels, BLOCK_K)  # to a tap
     for step in range(steps):
-        if MODE == ROWS:
+        if not HAS_WINDOW:
             at = step * BLOCK_K + k
             place = at.to(tl.int64)
             is_product = at < length
             inside = tl.full((BLOCK_M, 1), 1, tl.int1)
-        elif MODE == TAPS:
+        elif not IS_FLAT:
             tap = step // blocks
             channel = step % blocks * BLOCK_K + k
             tap_row = tap // kernel_width * dilation_down
@@ -126,7 +125,7 @@ def dense(
         else:  # what is read in the place of a code then does not matter
             inside = inside & is_product[None, :]
             weights = tl.load(weight_address, is_product[:, None], other=0)
-        values = tl.load(address) if EVEN and MODE == ROWS else tl.load(address, inside, other=zero)
+        values = tl.load(address) if EVEN and not HAS_WINDOW else tl.load(address, inside, other=zero)
         sums = tl.dot(as_signed(values), weights, sums, out_dtype=tl.int32)
     store_result(
         sums,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..operators.layer_sums import Ints
 from ..operators.layout import with_channels_last
-from .dense import FLAT, ROWS, TAPS, dense
+from .dense import dense
 from .launch import EXACT
 from .library_products import suits_library, through_library
 from .results import Result
@@ -62,7 +62,11 @@ def configurations(rows: int, outputs: int, products: int) -> tuple[Configuratio
 
 
 class _Layer(NamedTuple):
-    """The numbers that :func:`.dense.dense` takes from ``rows`` on, but for that of its steps, which the tile says."""
+    """What :func:`.dense.dense` takes of a layer, in its order but for the number of steps, which the tile says.
+
+    Attributes:
+        groups: the second axis of the grid.
+    """
 
     rows: int
     outputs: int
@@ -73,6 +77,14 @@ class _Layer(NamedTuple):
     kernel_width: int
     strides: tuple[int, int, int]
     geometry: Sequence[int]
+    has_window: bool
+    is_flat: bool
+    groups: int
+
+    @property
+    def products(self) -> int:
+        """The number that tiles share out: those of a tap, or of all where tiles go over several."""
+        return self.length if self.is_flat else self.channels
 
 
 def linear(rows: Tensor, padding_code: int | Tensor, weight: Tensor, result: Result, output: Tensor) -> None:
@@ -80,8 +92,9 @@ def linear(rows: Tensor, padding_code: int | Tensor, weight: Tensor, result: Res
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     outputs, channels = weight.shape
     one = (1, 1)
-    layer = _Layer(rows.shape[0], outputs, channels, channels, one, one, 1, (0, rows.stride(0), 0), (*one, 0, 0, *one))
-    _run(rows, padding_code, weight, result, output, layer, ROWS.value, 1)
+    nowhere = (one, one, 1, (0, rows.stride(0), 0), (*one, 0, 0, *one), False, False, 1)
+    layer = _Layer(rows.shape[0], outputs, channels, channels, *nowhere)
+    _run(rows, padding_code, weight, result, output, layer)
 
 
 def convolution(
@@ -114,9 +127,11 @@ def convolution(
         kernel[1],
         (codes.stride(0), down, right),
         (*strides, *padding, *dilation),
+        True,
+        channels < _CHANNELS_OF_A_TILE,
+        groups,
     )
-    mode = TAPS.value if channels >= _CHANNELS_OF_A_TILE else FLAT.value
-    _run(codes, padding_code, weight, result, output, layer, mode, groups)
+    _run(codes, padding_code, weight, result, output, layer)
 
 
 def _run(
@@ -126,22 +141,19 @@ def _run(
     result: Result,
     output: Tensor,
     layer: _Layer,
-    mode: int,
-    groups: int,
 ) -> None:
-    products = layer.channels if mode == TAPS.value else layer.length
     bucket = triton.next_power_of_2(layer.rows)
-    choices: tuple[Configuration | None, ...] = configurations(bucket, layer.outputs, products)
-    if mode == ROWS.value and suits_library(codes, weight):
+    choices: tuple[Configuration | None, ...] = configurations(bucket, layer.outputs, layer.products)
+    if not layer.has_window and suits_library(codes, weight):
         choices = (*choices, None)
 
     def run(choice: Configuration | None) -> None:
         if choice is None:
             through_library(codes, weight, result, output)
         else:
-            _launch(codes, padding_code, weight, result, output, layer, mode, groups, choice)
+            _launch(codes, padding_code, weight, result, output, layer, choice)
 
-    key = (bucket, layer[1:], mode, groups, codes.dtype, output.dtype, codes.device)
+    key = (bucket, layer[1:], codes.dtype, output.dtype, codes.device)
     run(fastest(key, choices, run))
 
 
@@ -152,15 +164,12 @@ def _launch(
     result: Result,
     output: Tensor,
     layer: _Layer,
-    mode: int,
-    groups: int,
     configuration: Configuration,
 ) -> None:
     block_m, block_n, block_k, warps, stages = configuration
-    taps = layer.length // layer.channels if mode == TAPS.value else 1
-    products = layer.channels if mode == TAPS.value else layer.length
+    products = layer.products
     tiles = triton.cdiv(layer.rows, block_m) * triton.cdiv(layer.outputs, block_n)
-    dense[(tiles, groups)](
+    dense[(tiles, layer.groups)](
         codes,
         weight,
         result.bias,
@@ -171,15 +180,16 @@ def _launch(
         layer.rows,
         layer.outputs,
         layer.channels,
-        loop_bound(taps * triton.cdiv(products, block_k)),
+        loop_bound(layer.length // products * triton.cdiv(products, block_k)),
         layer.length,
         *layer.size,
         *layer.output_size,
         layer.kernel_width,
         *layer.strides,
         *layer.geometry,
-        mode,
-        mode != FLAT.value and products % block_k == 0,
+        layer.has_window,
+        layer.is_flat,
+        not layer.is_flat and products % block_k == 0,
         isinstance(padding_code, Tensor),
         result.multiplier.numel() > 1,
         result.is_in_memory,

@@ -46,9 +46,8 @@ def fastest(key: Hashable, choices: Sequence[Choice], run: Callable[[Choice], ob
         choices: each gives the same results.
         run: may be called any number of times.
     """
-    known: Choice | None = _fastest.get(key)
-    if known is not None:
-        return known
+    if key in _fastest:
+        return _fastest[key]  # type: ignore[no-any-return]
     if len(choices) == 1 or INTERPRETS or _is_capturing():
         return choices[0]
     measure = triton.runtime.driver.active.get_benchmarker()
