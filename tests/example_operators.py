@@ -14,6 +14,7 @@ from mlframework.quantization import kernels
 from mlframework.quantization.kernels.operators.declaration import DECLARED, Operator
 from mlframework.quantization.kernels.operators.integer_layers import fold_zero_point
 from mlframework.quantization.kernels.operators.masks import pack_mask
+from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED
 
 Arguments = tuple[Any, ...]
 FLOATS = (torch.float32, torch.bfloat16)
@@ -38,6 +39,11 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Arguments]] = {
     "depthwise": ((2, 37, 8, 9), (37, 1, 3, 3), ([2, 2], [1, 1], [1, 1], 37)),
 }
 
+
+# Operators with kernels for GPUs, and the dtypes of the first argument that these take. Hashes of a GPU are its own.
+ON_GPU = {
+    name: dtypes for operators in IMPLEMENTED.values() for name, dtypes in operators.items() if name != "fingerprints"
+}
 
 # Sums over elements, which kernels form in an order of their own. These are of up to 120 terms of
 # magnitude 300 at the most; of float32 (fake_quantize_backward, batch_statistics) or rounded to it.
@@ -474,8 +480,9 @@ def _normalize_backward() -> Iterator[tuple[str, Arguments]]:
         values = rows_of(torch.randn(shape) * 2)
         mask, gradient = pack_mask(values > 0), rows_of(torch.randn(shape))
         statistics = torch.randn(5), torch.rand(5) + 0.5
-        yield f"of shape {shape}", (gradient, mask, values, *statistics, torch.randn(5), math.inf)
-        yield f"of shape {shape}, without a weight, clipped", (gradient, mask, values, *statistics, None, 0.7)
+        yield f"of shape {shape}", (gradient, mask, values, *statistics, torch.randn(5), math.inf, False)
+        yield f"of shape {shape}, without a weight, clipped", (gradient, mask, values, *statistics, None, 0.7, False)
+        yield f"of shape {shape}, frozen", (gradient, mask, values, *statistics, torch.randn(5), math.inf, True)
 
 
 _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
@@ -516,9 +523,18 @@ _LAYERS_IN_HALVES = (
     "biases that do not fit",
 )
 
+
+def _folded_layer_in_halves() -> Iterator[tuple[str, Arguments]]:
+    for label, (*layer, dtype, stride, padding, dilation, groups) in _folded_layer():
+        if dtype is torch.float32:
+            for half in (torch.bfloat16, torch.float16):
+                yield f"{label} in {half}", (*layer, half, stride, padding, dilation, groups)
+
+
 _SAMPLES_ON_GPU: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "quantize": _quantize_halves,
     "lookup_gradient": _lookup_gradient_in_halves,
+    "folded_layer": _folded_layer_in_halves,
     "train_layer": lambda: _in_halves(_train_layer()),
     "weighted_product": lambda: _in_halves(_weighted_product()),
 }

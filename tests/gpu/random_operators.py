@@ -12,6 +12,7 @@ from torch import Tensor
 
 from example_codes import SIGNED, UNSIGNED, random_codes
 from example_operators import RELU6, UNBOUNDED, observer, rows_of, with_specials
+from mlframework.quantization.kernels.operators.integer_layers import fold_zero_point
 from mlframework.quantization.kernels.operators.masks import pack_mask
 
 Arguments = tuple[Any, ...]
@@ -40,6 +41,8 @@ class Draw:
         self.random = random.Random(seed)
         self.tiny = tiny
         self.dtypes = dtypes
+        # The interpreter's halves are not those of a GPU (tests/kernels/triton_gpu/conftest.py).
+        self.floats_of_results = (torch.float32,) if tiny else (torch.float32, torch.bfloat16, torch.float16)
 
     def maybe(self, value: Any, chance: float = 0.5) -> Any:
         return value if self.random.random() < chance else None
@@ -168,7 +171,7 @@ def _quantize(draw: Draw) -> Arguments:
 def _dequantize(draw: Draw) -> Arguments:
     codes = draw.codes(draw.shape())
     axis = draw.axis(tuple(codes.shape))
-    return codes, *draw.grid(tuple(codes.shape), axis), axis
+    return codes, *draw.grid(tuple(codes.shape), axis), axis, draw.one_of(*draw.floats_of_results)
 
 
 def _extremes(draw: Draw) -> Arguments:
@@ -241,12 +244,12 @@ def _train_layer(draw: Draw) -> Arguments:
     bias = draw.maybe(torch.randn(outputs))
     grid = torch.tensor([[0.037], [float(draw.one_of(0, 3, 128))]])
     rest = (0, *observer(outputs, is_new=draw.one_of(True, False)), 0.1, -127, 127, True, True, *geometry)
-    return codes, grid, torch.randn(weight_shape), bias, *rest
+    return codes, grid, torch.randn(weight_shape), bias, *rest, draw.one_of(*draw.floats_of_results)
 
 
 def _weighted_product(draw: Draw) -> Arguments:
     codes, grid, weight, bias, *rest = _train_layer(draw)
-    return codes, grid, weight, torch.rand(weight.shape[0]) * 0.02 + 0.005, bias, 0, -127, 127, *rest[-4:]
+    return codes, grid, weight, torch.rand(weight.shape[0]) * 0.02 + 0.005, bias, 0, -127, 127, *rest[-5:]
 
 
 def _integer_layer(draw: Draw) -> Arguments:
@@ -258,6 +261,13 @@ def _integer_layer(draw: Draw) -> Arguments:
     output = draw.one_of(to_codes, (None, None, None, *RELU6, torch.float32))
     weight = random_codes(weight_shape, SIGNED)
     return draw.codes(shape), torch.tensor([3]).int(), weight, bias, torch.rand(outputs) * 1e-3, *output, *geometry
+
+
+def _folded_layer(draw: Draw) -> Arguments:
+    codes, zero_point, weight, bias, multiplier, *_, stride, padding, dilation, groups = _integer_layer(draw)
+    folded = fold_zero_point(weight, bias, zero_point, codes.dtype)
+    output = draw.one_of((9, 9.0, 255.0, UNSIGNED), (0, *RELU6, draw.one_of(*draw.floats_of_results)))
+    return codes, int(zero_point), *folded, multiplier, *output, stride, padding, dilation, groups
 
 
 def _batch_of_rows(draw: Draw) -> Tensor:
@@ -283,7 +293,7 @@ def _normalize_backward(draw: Draw) -> Arguments:
     channels = values.shape[1]
     gradient = torch.empty_like(values).copy_(torch.randn(values.shape) + 0.5)
     statistics = torch.randn(channels), torch.rand(channels) + 0.5, draw.maybe(torch.randn(channels))
-    return gradient, pack_mask(values > 0), values, *statistics, draw.one_of(math.inf, CLIP)
+    return gradient, pack_mask(values > 0), values, *statistics, draw.one_of(math.inf, CLIP), draw.one_of(True, False)
 
 
 RANDOM: dict[str, Callable[[Draw], Arguments]] = {
@@ -305,6 +315,7 @@ RANDOM: dict[str, Callable[[Draw], Arguments]] = {
     "train_layer": _train_layer,
     "weighted_product": _weighted_product,
     "integer_layer": _integer_layer,
+    "folded_layer": _folded_layer,
     "batch_statistics": _batch_statistics,
     "normalize": _normalize,
     "normalize_backward": _normalize_backward,

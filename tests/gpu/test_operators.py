@@ -9,15 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from example_operators import LABELS, SUMS, assert_same, assert_same_layout, samples, tensors_of
+from example_operators import LABELS_ON_GPU, ON_GPU, SUMS, assert_same, assert_same_layout, samples_on_gpu, tensors_of
 from gpu.moving import moved, on_cpu
 from gpu.random_operators import RANDOM, Draw
 from mlframework.quantization.kernels.operators.declaration import DECLARED, Operator
-from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED
 
 pytestmark = pytest.mark.usefixtures("_kernels")
 
-ON_GPU = {name: dtypes for operators in IMPLEMENTED.values() for name, dtypes in operators.items()}
 CASES, CASES_A_TEST, REHEARSED_CASES = 50, 10, 2
 
 # Sums of up to two million terms, relative to the largest of a result: float32 in another order, or rounded to a half.
@@ -59,15 +57,19 @@ def sums_differ(actual: Tensor, expected: Tensor) -> float:
     return difference
 
 
-@pytest.mark.parametrize(("operator", "label"), [sample for sample in LABELS if sample[0] in ON_GPU])
+@pytest.mark.parametrize(("operator", "label"), [sample for sample in LABELS_ON_GPU if sample[0] in ON_GPU])
 def test_samples(operator: str, label: str, device: torch.device) -> None:
-    arguments = samples(operator)[label]
+    arguments = samples_on_gpu(operator)[label]
     assert device.type == "cpu" or DECLARED[operator].has_kernel(moved(arguments[0], device))
     compare(DECLARED[operator], arguments, device, is_realistic=False)
 
 
+def test_every_operator_is_called_at_random() -> None:
+    assert set(RANDOM) == set(ON_GPU)
+
+
 @pytest.mark.parametrize("first", range(0, CASES, CASES_A_TEST))
-@pytest.mark.parametrize("operator", [name for name in RANDOM if name in ON_GPU])
+@pytest.mark.parametrize("operator", RANDOM)
 def test_random_calls(
     operator: str, first: int, device: torch.device, rehearses: bool, record_property: Callable[[str, object], None]
 ) -> None:

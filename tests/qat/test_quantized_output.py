@@ -250,7 +250,6 @@ class NoisyBatchNorm(nn.BatchNorm2d):
 
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "frozen batch norm": lambda prepared: prepared.get_submodule("1").eval(),
     "output node off": lambda prepared: setattr(
         prepared.get_submodule("0").output_fake_quantize, "fake_quantize_enabled", False
     ),
@@ -258,8 +257,20 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
         prepared.get_submodule("0").output_fake_quantize, "calibrating", True
     ),
     "output node reset": lambda prepared: prepared.get_submodule("0").output_fake_quantize.reset(),
-    "everything frozen": lambda prepared: prepared.eval(),
 }
+
+
+@pytest.mark.parametrize("what", ["batch norm", "everything"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_frozen_statistics_normalize_in_the_same_step(kind: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, input = trained(chain(kind), shape_of(kind)), beyond(shape_of(kind))
+    batch_norm = prepared.get_submodule("1")
+    (batch_norm if what == "batch norm" else prepared).eval()
+    before = {name: buffer.clone() for name, buffer in batch_norm.named_buffers()}
+    calls = count_operators(monkeypatch, "normalize", "batch_statistics")
+    assert_steps_agree(step_of(prepared, input), reference_step(prepared, input), step_size(prepared))
+    assert calls == {"normalize": 1}
+    assert all(torch.equal(buffer, before[name]) for name, buffer in batch_norm.named_buffers())
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

@@ -120,7 +120,7 @@ def test_nan_of_a_clip_stays() -> None:
 
 def normalized(input: Tensor, weight: Tensor | None, bias: Tensor | None, clip: Any, grid: Grid, **again: Any) -> Any:
     statistics = batch_statistics(input.detach(), None, None, 0.1, EPSILON)
-    options = {"computation": None, "addend": None} | again
+    options = {"computation": None, "addend": None, "is_frozen": False} | again
     return normalize_and_quantize(input, weight, bias, statistics, clip, grid, **options)
 
 

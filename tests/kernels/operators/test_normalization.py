@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mlframework.quantization import QuantizationScheme, kernels
 from mlframework.quantization.kernels.operators.layout import with_channels_last
-from mlframework.quantization.kernels.operators.masks import unpack_mask
+from mlframework.quantization.kernels.operators.masks import pack_mask, unpack_mask
 from mlframework.quantization.kernels.operators.normalization import (
     batch_statistics,
+    frozen_statistics,
     lies_in_rows,
     normalize,
     normalize_backward,
@@ -188,7 +189,7 @@ def test_gradients_are_those_of_float64(shape: tuple[int, ...], affine: bool, gr
     result = normalized(values, (0.0, 3.0))
     gradient = torch.randn(shape)  # contiguous: of another layout than the values
     mean, inverse = statistics_of(values)
-    actual = normalize_backward(gradient, result.mask, values, mean, inverse, weight, gradient_clip)
+    actual = normalize_backward(gradient, result.mask, values, mean, inverse, weight, gradient_clip, is_frozen=False)
 
     exact = values.double().requires_grad_()
     gamma = (torch.ones(shape[1]) if weight is None else weight).double().requires_grad_()
@@ -203,6 +204,24 @@ def test_gradients_are_those_of_float64(shape: tuple[int, ...], affine: bool, gr
         assert (one.double() - other).abs().max() <= bound * other.abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_frozen_statistics_are_constants(shape: tuple[int, ...]) -> None:
+    values = channels_last(*shape)
+    mean, variance = torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
+    known = frozen_statistics(mean, variance, EPSILON)
+    gradient, weight = torch.randn(shape), torch.randn(shape[1])
+    mask = pack_mask(values > 0)
+    actual = normalize_backward(gradient, mask, values, *known, weight, None, is_frozen=True)
+
+    exact = values.double().requires_grad_()
+    gamma, beta = weight.double().requires_grad_(), torch.zeros(shape[1], dtype=torch.float64).requires_grad_()
+    passed = gradient.double() * (values > 0)
+    F.batch_norm(exact, mean.double(), variance.double(), gamma, beta, eps=EPSILON).backward(passed)
+    for one, other in zip(actual, (exact.grad, gamma.grad, beta.grad), strict=True):
+        assert other is not None
+        assert (one.double() - other).abs().max() <= 3e-5 * other.abs().max() + 1e-6  # sums, relative to the largest
+
+
 @pytest.mark.usefixtures("_threads")
 def test_any_number_of_threads_gives_the_same_sums() -> None:
     values = channels_last(4, 33, 60, 61)
@@ -211,7 +230,7 @@ def test_any_number_of_threads_gives_the_same_sums() -> None:
     def everything() -> list[Tensor]:
         mean, inverse = statistics_of(values)
         result = normalized(values, (0.0, 6.0))
-        backward = normalize_backward(gradient, result.mask, values, mean, inverse, None, None)
+        backward = normalize_backward(gradient, result.mask, values, mean, inverse, None, None, is_frozen=False)
         return [mean, inverse, result.values, result.codes, result.mask, result.extremes, *backward]
 
     several = everything()
@@ -258,6 +277,6 @@ def test_what_compiled_kernels_refuse() -> None:
         )
     arguments: Any = (torch.zeros(2, 3), torch.zeros(3), torch.ones(3), None, None)
     with pytest.raises(RuntimeError, match="mask must hold one bit to an element"):
-        normalize_backward(torch.zeros(2, 3), torch.zeros(2, dtype=torch.uint8), *arguments)
+        normalize_backward(torch.zeros(2, 3), torch.zeros(2, dtype=torch.uint8), *arguments, is_frozen=False)
     with pytest.raises(RuntimeError, match="gradient must have the shape of values"):
-        normalize_backward(torch.zeros(3, 2), torch.zeros(1, dtype=torch.uint8), *arguments)
+        normalize_backward(torch.zeros(3, 2), torch.zeros(1, dtype=torch.uint8), *arguments, is_frozen=False)

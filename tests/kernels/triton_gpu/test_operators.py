@@ -5,15 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from example_operators import LABELS_ON_GPU, SUMS, assert_same, assert_same_layout, samples_on_gpu, tensors_of
+from example_operators import LABELS_ON_GPU, ON_GPU, SUMS, assert_same, assert_same_layout, samples_on_gpu, tensors_of
 from mlframework.quantization import kernels
 from mlframework.quantization.kernels.operators.declaration import DECLARED
-from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED
 
 pytestmark = pytest.mark.interpreter
-
-# Hashes of a GPU are its own.
-ON_GPU = {name for operators in IMPLEMENTED.values() for name in operators} - {"fingerprints"}
 
 
 @pytest.mark.parametrize(("name", "label"), [sample for sample in LABELS_ON_GPU if sample[0] in ON_GPU])

@@ -17,7 +17,7 @@ from ..int8.lookup import Lookup
 from ..kernels.differentiable.following import Grid, clip_and_quantize, look_up_and_quantize, normalize_and_quantize
 from ..kernels.differentiable.layer import Computation
 from ..kernels.operators.fake_quantization import mask_gradient
-from ..kernels.operators.normalization import batch_statistics, lies_in_rows
+from ..kernels.operators.normalization import batch_statistics, frozen_statistics, lies_in_rows
 from .activation_observer import BatchStatistics
 from .attached_codes import Way, attach_codes
 from .batch_norms import plain_batch_norm
@@ -34,12 +34,13 @@ def normalized_and_quantized(
     clip: Clip,
     node: FakeQuantizeLayer,
 ) -> Tensor | None:
-    """Batch normalization in training mode with what follows it, or None.
+    """Batch normalization with what follows it, or None.
 
     Args:
-        input: (N, C, *size), float32.
+        input: (N, C, *size).
         computation: what computes ``input`` again in backward, with ``addend`` added; None to keep ``input`` itself.
-        batch_norm: statistics are those of this batch; running statistics are updated.
+        batch_norm: in training mode, statistics are those of this batch, and running statistics are updated; otherwise
+            these normalize.
         activation: the module that clips to ``clip``, if any.
         node: quantizes the result.
     """
@@ -48,14 +49,20 @@ def normalized_and_quantized(
     if is_watched(batch_norm, activation) or not _fuses(node):
         return None
     plain = plain_batch_norm(batch_norm)
-    if not isinstance(plain, (nn.BatchNorm1d, nn.BatchNorm2d)) or not (plain.training and plain.track_running_stats):
+    if not isinstance(plain, (nn.BatchNorm1d, nn.BatchNorm2d)) or not plain.track_running_stats:
         return None
-    state = plain.weight, plain.bias, plain.running_mean, plain.running_var
+    mean, variance = plain.running_mean, plain.running_var
+    state = plain.weight, plain.bias, mean, variance
     if not all(each is None or (each.dtype is torch.float32 and each.is_contiguous()) for each in state):
         return None
-    statistics = batch_statistics(input.detach(), plain.running_mean, plain.running_var, _momentum(plain), plain.eps)
-    result = normalize_and_quantize(input, plain.weight, plain.bias, statistics, clip, _grid(node), computation, addend)
-    return _observed(node, *result)
+    if plain.training:
+        statistics = batch_statistics(input.detach(), mean, variance, _momentum(plain), plain.eps)
+    elif mean is not None and variance is not None:
+        statistics = frozen_statistics(mean, variance, plain.eps)
+    else:
+        return None
+    numbers = plain.weight, plain.bias, statistics, clip, _grid(node), computation, addend
+    return _observed(node, *normalize_and_quantize(input, *numbers, is_frozen=not plain.training))
 
 
 def clipped_and_quantized(

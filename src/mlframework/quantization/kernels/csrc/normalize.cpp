@@ -239,7 +239,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
                                                       const Tensor& mean, const Tensor& inverse_deviation,
-                                                      const std::optional<Tensor>& weight, double gradient_clip) {
+                                                      const std::optional<Tensor>& weight, double gradient_clip,
+                                                      bool is_frozen) {
   const Rows rows = rows_of(values);
   rows_of(gradient);
   STD_TORCH_CHECK(sizes_of(gradient) == sizes_of(values), "gradient must have the shape of values");
@@ -259,15 +260,16 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, co
   const std::vector<double> sums = sum_twice(rows, constants, sum_gradients);
 
   const size_t channels = static_cast<size_t>(rows.channels);
-  const double count = static_cast<double>(rows.count);
+  // Statistics that are not the batch's own do not change with its values.
+  const double share = is_frozen ? 0.0 : 1.0 / static_cast<double>(rows.count);
   std::vector<double> to_weight(channels), to_bias(channels);
   std::vector<float> average(channels), projection(channels), factor(channels);
   for (size_t c = 0; c < channels; ++c) {
     const double inverse = static_cast<double>(inverses[c]);
     to_bias[c] = sums[c];
     to_weight[c] = sums[channels + c] * inverse;
-    average[c] = static_cast<float>(sums[c] / count);
-    projection[c] = static_cast<float>(to_weight[c] * inverse / count);
+    average[c] = static_cast<float>(sums[c] * share);
+    projection[c] = static_cast<float>(to_weight[c] * inverse * share);
     factor[c] = static_cast<float>(static_cast<double>(weights[c]) * inverse);
   }
   const std::vector<float> averages = repeated(average, rows), projections = repeated(projection, rows);

@@ -102,6 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
                                                       const Tensor& mean, const Tensor& inverse_deviation,
-                                                      const std::optional<Tensor>& weight, double gradient_clip);
+                                                      const std::optional<Tensor>& weight, double gradient_clip,
+                                                      bool is_frozen);
 
 }  // namespace kernels

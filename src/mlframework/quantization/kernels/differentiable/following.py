@@ -57,6 +57,7 @@ class _Normalize(torch.autograd.Function):
         grid: Grid,
         computation: Computation | None,
         addend: Tensor | None,
+        is_frozen: bool,
     ) -> tuple[Tensor | None, ...]:
         values, codes, mask, extremes, own_grid = normalize(
             input, mean, inverse_deviation, weight, bias, clip, *grid[:3], codes=grid.codes
@@ -69,6 +70,7 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(mask, mean, inverse_deviation, weight, *kept)
         ctx.gradient_clip = grid.gradient_clip
         ctx.has_bias = bias is not None
+        ctx.is_frozen = is_frozen
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(each for each in (codes, own_grid, extremes) if each is not None))
         return values, codes, own_grid, extremes
@@ -77,7 +79,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_gradient_of_gradient()
         if gradient is None:
-            return (None,) * 9
+            return (None,) * 10
         mask, mean, inverse_deviation, weight, *kept = ctx.saved_tensors
         if ctx.computed is None:
             (values,) = kept
@@ -86,9 +88,9 @@ class _Normalize(torch.autograd.Function):
             values = Computation(*tensors, *ctx.computed)()
             values = values if addend is None else values + addend
         to_input, to_weight, to_bias = normalize_backward(
-            gradient, mask, values, mean, inverse_deviation, weight, ctx.gradient_clip
+            gradient, mask, values, mean, inverse_deviation, weight, ctx.gradient_clip, is_frozen=ctx.is_frozen
         )
-        return to_input, None if weight is None else to_weight, to_bias if ctx.has_bias else None, *[None] * 6
+        return to_input, None if weight is None else to_weight, to_bias if ctx.has_bias else None, *[None] * 7
 
 
 class _Clip(torch.autograd.Function):
@@ -163,15 +165,18 @@ def normalize_and_quantize(
     grid: Grid,
     computation: Computation | None,
     addend: Tensor | None,
+    *,
+    is_frozen: bool,
 ) -> Quantized:
-    """Batch normalization by the statistics of :func:`.batch_statistics`, a clip, and fake quantization.
+    """Batch normalization by the statistics of :func:`.batch_statistics` or, where they are frozen, of
+    :func:`.frozen_statistics`, a clip, and fake quantization.
 
     Args:
-        input: float32 (N, C, *size), its channels innermost in memory.
+        input: (N, C, *size), its channels innermost in memory.
         weight, bias: (C,).
         computation: what computes ``input`` again in backward, with ``addend`` added; None to keep ``input`` itself.
     """
-    return Quantized(*call(_Normalize, input, weight, bias, *statistics, clip, grid, computation, addend))
+    return Quantized(*call(_Normalize, input, weight, bias, *statistics, clip, grid, computation, addend, is_frozen))
 
 
 def clip_and_quantize(input: Tensor, addend: Tensor | None, clip: Clip, grid: Grid, observes: bool) -> Quantized:

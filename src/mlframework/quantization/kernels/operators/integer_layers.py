@@ -160,7 +160,7 @@ def folded_layer(
     """
     geometry = stride, padding, dilation, groups
     oriented = weight.movedim(-1, 1)
-    # Folding with signed codes, of the zero point's opposite, takes it out again.
+    # These sums are of codes less their zero point: the bias loses the (offset - zero point) * sum(weight) in it.
     offset = UNSIGNED_OFFSET if codes.dtype is torch.uint8 else 0
     bias = fold_zero_point(oriented, bias, offset - padding_code, torch.int8)[1]
     sums = exact_sums(codes, padding_code, oriented, geometry)
@@ -168,7 +168,7 @@ def folded_layer(
     accumulator = sums + arithmetic.along_axis(bias, sums.dim(), axis)
     factor = arithmetic.along_axis(multiplier, sums.dim(), axis)
     if dtype.is_floating_point:
-        return arithmetic.rescale_accumulator(accumulator, factor).clamp_(lowest, highest)
+        return arithmetic.rescale_accumulator(accumulator, factor).clamp_(lowest, highest).to(dtype)
     return arithmetic.requantize_accumulator(accumulator, factor, zero_point, int(lowest), int(highest), dtype)
 
 

@@ -1,6 +1,6 @@
 r"""Batch normalization in training together with the clip and the fake quantization that follow it.
 
-A convolution's output :math:`x` of shape (N, C, *size) becomes, with :math:`\mu, \sigma^2` of the batch,
+A convolution's output :math:`x` of shape (N, C, *size) becomes, with :math:`\mu, \sigma^2` of the batch or frozen ones,
 
 .. math:: y = \mathrm{clip}(x\,a + b),\quad a = \gamma / \sigma,\quad b = \beta - \mu a
    \qquad\text{and}\qquad q = \mathrm{clamp}(\mathrm{rne}(y / s) + z,\ q_{min},\ q_{max}).
@@ -73,6 +73,11 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     mean = values.new_empty(values.shape[1], dtype=torch.float32)
     return mean, torch.empty_like(mean)
+
+
+def frozen_statistics(mean: Tensor, variance: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """What :func:`batch_statistics` returns, of statistics that are known."""
+    return mean, torch.rsqrt(variance.double() + epsilon).float()
 
 
 _Results = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
@@ -185,7 +190,7 @@ def normalize(
 
 @operator(
     "normalize_backward(Tensor gradient, Tensor mask, Tensor values, Tensor mean, Tensor inverse_deviation,"
-    " Tensor? weight, float gradient_clip) -> (Tensor, Tensor, Tensor)",
+    " Tensor? weight, float gradient_clip, bool is_frozen) -> (Tensor, Tensor, Tensor)",
     _FLOAT,
 )
 def _normalize_backward(
@@ -196,6 +201,7 @@ def _normalize_backward(
     inverse_deviation: Tensor,
     weight: Tensor | None,
     gradient_clip: float,
+    is_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inside = unpack_mask(mask, values.shape, values.stride())
     passed = torch.where(inside, gradient.clamp(-gradient_clip, gradient_clip), 0.0).movedim(1, -1).double()
@@ -203,7 +209,9 @@ def _normalize_backward(
     normalized = ((values.movedim(1, -1).double() - mean) * inverse_deviation.double()).reshape(rows.shape)
     to_bias, to_weight = rows.sum(dim=0), (rows * normalized).sum(dim=0)
     factor = inverse_deviation.double() if weight is None else inverse_deviation.double() * weight
-    to_rows = (rows - (to_bias + normalized * to_weight) / rows.shape[0]) * factor
+    # Statistics that are not the batch's own do not change with its values.
+    common = 0.0 if is_frozen else (to_bias + normalized * to_weight) / rows.shape[0]
+    to_rows = (rows - common) * factor
     to_values = to_rows.to(values.dtype).reshape(passed.shape).movedim(-1, 1)
     return to_values, to_weight.to(torch.float32), to_bias.to(torch.float32)
 
@@ -217,6 +225,7 @@ def _(
     inverse_deviation: Tensor,
     weight: Tensor | None,
     gradient_clip: float,
+    is_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(values), torch.empty_like(mean), torch.empty_like(mean)
 
@@ -229,10 +238,13 @@ def normalize_backward(
     inverse_deviation: Tensor,
     weight: Tensor | None,
     gradient_clip: float | None,
+    *,
+    is_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``values``, in its dtype, and of :math:`\\gamma` and of :math:`\\beta`, float32, summed in float64.
 
-    Only what the mask lets pass counts, its magnitude clipped first.
+    Only what the mask lets pass counts, its magnitude clipped first. ``is_frozen``: the statistics are not those of
+    ``values``.
     """
     to_values, to_weight, to_bias = _normalize_backward(
         with_channels_last(gradient),
@@ -242,5 +254,6 @@ def normalize_backward(
         inverse_deviation,
         weight,
         math.inf if gradient_clip is None else gradient_clip,
+        is_frozen,
     )
     return to_values, to_weight, to_bias

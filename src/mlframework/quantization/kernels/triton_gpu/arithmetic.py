@@ -110,3 +110,11 @@ def zero_point_of_range(minimum, scale, lowest, highest):
 def rounded_in_double(value):
     """Half to even, of float64 of a magnitude below ``2**50``: the code of a bias has no room for it in float32."""
     return (value + 6755399441055744.0) - 6755399441055744.0
+
+
+@triton.jit
+def unpacked_bits(mask, start, count, BLOCK: tl.constexpr):
+    """Of a mask of a bit to each of ``count`` elements, those (BLOCK // 8, 8) from ``start`` on, a multiple of eight."""
+    byte = tl.arange(0, BLOCK // 8)
+    bits = tl.load(mask + start // 8 + byte, start + byte * 8 < count, other=0).to(tl.int32)
+    return ((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1) > 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..operators.declaration import DECLARED
 from ..operators.layout import dense, laid_out_like
-from .arithmetic import clamped, grid_zero_point, packed_bits, to_codes, unsaturated_codes
+from .arithmetic import clamped, grid_zero_point, packed_bits, to_codes, unpacked_bits, unsaturated_codes
 from .launch import BLOCK, EXACT, blocks_of, channels_of
 
 
@@ -206,7 +206,7 @@ def fake_quantize(
         code_dtype,
     )
     values, codes, mask, both, grid = outputs
-    input = dense(input)
+    input, scale, zero_point = dense(input), scale.contiguous(), zero_point.contiguous()
     if grid is not None and per_channel:
         grid[0] = scale
         grid[1] = torch.round(zero_point.to(torch.float32)).clamp(lowest, highest)
@@ -277,16 +277,13 @@ def summarize(
 @triton.jit
 def _mask_gradient(gradient, mask, passed, count, clip, CLIPS: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    places = tl.arange(0, BLOCK // 8)
-    offset = start + places[:, None] * 8 + tl.arange(0, 8)[None, :]
+    offset = start + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = offset < count
-    byte = start // 8 + places
-    bits = tl.load(mask + byte, byte < (count + 7) // 8, other=0).to(tl.int32)
     value = tl.load(gradient + offset, inside, other=0.0).to(tl.float32)
     if CLIPS:
         value = clamped(value, -clip, clip)
-    passes = ((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1) > 0
-    tl.store(passed + offset, tl.where(passes, value, 0.0).to(passed.dtype.element_ty), inside)
+    value = tl.where(unpacked_bits(mask, start, count, BLOCK), value, 0.0)
+    tl.store(passed + offset, value.to(passed.dtype.element_ty), inside)
 
 
 def mask_gradient(gradient: Tensor, mask: Tensor, strides: list[int], gradient_clip: float | None) -> Tensor:

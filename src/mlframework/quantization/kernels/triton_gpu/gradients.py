@@ -13,7 +13,7 @@ from ..operators.declaration import DECLARED
 from ..operators.layout import dense, laid_out_like
 from .arithmetic import clamped, grid_zero_point, unsaturated_codes
 from .launch import EXACT, channels_of
-from .reductions import channels_as_matrix
+from .reductions import channels_as_matrix, total
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def fake_quantize_backward(
     if input.numel() == 0:
         return operator.reference(gradient, input, scale, zero_point, *options)
     to_input, to_scale, to_zero_point = operator.empty_outputs(gradient, input, scale, zero_point, *options)
-    input = dense(input)
+    input, scale, zero_point = dense(input), scale.contiguous(), zero_point.contiguous()
     per_channel = scale.numel() > 1
     matrix = channels_as_matrix(input, axis if per_channel else -1)
     outer, channels, _ = channels_of(input, axis if per_channel else -1)
@@ -130,10 +130,10 @@ def fake_quantize_backward(
         *matrix.constants,
         **EXACT,
     )
-    if matrix.axis == 1:
-        sums = partials.view(2, outer, channels, matrix.splits).sum((1, 3), dtype=torch.float64)
+    if outer == 1 or matrix.axis == 0:
+        total(partials, matrix, to_scale, to_zero_point)
     else:
-        sums = partials.sum(1, dtype=torch.float64)
-    to_scale.copy_(sums[0])
-    to_zero_point.copy_(sums[1])
+        sums = partials.view(2, outer, channels, matrix.splits).sum((1, 3), dtype=torch.float64)
+        to_scale.copy_(sums[0])
+        to_zero_point.copy_(sums[1])
     return to_input, to_scale, to_zero_point

@@ -6,9 +6,10 @@ import math
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from .launch import BLOCK, MOST_PROGRAMS, channel_rows
+from .launch import BLOCK, EXACT, MOST_PROGRAMS, channel_rows
 
 
 class Reduction(NamedTuple):
@@ -71,3 +72,37 @@ def channels_as_matrix(tensor: Tensor, axis: int) -> Reduction:
     """
     rows, columns, _, are_innermost = channel_rows(tensor, axis)
     return reduction(rows, columns, 0 if are_innermost else 1)
+
+
+@triton.jit
+def _total(
+    partials,
+    first,
+    second,
+    kept,
+    splits,
+    size,
+    kept_stride,
+    split_stride,
+    KEPT: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    own = (tl.program_id(0).to(tl.int64) * KEPT + tl.arange(0, KEPT))[:, None]
+    split = tl.arange(0, SPLITS)[None, :]
+    inside = (own < kept) & (split < splits)
+    place = partials + (own * kept_stride + split.to(tl.int64) * split_stride)
+    one = tl.sum(tl.load(place, inside, other=0.0).to(tl.float64), 1)
+    other = tl.sum(tl.load(place + size, inside, other=0.0).to(tl.float64), 1)
+    own = tl.program_id(0).to(tl.int64) * KEPT + tl.arange(0, KEPT)
+    tl.store(first + own, one.to(tl.float32), own < kept)
+    tl.store(second + own, other.to(tl.float32), own < kept)
+
+
+def total(partials: Tensor, matrix: Reduction, first: Tensor, second: Tensor) -> None:
+    """Adds up two kinds of partial sums, float32 (2, ...), in float64: one float32 number a row, or column, of each."""
+    kept = (matrix.rows, matrix.columns)[1 - matrix.axis]
+    strides = (matrix.splits, 1) if matrix.axis == 1 else (1, matrix.columns)
+    splits = triton.next_power_of_2(matrix.splits)
+    width = max(min(triton.next_power_of_2(kept), BLOCK // splits), 1)
+    numbers = kept, matrix.splits, math.prod(matrix.partials)
+    _total[(triton.cdiv(kept, width),)](partials, first, second, *numbers, *strides, width, splits, **EXACT)

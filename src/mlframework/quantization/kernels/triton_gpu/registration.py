@@ -37,7 +37,9 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "fingerprints": {"fingerprints": ()},
     "gradients": {"fake_quantize_backward": FLOATS},
     "layers": {"folded_layer": CODES, "integer_layer": CODES, "train_layer": CODES, "weighted_product": CODES},
-    "normalization": {"batch_statistics": FLOATS, "normalize": FLOATS, "normalize_backward": FLOATS},
+    "batch_statistics": {"batch_statistics": FLOATS},
+    "normalization": {"normalize": FLOATS},
+    "normalization_backward": {"normalize_backward": FLOATS},
     "statistics": {"extremes": FLOATS, "update_moving_average": FLOATS},
 }
 
