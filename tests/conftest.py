@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -24,8 +25,16 @@ with warnings.catch_warnings():
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
 
+_NEEDS_GPU = Path(__file__).with_name("gpu")
+
 # On tensors this small, threads only wait for one another.
 torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Tests that need a GPU are there where there is one, or for who names them."""
+    is_named = any("gpu" in argument for argument in config.args)
+    return True if collection_path == _NEEDS_GPU and not (is_named or torch.cuda.is_available()) else None
 
 
 @pytest.fixture(autouse=True)

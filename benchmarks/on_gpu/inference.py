@@ -45,8 +45,8 @@ class Contenders:
         self.network, self.record, self.device = network, record, device
         workload = workload_of(network, rehearses)
         record.fact(f"{WORKLOAD} {network}", f"{workload.title}, {workload.description}")
-        self.inputs = tuple(x.to(device) for x in workload.data()[0])
-        self.float_inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in self.inputs)
+        inputs = (x.to(device) for x in workload.data()[0])
+        self.inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in inputs)
         self.float_model = workload.model().eval().to(device, torch.bfloat16)
         self.float_model.compile(**compiler(device, GRAPHS))
         self.converted = converted_of(workload, device)
@@ -58,7 +58,7 @@ class Contenders:
     def running(self, names: tuple[str, ...]) -> dict[str, Call]:
         """Those of the names that run."""
         makes: dict[str, Callable[[], Call]] = {
-            FLOAT: lambda: lambda: self.float_model(*self.float_inputs),
+            FLOAT: lambda: lambda: self.float_model(*self.inputs),
             OURS: lambda: lambda: self.converted(*self.inputs),
             OURS_CAPTURED: lambda: captured(lambda: self.converted(*self.inputs), self.device),
             OURS_COMPILED: lambda: lambda: self.compiled(*self.inputs),

@@ -58,7 +58,7 @@ GROUPS: tuple[dict[str, float], ...] = (
     {"resnet50_eager": 50},
     {"gpt_eager": 60},
     {"gpt_bytes_eager": 50},
-    {"mlp_converted": 40},
+    {"mlp_converted": 60},
     {"gpt_converted": 75},
     {"resnet50_converted": 60},
     {"resnet50_compiled": 110},
@@ -97,7 +97,7 @@ def _tests(name: str, lines: Path, rehearses: bool) -> list[str]:
     if rehearses:
         options.append("--gpu-device=cpu")
     elif importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(TESTS[name]), "--dist", "load"]
+        options += ["-n", str(TESTS[name]), "--dist", "loadgroup"]
     return [sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu" / f"test_{name}.py"), *options]
 
 

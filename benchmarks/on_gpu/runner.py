@@ -88,7 +88,8 @@ class _Process:
             return None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in a driver cannot be killed
+            self.process.wait(timeout=5)
         status = "timed out" if code is None else "passed" if code == 0 else "failed"
         output = self.log.read_text(encoding="utf-8", errors="replace")
         return Outcome(self.part.name, status, round(time.monotonic() - self.start, 1), output)

@@ -81,11 +81,11 @@ def prepared_of(workload: Workload, model: nn.Module, recompute: bool = False) -
 
 
 def converted_of(workload: Workload, device: torch.device) -> nn.Module:
-    """The network converted to integers, with ranges of a small batch, on the device."""
+    """The network converted to integers, with ranges of a small batch, on the device; what stays float is bfloat16."""
     example = example_of(workload)
     prepared = prepare(workload.model().eval(), QATConfig(), example)
     calibrate(prepared, [example])
-    return convert(prepared).to(device)
+    return convert(prepared).to(device, torch.bfloat16)
 
 
 class AutocastStep(TrainingStep):

@@ -29,12 +29,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     own = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in own:
         item.add_marker(pytest.mark.gpu)
+        if config.pluginmanager.has_plugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(_arguments(item).get("name", item.nodeid)))  # one process a network
         item.add_marker(pytest.mark.filterwarnings("default"))  # nobody has seen yet what PyTorch warns of there
     if config.getoption("--gpu-device", "cuda") == "cpu":
         kept, seen = [], set()
         for item in own:
-            arguments = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-            kind = (item.path, getattr(item, "originalname", item.name), arguments.get("operator"))
+            kind = (item.path, getattr(item, "originalname", item.name), _arguments(item).get("operator"))
             if kind not in seen:
                 kept.append(item)
             seen.add(kind)
@@ -43,6 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif not torch.cuda.is_available():
         for item in own:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _arguments(item: pytest.Item) -> dict[str, object]:
+    """What a test is parametrized with."""
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(scope="session")

@@ -108,16 +108,22 @@ class Draw:
     def codes(self, shape: tuple[int, ...]) -> Tensor:
         return self.laid_out(random_codes(shape, self.one_of(SIGNED, UNSIGNED)))
 
+    def size_of_a_layer(self) -> int:
+        """Any size, or one that tiles divide."""
+        if self.tiny:
+            return self.random.randint(1, 40)
+        return self.one_of(64, 128, 256, 768, 1000, self.random.randint(1, 800))
+
     def layer(self) -> tuple[tuple[int, ...], tuple[int, ...], Arguments]:
         """The shape of the codes, that of the weight, and the geometry as operators take it."""
         if self.maybe(True):
-            rows, inputs, outputs = (self.random.randint(1, 40 if self.tiny else 800) for _ in range(3))
+            rows, inputs, outputs = (self.size_of_a_layer() for _ in range(3))
             return (rows, inputs), (outputs, inputs), ([], [], [], 1)
         kernel, stride, dilation = self.one_of(1, 3, 3, 5), self.one_of(1, 1, 2), self.one_of(1, 1, 2)
         size = 6 if self.tiny else self.one_of(7, 14, 28, 31)
         geometry = [stride] * 2, [self.random.randint(0, kernel // 2)] * 2, [dilation] * 2
         size = max(size, dilation * (kernel - 1) + 1)
-        channels = self.random.randint(1, 9) if self.tiny else self.one_of(3, 16, 33, 64, 128)
+        channels = self.random.randint(1, 9) if self.tiny else self.one_of(3, 16, 33, 64, 128, 256)
         if self.maybe(True, 0.3):
             return (2, channels, size, size), (channels, 1, kernel, kernel), (*geometry, channels)
         outputs = self.random.randint(1, 9) if self.tiny else self.one_of(8, 10, 64, 130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ from example_operators import LABELS_ON_GPU, ON_GPU, SUMS, assert_same, assert_s
 from gpu.moving import moved, on_cpu
 from gpu.random_operators import RANDOM, Draw
 from mlframework.quantization.kernels.operators.declaration import DECLARED, Operator
+from mlframework.quantization.kernels.triton_gpu.availability import is_installed
 
-pytestmark = pytest.mark.usefixtures("_kernels")
+pytestmark = pytest.mark.usefixtures("_kernels", "_any_configuration")
 
 CASES, CASES_A_TEST, REHEARSED_CASES = 50, 10, 2
 
@@ -22,6 +24,19 @@ CASES, CASES_A_TEST, REHEARSED_CASES = 50, 10, 2
 # (The CPU's kernels, which sum doubles, differ by 2e-6 at the most in these cases.)
 SUM_TOLERANCE = 1e-4
 HALF_TOLERANCE = 1e-2
+
+
+@pytest.fixture
+def _any_configuration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each kernel that has several, a random one and not the fastest, so that all of them are run; the library's
+    products are one."""
+    if not is_installed():
+        return
+    from mlframework.quantization.kernels.triton_gpu import depthwise, products
+
+    chosen = random.Random(request.node.name)
+    for module in (depthwise, products):
+        monkeypatch.setattr(module, "fastest", lambda key, choices, run: chosen.choice(choices))
 
 
 def compare(operator: Operator, arguments: tuple[Any, ...], device: torch.device, is_realistic: bool) -> float:

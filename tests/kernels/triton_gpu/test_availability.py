@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -17,7 +18,6 @@ def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A PyTorch for CUDA with one GPU, a recent one, which nobody has asked for yet."""
     monkeypatch.setattr(availability, "_known", {})
     monkeypatch.setattr(availability._State, "has_warned", False)
-    monkeypatch.setattr(availability, "is_installed", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -46,7 +46,7 @@ def test_a_recent_gpu() -> None:
 @pytest.mark.parametrize(
     ("attribute", "value", "reason"),
     [
-        ("is_installed", lambda: False, "the package triton is not installed"),
+        ("triton", None, "the package triton cannot be imported"),
         ("capability", (7, 5), r"its compute capability is 7\.5, and they need 8\.0"),
         ("cuda", None, "they are written for NVIDIA"),
     ],
@@ -56,8 +56,10 @@ def test_one_without_kernels_is_warned_of_once(
 ) -> None:
     if attribute == "capability":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: value)
+    elif attribute == "triton":
+        monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises ImportError
     else:
-        monkeypatch.setattr(availability if attribute == "is_installed" else torch.version, attribute, value)
+        monkeypatch.setattr(torch.version, attribute, value)
     with pytest.warns(RuntimeWarning, match=f"do not run on Test GPU: {reason}"):
         assert kernels.active_path("cuda") == "reference"
     with warnings.catch_warnings():

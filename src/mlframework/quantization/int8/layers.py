@@ -78,7 +78,9 @@ class Int8Layer(PackedModule[IntegerLayer]):
     def _epilogue(self) -> Epilogue:
         accumulator_scale = self.input_scale * self.weight_scale
         if self.output_scheme is None:
-            return Epilogue(self.bias, accumulator_scale, lowest=self.clip[0], highest=self.clip[1])
+            return Epilogue(
+                self.bias, accumulator_scale, lowest=self.clip[0], highest=self.clip[1], dtype=self.float_dtype
+            )
         assert self.output_scale is not None and self.output_zero_point is not None
         lowest, highest = arithmetic.codes_of_clip(
             self.clip, self.output_scale, self.output_zero_point, self.output_scheme

@@ -21,7 +21,8 @@ class Epilogue:
         multiplier: float32, (O,) or (1,): from the accumulator's grid to the output's, or to values.
         zero_point: of the output's codes.
         lowest, highest: the codes, or the values, that the output saturates at.
-        dtype: of the output: ``torch.uint8`` or ``torch.int8`` for codes, ``torch.float32`` for values.
+        dtype: of the output: ``torch.uint8`` or ``torch.int8`` for codes; for values a floating-point one, where the
+            backend has it, or else float32.
     """
 
     bias: Tensor

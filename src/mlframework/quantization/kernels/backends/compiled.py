@@ -32,6 +32,7 @@ class CompiledLayer:
         convolution = product.as_convolution()
         assert convolution is not None
         weight, (stride, padding, dilation, groups) = convolution
+        dtype = torch.float32 if epilogue.dtype.is_floating_point else epilogue.dtype
         self.packed: Tensor = pack_layer(
             weight,
             epilogue.bias,
@@ -45,11 +46,11 @@ class CompiledLayer:
             epilogue.zero_point,
             epilogue.lowest,
             epilogue.highest,
-            epilogue.dtype,
+            dtype,
         )
         geometry: ConvolutionGeometry | None = getattr(product, "geometry", None)
         shape = tuple(product.weight.shape)
-        self.arguments = (self.packed, shape[0], shape[2:], *geometry_arguments(geometry), epilogue.dtype)
+        self.arguments = (self.packed, shape[0], shape[2:], *geometry_arguments(geometry), dtype)
 
     def __call__(self, codes: Tensor) -> Tensor:
         if kernels_for(codes) != "compiled":  # a tensor that only stands for one

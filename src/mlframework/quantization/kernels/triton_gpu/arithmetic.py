@@ -58,6 +58,29 @@ def fused_multiply_add(code, factor, addend):
 
 
 @triton.jit
+def scale_with_room(scale, bias, input_scale, SMALLEST: tl.constexpr, LARGEST_BIAS: tl.constexpr):
+    """The scale of a channel whose bias fits the accumulator, and what codes on the old scale are multiplied by to lie
+    on it, in float64: ``arithmetic.with_room_for_bias``."""
+    # An input of unknown scale says nothing of the room that a bias needs.
+    known_scale = tl.where(is_finite(input_scale), input_scale, float("inf")).to(tl.float64)
+    smallest = tl.abs(bias).to(tl.float64) / (known_scale * LARGEST_BIAS)
+    raised = tl.maximum(tl.maximum(scale.to(tl.float64), SMALLEST), smallest).to(tl.float32)
+    return raised, scale.to(tl.float64) / raised.to(tl.float64)
+
+
+@triton.jit
+def rescaled_code(code, ratio):
+    """A code on another scale, as int32: ``arithmetic.rescale_codes``."""
+    return rounded_in_double(code.to(tl.float64) * ratio).to(tl.int32)
+
+
+@triton.jit
+def bias_code(bias, accumulator_scale):
+    """A bias in units of the accumulator, as int32: ``arithmetic.quantize_bias``."""
+    return rounded_in_double(tl.math.div_rn(bias, accumulator_scale).to(tl.float64)).to(tl.int32)
+
+
+@triton.jit
 def packed_bits(flags):
     """Of int32 flags (N, 8), 0 or 1, the bytes (N,) that hold them, the first as the lowest bit."""
     return tl.sum(flags << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
@@ -114,7 +137,7 @@ def rounded_in_double(value):
 
 @triton.jit
 def unpacked_bits(mask, start, count, BLOCK: tl.constexpr):
-    """Of a mask of a bit to each of ``count`` elements, those (BLOCK // 8, 8) from ``start`` on, a multiple of eight."""
+    """Of a mask of ``count`` bits, those (BLOCK // 8, 8) from element ``start`` on, a multiple of eight."""
     byte = tl.arange(0, BLOCK // 8)
     bits = tl.load(mask + start // 8 + byte, start + byte * 8 < count, other=0).to(tl.int32)
     return ((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 
@@ -16,8 +17,11 @@ class _State:
 
 
 def is_installed() -> bool:
-    """Whether Triton can be imported; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is there to be imported; does not import it."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def is_interpreter() -> bool:
@@ -35,18 +39,18 @@ def runs_on(index: int) -> bool:
 
     What it has found of a device holds for as long as the process lasts.
     """
-    if index not in _known:
-        _known[index] = _finds(index)
-    return _known[index]
+    if not torch.cuda.is_available():
+        return False
+    device = torch.cuda.current_device() if index < 0 else index
+    if device not in _known:
+        _known[device] = _finds(device)
+    return _known[device]
 
 
 _known: dict[int, bool] = {}
 
 
-def _finds(index: int) -> bool:
-    if not torch.cuda.is_available():
-        return False
-    device = torch.cuda.current_device() if index < 0 else index
+def _finds(device: int) -> bool:
     name = torch.cuda.get_device_name(device)
     if torch.version.cuda is None:
         return _without(name, "they are written for NVIDIA's GPUs")
@@ -54,8 +58,10 @@ def _finds(index: int) -> bool:
     if capability < OLDEST_CAPABILITY:
         own, oldest = (".".join(map(str, each)) for each in (capability, OLDEST_CAPABILITY))
         return _without(name, f"its compute capability is {own}, and they need {oldest} or newer")
-    if not is_installed():
-        return _without(name, "the package triton is not installed")
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return _without(name, f"the package triton cannot be imported ({error})")
     return True
 
 

@@ -48,6 +48,7 @@ def dense(
     IS_FLAT: tl.constexpr,
     EVEN: tl.constexpr,
     PADDING_IN_MEMORY: tl.constexpr,
+    PADS_WITH_ZERO: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     IN_MEMORY: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -125,7 +126,12 @@ def dense(
         else:  # what is read in the place of a code then does not matter
             inside = inside & is_product[None, :]
             weights = tl.load(weight_address, is_product[:, None], other=0)
-        values = tl.load(address) if EVEN and not HAS_WINDOW else tl.load(address, inside, other=zero)
+        if EVEN and not HAS_WINDOW:
+            values = tl.load(address)
+        elif PADS_WITH_ZERO or not HAS_WINDOW:
+            values = tl.load(address, inside, other=0)
+        else:
+            values = tl.load(address, inside, other=zero)
         sums = tl.dot(as_signed(values), weights, sums, out_dtype=tl.int32)
     store_result(
         sums,

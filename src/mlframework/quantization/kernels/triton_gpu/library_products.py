@@ -12,9 +12,12 @@ from .results import Result, signed, store_result
 
 
 def suits_library(rows: Tensor, weight: Tensor) -> bool:
-    """Whether it takes these operands on a GPU."""
-    sizes = weight.shape
-    return rows.is_cuda and rows.is_contiguous() and rows.shape[0] > 16 and all(size % 8 == 0 for size in sizes)
+    """Whether it takes these operands on a GPU: whole, aligned, more than 16 rows, and sizes in multiples of 8. (Others
+    are padded in the registers of the kernel that is its alternative, rather than in memory.)"""
+    if not (rows.is_cuda and rows.is_contiguous() and rows.shape[0] > 16):
+        return False
+    is_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (rows, weight))
+    return is_aligned and all(size % 8 == 0 for size in weight.shape)
 
 
 def through_library(rows: Tensor, weight: Tensor, result: Result, output: Tensor) -> None:

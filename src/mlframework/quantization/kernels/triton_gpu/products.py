@@ -34,6 +34,9 @@ class Configuration(NamedTuple):
     stages: int
 
 
+# Of these are compiled and measured for a layer; small tiles do not pay where large ones are filled.
+_MOST_MEASURED = 5
+
 # The first that is not too large for a layer runs where nothing can be measured.
 _CONFIGURATIONS = (
     Configuration(128, 128, 128, 8, 3),
@@ -54,11 +57,8 @@ def configurations(rows: int, outputs: int, products: int) -> tuple[Configuratio
     largest_rows, largest_outputs = (max(triton.next_power_of_2(size), 16) for size in (rows, outputs))
     # The fewest products with zeros, and then the longest rounds.
     length = min((128, 64, 32), key=lambda size: triton.cdiv(products, size) * size)
-    return tuple(
-        each._replace(products=length)
-        for each in _CONFIGURATIONS
-        if each.rows <= largest_rows and each.outputs <= largest_outputs
-    )
+    small_enough = [each for each in _CONFIGURATIONS if each.rows <= largest_rows and each.outputs <= largest_outputs]
+    return tuple(each._replace(products=length) for each in small_enough[:_MOST_MEASURED])
 
 
 class _Layer(NamedTuple):
@@ -144,7 +144,8 @@ def _run(
 ) -> None:
     bucket = triton.next_power_of_2(layer.rows)
     choices: tuple[Configuration | None, ...] = configurations(bucket, layer.outputs, layer.products)
-    if not layer.has_window and suits_library(codes, weight):
+    suits = not layer.has_window and suits_library(codes, weight)
+    if suits:
         choices = (*choices, None)
 
     def run(choice: Configuration | None) -> None:
@@ -153,7 +154,7 @@ def _run(
         else:
             _launch(codes, padding_code, weight, result, output, layer, choice)
 
-    key = (bucket, layer[1:], codes.dtype, output.dtype, codes.device)
+    key = (bucket, layer[1:], suits, codes.dtype, output.dtype, codes.device)
     run(fastest(key, choices, run))
 
 
@@ -191,6 +192,7 @@ def _launch(
         layer.is_flat,
         not layer.is_flat and products % block_k == 0,
         isinstance(padding_code, Tensor),
+        isinstance(padding_code, int) and padding_code == 0,  # which is loaded past the registers
         result.multiplier.numel() > 1,
         result.is_in_memory,
         _TILES_TOGETHER,

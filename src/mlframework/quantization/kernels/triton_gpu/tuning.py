@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from .availability import is_interpreter
 
@@ -52,6 +53,8 @@ def fastest(key: Hashable, choices: Sequence[Choice], run: Callable[[Choice], ob
         return choices[0]
     measure = triton.runtime.driver.active.get_benchmarker()
     times = [_time_of(measure, run, choice) for choice in choices]
+    if min(times) == math.inf:
+        run(choices[0])  # which raises what is the matter
     _fastest[key] = choices[min(range(len(choices)), key=times.__getitem__)]
     return _fastest[key]  # type: ignore[no-any-return]
 
@@ -59,8 +62,10 @@ def fastest(key: Hashable, choices: Sequence[Choice], run: Callable[[Choice], ob
 def _time_of(measure: Callable[..., float], run: Callable[[Choice], object], choice: Choice) -> float:
     try:
         return measure(lambda: run(choice), warmup=_WARM_UP, rep=_MEASUREMENT)
-    except OutOfResources:  # a smaller GPU
-        return float("inf")
+    except torch.AcceleratorError:  # after which nothing runs on this GPU
+        raise
+    except (TritonError, RuntimeError):  # too large for this GPU, or a shape that its library does not have
+        return math.inf
 
 
 def _is_capturing() -> bool:

@@ -12,11 +12,13 @@ from torch import Tensor
 from ... import arithmetic
 from ..operators.integer_layers import UNSIGNED_OFFSET
 from .arithmetic import (
+    bias_code,
     clamped,
     is_finite,
     moved_average,
-    rounded_in_double,
+    rescaled_code,
     scale_of_range,
+    scale_with_room,
     unsaturated_codes,
 )
 from .fake_quantization import fake_quantize
@@ -126,19 +128,15 @@ def _prepare(
             before = tl.atomic_max(is_counted, any_finite)
             tl.store(batches, tl.load(batches) + 1, (any_finite > 0) & (before == 0))
 
-    # As arithmetic.with_room_for_bias; an input of unknown scale says nothing of the room that a bias needs.
     input_scale = tl.load(grid)
-    known_scale = tl.where(is_finite(input_scale), input_scale, float("inf")).to(tl.float64)
     if HAS_BIAS:
         own_bias = tl.load(bias + row, is_row, other=0.0).to(tl.float32)
         is_unknown = is_unknown | ~is_finite(own_bias)
         own_bias = tl.where(is_finite(own_bias), own_bias, 0.0)
     else:
         own_bias = tl.zeros((ROWS,), tl.float32)
-    smallest = tl.abs(own_bias).to(tl.float64) / (known_scale * LARGEST_BIAS)
-    own_step = tl.where(step == step, step, 1.0).to(tl.float64)
-    raised = tl.maximum(tl.maximum(own_step, SMALLEST), smallest).to(tl.float32)
-    ratio = (own_step / raised.to(tl.float64))[:, None]
+    own_step = tl.where(step == step, step, 1.0)
+    raised, ratio = scale_with_room(own_step, own_bias, input_scale, SMALLEST, LARGEST_BIAS)
 
     code_sums = tl.zeros((ROWS, COLUMNS), tl.int32)
     for block in range(blocks):
@@ -147,15 +145,15 @@ def _prepare(
         value = tl.load(weight + (start + place), inside, other=0).to(tl.float32)
         if not IS_QUANTIZED:
             number = tl.where(value == value, value, 0.0)
-            value = clamped(unsaturated_codes(number, own_step.to(tl.float32)[:, None], 0.0), LOWEST, HIGHEST)
-        code = rounded_in_double(value.to(tl.float64) * ratio).to(tl.int32)
+            value = clamped(unsaturated_codes(number, own_step[:, None], 0.0), LOWEST, HIGHEST)
+        code = rescaled_code(value, ratio[:, None])
         code_sums += tl.where(inside, code, 0)
         tl.store(codes + (start + place % taps * channels + place // taps), code.to(tl.int8), inside)
 
-    quotient = tl.math.div_rn(own_bias, input_scale * raised)
-    bias_code = rounded_in_double(quotient.to(tl.float64)).to(tl.int32)
     input_zero = tl.load(grid + 1).to(tl.int32)
-    tl.store(folded + row, bias_code + tl.sum(code_sums, 1) * (offset - input_zero), is_row)
+    tl.store(
+        folded + row, bias_code(own_bias, input_scale * raised) + tl.sum(code_sums, 1) * (offset - input_zero), is_row
+    )
     own_used = tl.where(is_unknown, float("nan"), raised)
     tl.store(used + row, own_used, is_row)
     tl.store(multiplier + row, input_scale * own_used, is_row)
