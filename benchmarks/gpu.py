@@ -6,7 +6,7 @@ Records are written as they come (``gpu.jsonl``), then put together (``gpu.json`
 profiles of training steps beside them, into ``$OUT``, or ``out/`` where that is not set. A short table comes last.
 
     python benchmarks/gpu.py [--parts operators fake_quantize] [--seconds 480]
-    python benchmarks/gpu.py --rehearse           # all of it on a CPU, tiny: nobody tries it out on the day
+    python benchmarks/gpu.py --rehearse           # all of it on a CPU, tiny
     python benchmarks/gpu.py --write out/gpu.json # writes its section of RESULTS.md
 """
 

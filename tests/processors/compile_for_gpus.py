@@ -1,8 +1,9 @@
 """Compiles the kernels for GPUs without one: of each operator's samples, what a call of it would launch.
 
 Launches that differ in sizes and alignment alone are compiled once. Run as a program, in a process where Triton is not
-its interpreter: ``compile_for_gpus.py <capability> [operator ...]``.
-It prints, for each operator, which kernels it launches, as JSON.
+its interpreter: ``compile_for_gpus.py <capability> [operator ... | --tiles]``.
+It prints, for each operator, which kernels it launches, as JSON; of ``--tiles``, those of large layers, the shared memory
+that each takes, in bytes.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def main(capability: int, names: list[str]) -> None:
     run = triton.runtime.JITFunction.run
     compiled: set[tuple[Any, ...]] = set()
     launched: dict[str, set[str]] = {}
+    memory: list[int] = []
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched[name].add(self.__name__)
@@ -64,9 +66,11 @@ def main(capability: int, names: list[str]) -> None:
         # Triton makes a constant of every 1, which is another thing to a kernel than a number: once for each argument.
         ones = {(self.__name__, place) for place, kind in enumerate(kinds) if kind is int and arguments[place] == 1}
         needed = ones | {(self.__name__, *kinds, *options.items())}
-        if not compiled.issuperset(needed):
+        if names == ["--tiles"] or not compiled.issuperset(needed):
             compiled.update(needed)
-            check(self.__name__, run(self, *arguments, grid=grid, warmup=True, **options).asm)
+            kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+            check(self.__name__, kernel.asm)
+            memory.append(kernel.metadata.shared)
 
     triton.runtime.JITFunction.run = compile_only
     for module, operators in IMPLEMENTED.items():
@@ -75,10 +79,32 @@ def main(capability: int, names: list[str]) -> None:
                 launched[name] = set()
                 for arguments in samples_on_gpu(name).values():
                     function_of(module, name)(*arguments)
+    if names == ["--tiles"]:
+        name = "folded_layer"
+        launched[name] = set()
+        large_layers()
+        print(json.dumps(memory))
+        return
     if not names or "folded_layer" in names:
         name = "folded_layer"
         finish_library_products()
     print(json.dumps({name: sorted(kernels) for name, kernels in launched.items()}))
+
+
+def large_layers() -> None:
+    """Layers that fill every tile, each with all configurations."""
+    from mlframework.quantization.kernels.triton_gpu import products
+    from mlframework.quantization.kernels.triton_gpu.layers import folded_layer
+
+    numbers = (torch.zeros(256, dtype=torch.int32), torch.ones(256), 3, 0.0, 255.0, torch.uint8)
+    for configuration in products._CONFIGURATIONS:
+        products.fastest = lambda key, choices, run, chosen=configuration: chosen  # type: ignore[attr-defined]
+        rows = torch.zeros(512, 256, dtype=torch.uint8)
+        folded_layer(rows, 3, torch.zeros(256, 256, dtype=torch.int8), *numbers, [], [], [], 1)
+        images = torch.zeros(2, 256, 16, 16, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        window = torch.zeros(256, 3, 3, 256, dtype=torch.int8)
+        for padding_code in (0, 3):
+            folded_layer(images, padding_code, window, *numbers, [1, 1], [1, 1], [1, 1], 1)
 
 
 def finish_library_products() -> None:

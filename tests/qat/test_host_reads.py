@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from mlframework.quantization import (
     kernels,
     prepare,
 )
+from mlframework.quantization.kernels.triton_gpu.availability import is_interpreter
 
 # What PyTorch's operators read of a tensor, and the copy of a Python number to the device, which waits as well.
 READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "bincount", "lift_fresh"}
@@ -57,10 +61,20 @@ class Network(nn.Module):
         return self.head(self.activation(self.depthwise(values)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("path", ["compiled", "reference"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_a_training_step_reads_nothing(config: QATConfig, path: str) -> None:
-    images = torch.randn(4, 3, 8, 8)
+@contextlib.contextmanager
+def running(path: str) -> Iterator[None]:
+    """With the kernels of a CPU, the references, or the kernels for a GPU in Triton's interpreter."""
+    with contextlib.ExitStack() as stack:
+        if path == "reference":
+            stack.enter_context(kernels.reference_kernels())
+        elif path == "triton":
+            stack.enter_context(kernels.interpreted_kernels())
+            stack.enter_context(np.errstate(all="ignore"))  # of the interpreter's infinities
+        yield
+
+
+def assert_steps_read_nothing(config: QATConfig, path: str, steps: int) -> None:
+    images = torch.randn(2, 3, 6, 6)
     model = prepare(Network(), config, example_inputs=(images,)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
@@ -70,18 +84,25 @@ def test_a_training_step_reads_nothing(config: QATConfig, path: str) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    def steps() -> None:
+    with running(path):
         for _ in range(2):  # the first batch sets the ranges
             step()
         with NoReads():
-            for _ in range(4):
+            for _ in range(steps):
                 step()
 
-    if path == "reference":
-        with kernels.reference_kernels():
-            steps()
-    else:
-        steps()
+
+@pytest.mark.parametrize("path", ["compiled", "reference"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_training_step_reads_nothing(config: QATConfig, path: str) -> None:
+    assert_steps_read_nothing(config, path, 4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not is_interpreter(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize("name", ["by default", "with learned scales"])
+def test_kernels_for_a_gpu_read_nothing(name: str) -> None:
+    assert_steps_read_nothing(CONFIGS[name], "triton", 1)
 
 
 def test_reads_are_noticed() -> None:

@@ -40,6 +40,17 @@ def test_every_kernel_compiles(capability: str) -> None:
     assert all(launched.values())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_every_tile_compiles_and_fits(capability: str) -> None:
+    """Those of large layers, which no sample is."""
+    from mlframework.quantization.kernels.triton_gpu import products
+
+    used = printed_by("compile_for_gpus.py", capability, "--tiles")
+    assert len(used) == 3 * len(products._CONFIGURATIONS)
+    assert max(used) <= {"80": 163, "90": 227}[capability] * 1024, "shared memory of a block on that GPU"
+
+
 def test_what_no_kernel_may_do_is_found() -> None:
     found = printed_by("wrong_kernels.py")
     assert found.pop("right") is None

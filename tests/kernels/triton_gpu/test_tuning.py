@@ -82,6 +82,30 @@ def test_what_does_not_fit_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("_gpu")
+def test_a_library_without_the_shape_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = with_driver(monkeypatch, Driver())
+
+    def run(choice: str | None) -> None:
+        if choice is None:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        driver.run(choice)
+
+    assert tuning.fastest("a shape", list(TIMES), run) == "medium"
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_where_all_fail_the_reason_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_driver(monkeypatch, Driver())
+
+    def run(choice: str | None) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tuning.fastest("a shape", list(TIMES), run)
+    assert "a shape" not in tuning._fastest
+
+
+@pytest.mark.usefixtures("_gpu")
 def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = with_driver(monkeypatch, Driver())
     monkeypatch.setattr(tuning, "_is_capturing", lambda: True)

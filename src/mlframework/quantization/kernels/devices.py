@@ -48,11 +48,6 @@ def kernels_on(device_type: str, index: int = -1) -> Kernels | None:
     return "triton" if device_type == "cuda" and availability.runs_on(index) else None
 
 
-def takes(tensor: Tensor) -> bool:
-    """Whether there are kernels for this tensor."""
-    return kernels_for(tensor) is not None
-
-
 def interprets() -> bool:
     """Whether :func:`interpreted_kernels` is in force."""
     return _State.interprets

@@ -18,6 +18,7 @@ from .backends.phases import PHASES
 from .backends.triton_gpu import TRITON_GPU
 from .devices import Kernels, is_traced, kernels_for, kernels_on
 from .geometry import ConvolutionGeometry, is_dense_or_depthwise
+from .operators.declaration import FLOATS_ON_GPU
 from .products import Description
 
 # In the order of preference.
@@ -55,7 +56,7 @@ class TrainingDescription(NamedTuple):
 # What layers, and what follows them, are computed of in training.
 _TRAINING_DTYPES: dict[Kernels, tuple[torch.dtype, ...]] = {
     "compiled": (torch.float32,),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": FLOATS_ON_GPU,
 }
 
 # Any uint8 code by any int8 code: so many products stay within an int32, with as much room again for the bias.

@@ -11,7 +11,7 @@ from ..devices import is_traced
 
 def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Calls ``function.apply``, outside of a trace without its check for functorch's transforms, which costs as much as
-    a small kernel; callers must have made sure that there are none (:func:`.devices.takes`)."""
+    a small kernel; callers must have made sure that there are none (:func:`.devices.kernels_for`)."""
     if is_traced():
         return function.apply(*arguments)  # type: ignore[no-untyped-call]
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]

@@ -24,6 +24,7 @@ _LIBRARY = Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 CODES = (torch.uint8, torch.int8)
 FLOATS = (torch.float32, torch.bfloat16)
+FLOATS_ON_GPU = (*FLOATS, torch.float16)
 
 # By name, for the tests, which check every one of them.
 DECLARED: dict[str, Operator] = {}

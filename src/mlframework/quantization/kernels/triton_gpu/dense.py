@@ -12,6 +12,7 @@ import triton.language as tl
 from .arithmetic import to_codes
 from .results import as_signed, store_result
 from .tuning import WINDOW
+from .windows import window_of
 
 
 @triton.jit(do_not_specialize=["rows", "steps", *WINDOW])
@@ -62,6 +63,8 @@ def dense(
     to a sum. Without a window, a row of the matrix is a row of the input. With one, a tile of the input lies within one
     tap or, flat, goes over several, of few channels.
     """
+    # Tiles in bands of some rows of tiles, a column of a band after the other: tiles that run at the same time read the
+    # same codes and weights, which the L2 cache then holds.
     program = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     down = tl.cdiv(rows, BLOCK_M)
@@ -81,10 +84,18 @@ def dense(
     if not HAS_WINDOW:
         start = source * row_stride
     else:
-        right = (source % output_width).to(tl.int32) * step_right - left
-        below = (source // output_width % output_height).to(tl.int32) * step_down - top
-        image = source // output_width // output_height
-        start = image * input_stride + below.to(tl.int64) * row_stride + right.to(tl.int64) * column_stride
+        below, right, start = window_of(
+            source,
+            output_height,
+            output_width,
+            step_down,
+            step_right,
+            top,
+            left,
+            input_stride,
+            row_stride,
+            column_stride,
+        )
     start += group * channels
     if PADDING_IN_MEMORY:
         padding_code = tl.load(padding_code).to(tl.int32)

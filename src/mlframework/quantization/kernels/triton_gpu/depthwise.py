@@ -14,6 +14,7 @@ from .arithmetic import to_codes
 from .launch import EXACT
 from .results import Result, as_signed, store_result
 from .tuning import WINDOW, fastest, loop_bound
+from .windows import window_of
 
 
 @triton.jit(do_not_specialize=["rows", "taps", "weight_stride", *WINDOW])
@@ -56,10 +57,18 @@ def _depthwise(
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = tl.minimum(channel, channels - 1)
     source = tl.minimum(row, rows - 1)
-    right = (source % output_width).to(tl.int32) * step_right - left
-    below = (source // output_width % output_height).to(tl.int32) * step_down - top
-    image = source // output_width // output_height
-    start = image * input_stride + below.to(tl.int64) * row_stride + right.to(tl.int64) * column_stride
+    below, right, start = window_of(
+        source,
+        output_height,
+        output_width,
+        step_down,
+        step_right,
+        top,
+        left,
+        input_stride,
+        row_stride,
+        column_stride,
+    )
     if PADDING_IN_MEMORY:
         padding_code = tl.load(padding_code).to(tl.int32)
     zero = to_codes(tl.full((BLOCK_M, 1), padding_code, tl.int32), codes.dtype.element_ty)

@@ -58,6 +58,14 @@ def quantize_block(
 
 
 @triton.jit
+def widened(lowest_seen, highest_seen, nan_seen, value, inside):
+    """What a program has seen so far, and more values."""
+    lowest_seen = tl.minimum(lowest_seen, tl.where(inside, value, float("inf")))
+    highest_seen = tl.maximum(highest_seen, tl.where(inside, value, float("-inf")))
+    return lowest_seen, highest_seen, nan_seen | (inside & (value != value)).to(tl.int32)
+
+
+@triton.jit
 def store_partials(partials, lowest_seen, highest_seen, nan_seen):
     """What a program has seen, for :func:`_summarize`."""
     program = tl.program_id(0)
@@ -128,14 +136,11 @@ def _fake_quantize(
             WANTS_MASK,
             BLOCK,
         )
-        is_nan = inside & (bounded != bounded)
         if PER_CHANNEL and WANTS_CODES:
             nowhere = tl.full((BLOCK // 8, 8), float("nan"), tl.float32)
-            tl.store(grid + channel, nowhere, is_nan)
+            tl.store(grid + channel, nowhere, inside & (bounded != bounded))
         if SUMMARIZES:
-            lowest_seen = tl.minimum(lowest_seen, tl.where(inside, bounded, float("inf")))
-            highest_seen = tl.maximum(highest_seen, tl.where(inside, bounded, float("-inf")))
-            nan_seen = nan_seen | is_nan.to(tl.int32)
+            lowest_seen, highest_seen, nan_seen = widened(lowest_seen, highest_seen, nan_seen, bounded, inside)
     if SUMMARIZES:
         store_partials(partials, lowest_seen, highest_seen, nan_seen)
 

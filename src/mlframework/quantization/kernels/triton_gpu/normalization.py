@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..operators.declaration import DECLARED
 from .arithmetic import grid_zero_point
-from .fake_quantization import quantize_block, store_partials, summarize
+from .fake_quantization import quantize_block, store_partials, summarize, widened
 from .launch import BLOCK, EXACT, blocks_of
 
 
@@ -95,9 +95,7 @@ def _normalize(
             True,
             BLOCK,
         )
-        lowest_seen = tl.minimum(lowest_seen, tl.where(inside, bounded, float("inf")))
-        highest_seen = tl.maximum(highest_seen, tl.where(inside, bounded, float("-inf")))
-        nan_seen = nan_seen | (inside & (bounded != bounded)).to(tl.int32)
+        lowest_seen, highest_seen, nan_seen = widened(lowest_seen, highest_seen, nan_seen, bounded, inside)
     store_partials(partials, lowest_seen, highest_seen, nan_seen)
 
 

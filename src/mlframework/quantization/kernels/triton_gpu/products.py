@@ -91,9 +91,20 @@ def linear(rows: Tensor, padding_code: int | Tensor, weight: Tensor, result: Res
     """Codes (M, I) by a weight (O, I), into ``output`` of M times O elements."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     outputs, channels = weight.shape
-    one = (1, 1)
-    nowhere = (one, one, 1, (0, rows.stride(0), 0), (*one, 0, 0, *one), False, False, 1)
-    layer = _Layer(rows.shape[0], outputs, channels, channels, *nowhere)
+    layer = _Layer(
+        rows=rows.shape[0],
+        outputs=outputs,
+        channels=channels,
+        length=channels,
+        size=(1, 1),
+        output_size=(1, 1),
+        kernel_width=1,
+        strides=(0, rows.stride(0), 0),
+        geometry=(1, 1, 0, 0, 1, 1),
+        has_window=False,
+        is_flat=False,
+        groups=1,
+    )
     _run(rows, padding_code, weight, result, output, layer)
 
 
@@ -118,18 +129,18 @@ def convolution(
         return
     size = output.shape[2], output.shape[3]
     layer = _Layer(
-        number * size[0] * size[1],
-        outputs // groups,
-        channels,
-        kernel[0] * kernel[1] * channels,
-        (height, width),
-        size,
-        kernel[1],
-        (codes.stride(0), down, right),
-        (*strides, *padding, *dilation),
-        True,
-        channels < _CHANNELS_OF_A_TILE,
-        groups,
+        rows=number * size[0] * size[1],
+        outputs=outputs // groups,
+        channels=channels,
+        length=kernel[0] * kernel[1] * channels,
+        size=(height, width),
+        output_size=size,
+        kernel_width=kernel[1],
+        strides=(codes.stride(0), down, right),
+        geometry=(*strides, *padding, *dilation),
+        has_window=True,
+        is_flat=channels < _CHANNELS_OF_A_TILE,
+        groups=groups,
     )
     _run(codes, padding_code, weight, result, output, layer)
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..operators.declaration import CODES, DECLARED
+from ..operators.declaration import FLOATS_ON_GPU as FLOATS
 from . import availability
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # By module of this package, the operators that it implements, each as the function of its name, and the dtypes of the
 # first argument that they take.
