@@ -2,8 +2,8 @@
 
 Launches that differ in sizes and alignment alone are compiled once. Run as a program, in a process where Triton is not
 its interpreter: ``compile_for_gpus.py <capability> [operator ... | --tiles]``.
-It prints as JSON, for each operator, which kernels it launches; of ``--tiles``, which are those of large layers, how many
-bytes of shared memory each takes.
+It prints as JSON, for each operator, which kernels it launches; of ``--tiles``, which are large layers, how many bytes
+of shared memory each kernel takes.
 """
 
 from __future__ import annotations

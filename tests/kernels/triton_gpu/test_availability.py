@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -80,3 +81,33 @@ def test_a_compiler_knows_the_answer_while_it_traces() -> None:
 
     compiled = torch.compile(doubled_where_there_are_kernels, backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.ones(2)), doubled_where_there_are_kernels(torch.ones(2)))
+
+
+WITHOUT_TRITON = """
+import subprocess
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden())
+import torch
+from mlframework.quantization import QATConfig, convert, prepare
+from mlframework.quantization.kernels.operators.declaration import DECLARED
+
+model = prepare(torch.nn.Linear(4, 3), QATConfig(), (torch.randn(2, 4),))
+for _ in range(2):
+    model(torch.randn(2, 4)).sum().backward()
+print(convert(model.eval())(torch.randn(2, 4)).shape, any(operator.on_gpu for operator in DECLARED.values()))
+"""
+
+
+@pytest.mark.slow
+def test_without_triton_nothing_changes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([2, 3]) False"
