@@ -13,7 +13,7 @@ from ..operators.declaration import DECLARED
 from ..operators.layout import dense, laid_out_like
 from .arithmetic import clamped, grid_zero_point, unsaturated_codes
 from .launch import EXACT, channels_of
-from .reductions import channels_as_matrix, total
+from .reductions import channels_as_matrix, partial_places, reduced_tile, total
 
 
 @triton.jit
@@ -48,9 +48,7 @@ def _fake_quantize_backward(
     to_scale = tl.zeros((ROWS, COLUMNS), tl.float32)
     to_zero_point = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(EACH):
-        tile = split * EACH + step
-        row = (kept if AXIS == 1 else tile) * ROWS + tl.arange(0, ROWS)
-        column = (tile if AXIS == 1 else kept) * COLUMNS + tl.arange(0, COLUMNS)
+        row, column = reduced_tile(kept, split, step, AXIS, EACH, ROWS, COLUMNS)
         offset = row[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         if not PER_CHANNEL:
@@ -75,14 +73,7 @@ def _fake_quantize_backward(
         ratio = tl.where(is_on_grid, tl.math.div_rn(value, own_scale), 0.0)
         to_scale += tl.where(inside, scaled * (clamped(code, LOWEST, HIGHEST) - zero - ratio), 0.0)
         to_zero_point += tl.where(inside & (is_on_grid == 0), scaled * -own_scale, 0.0)
-    if AXIS == 1:
-        row = kept * ROWS + tl.arange(0, ROWS)
-        place = row * splits + split
-        is_kept = row < rows
-    else:
-        column = kept * COLUMNS + tl.arange(0, COLUMNS)
-        place = split * columns + column
-        is_kept = column < columns
+    place, is_kept = partial_places(kept, split, rows, columns, splits, AXIS, ROWS, COLUMNS)
     tl.store(partials + place, tl.sum(to_scale, AXIS), is_kept)
     tl.store(partials + size + place, tl.sum(to_zero_point, AXIS), is_kept)
 

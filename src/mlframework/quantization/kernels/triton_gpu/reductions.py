@@ -75,6 +75,29 @@ def channels_as_matrix(tensor: Tensor, axis: int) -> Reduction:
 
 
 @triton.jit
+def reduced_tile(kept, split, step, AXIS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows (ROWS,) and the columns (COLUMNS,) of a program's tile of that step in a :class:`Reduction`."""
+    tile = split * EACH + step
+    row = (kept if AXIS == 1 else tile) * ROWS + tl.arange(0, ROWS)
+    column = (tile if AXIS == 1 else kept) * COLUMNS + tl.arange(0, COLUMNS)
+    return row, column
+
+
+@triton.jit
+def partial_places(kept, split, rows, columns, splits, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a program leaves its partial results in :attr:`Reduction.partials`, and which of them there are."""
+    if AXIS == 1:
+        own = kept * ROWS + tl.arange(0, ROWS)
+        place = own * splits + split
+        is_kept = own < rows
+    else:
+        own = kept * COLUMNS + tl.arange(0, COLUMNS)
+        place = split * columns + own
+        is_kept = own < columns
+    return place, is_kept
+
+
+@triton.jit
 def _total(
     partials,
     first,

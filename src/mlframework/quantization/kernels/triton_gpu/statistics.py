@@ -12,7 +12,7 @@ from ..operators.declaration import DECLARED
 from ..operators.layout import dense
 from .arithmetic import is_finite, moved_average, scale_of_range, zero_point_of_range
 from .launch import EXACT, channels_of
-from .reductions import channels_as_matrix
+from .reductions import channels_as_matrix, partial_places, reduced_tile
 
 
 @triton.jit
@@ -35,9 +35,7 @@ def _extremes(
     negated = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     highest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     for step in range(EACH):
-        tile = split * EACH + step
-        row = (kept if AXIS == 1 else tile) * ROWS + tl.arange(0, ROWS)
-        column = (tile if AXIS == 1 else kept) * COLUMNS + tl.arange(0, COLUMNS)
+        row, column = reduced_tile(kept, split, step, AXIS, EACH, ROWS, COLUMNS)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         value = tl.load(input + row[:, None] * columns + column[None, :], inside, other=0.0).to(tl.float32)
         is_nan = value != value
@@ -45,14 +43,7 @@ def _extremes(
         high = tl.where(is_nan, float("inf"), value)
         negated = tl.maximum(negated, tl.where(inside, low, float("-inf")))
         highest = tl.maximum(highest, tl.where(inside, high, float("-inf")))
-    if AXIS == 1:
-        row = kept * ROWS + tl.arange(0, ROWS)
-        place = row * splits + split
-        is_kept = row < rows
-    else:
-        column = kept * COLUMNS + tl.arange(0, COLUMNS)
-        place = split * columns + column
-        is_kept = column < columns
+    place, is_kept = partial_places(kept, split, rows, columns, splits, AXIS, ROWS, COLUMNS)
     tl.store(partials + place, tl.max(negated, AXIS), is_kept)
     tl.store(partials + size + place, tl.max(highest, AXIS), is_kept)
 
