@@ -154,6 +154,13 @@ def test_others_see_what_has_changed(name: str, path: str) -> None:
         assert all(tensor._version > version for tensor, version in zip(changed, versions, strict=True))
 
 
+def test_a_real_tensor_and_one_of_no_values_are_refused() -> None:
+    """PyTorch takes the form on fake tensors for them, whose results would be memory as it was."""
+    codes, scale, *others = samples("dequantize")["contiguous"]
+    with pytest.raises(RuntimeError, match="dequantize must have all tensors on one device, got cpu and meta"):
+        DECLARED["dequantize"](codes, scale.to("meta"), *others)
+
+
 @needs_kernels
 def test_which_tensors_it_takes() -> None:
     operator = DECLARED["fake_quantize"]

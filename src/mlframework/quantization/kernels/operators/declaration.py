@@ -72,7 +72,17 @@ class Operator:
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Registers the operator's form on fake tensors: shapes, strides and dtypes of the outputs alone. On real ones
         it allocates them (:attr:`empty_outputs`)."""
-        register_fake(f"{NAMESPACE}::{self.name}", function, lib=_LIBRARY)
+
+        def form(*arguments: Any) -> Any:
+            # Of a real tensor and one on the meta device, PyTorch calls this form, whose results have no values.
+            devices = {each.device.type for each in arguments if isinstance(each, Tensor)}
+            if len(devices) > 1 and "meta" in devices:
+                raise RuntimeError(
+                    f"{self.name} must have all tensors on one device, got {' and '.join(sorted(devices))}"
+                )
+            return function(*arguments)
+
+        register_fake(f"{NAMESPACE}::{self.name}", form, lib=_LIBRARY)
         self.empty_outputs = function
         return function
 
