@@ -49,7 +49,13 @@ def test_every_network_loads_and_computes_the_same(name: str, tmp_path: Path) ->
         assert not FLOAT_COMPUTATION & set(file.optimized_kinds(exact=True))
 
 
-@pytest.mark.parametrize("target", [target for target in CONVENTIONS if target != "onnxruntime"])
+# One of them in every run, the others in the long ones.
+OTHERS = [target for target in CONVENTIONS if target != "onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    "target", [OTHERS[0], *(pytest.param(target, marks=pytest.mark.long) for target in OTHERS[1:])]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_files_for_other_engines_load(name: str, target: str, tmp_path: Path) -> None:
     file = ExportedFile.of(make(NETWORKS[name]), SHAPE, tmp_path, target)

@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs without one: of each operator's samples, what a call of it would launch.
 
 Launches that differ in sizes and alignment alone are compiled once. Run as a program, in a process where Triton is not
-its interpreter: ``compile_for_gpus.py <capability> [operator ... | --tiles]``.
+its interpreter: ``compile_for_gpus.py 90,80 [operator ... | --some | --tiles]``.
 It prints as JSON, for each operator, which kernels it launches; of ``--tiles``, which are large layers, how many bytes
 of shared memory each kernel takes.
 """
@@ -24,20 +24,19 @@ from mlframework.quantization.kernels.triton_gpu.registration import IMPLEMENTED
 
 
 class CompilesOnly(DriverBase):
-    """A GPU of that compute capability, which nothing can be launched on."""
+    """A GPU for each compute capability, by which it is numbered; nothing can be launched on one."""
 
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
+    capability: int
 
     @classmethod
     def is_active(cls) -> bool:
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return self.target
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -53,8 +52,9 @@ class CompilesOnly(DriverBase):
         return ty
 
 
-def main(capability: int, names: list[str]) -> None:
-    triton.runtime.driver.set_active(CompilesOnly(capability))
+def main(capabilities: list[int], names: list[str]) -> None:
+    driver = CompilesOnly()
+    triton.runtime.driver.set_active(driver)
     run = triton.runtime.JITFunction.run
     compiled: set[tuple[Any, ...]] = set()
     launched: dict[str, set[str]] = {}
@@ -62,20 +62,21 @@ def main(capability: int, names: list[str]) -> None:
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched[name].add(self.__name__)
-        kinds = [kind_of(argument) for argument in arguments]
-        # Triton makes a constant of every 1, which is another thing to a kernel than a number: once for each argument.
-        ones = {(self.__name__, place) for place, kind in enumerate(kinds) if kind is int and arguments[place] == 1}
-        needed = ones | {(self.__name__, *kinds, *options.items())}
-        if names == ["--tiles"] or not compiled.issuperset(needed):
-            compiled.update(needed)
-            kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-            check(self.__name__, kernel.asm)
-            memory.append(kernel.metadata.shared)
+        for driver.capability in capabilities:
+            if names == ["--some"]:
+                needed = some_of(self.__name__, arguments, driver.capability == capabilities[0])
+            else:
+                needed = all_of(self.__name__, arguments, options, driver.capability)
+            if names == ["--tiles"] or not compiled.issuperset(needed):
+                compiled.update(needed)
+                kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+                check(self.__name__, kernel.asm)
+                memory.append(kernel.metadata.shared)
 
     triton.runtime.JITFunction.run = compile_only
     for module, operators in IMPLEMENTED.items():
         for name in operators:
-            if not names or name in names:
+            if names in ([], ["--some"]) or name in names:
                 launched[name] = set()
                 for arguments in samples_on_gpu(name).values():
                     function_of(module, name)(*arguments)
@@ -85,7 +86,7 @@ def main(capability: int, names: list[str]) -> None:
         large_layers()
         print(json.dumps(memory))
         return
-    if not names or "folded_layer" in names:
+    if names in ([], ["--some"]) or "folded_layer" in names:
         name = "folded_layer"
         finish_library_products()
     print(json.dumps({name: sorted(kernels) for name, kernels in launched.items()}))
@@ -120,11 +121,21 @@ def finish_library_products() -> None:
             through_library(rows, weight, result, torch.empty(24, 8, dtype=dtype))
 
 
-def kind_of(argument: Any) -> Any:
-    """What decides, of an argument, which lines of a kernel are compiled, and with which types."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype
-    return argument if isinstance(argument, bool) else type(argument)
+def all_of(name: str, arguments: tuple[Any, ...], options: dict[str, Any], capability: int) -> set[tuple[Any, ...]]:
+    """What a launch compiles that differs in more than sizes: which lines of the kernel, and with which types."""
+    kinds = [
+        each.dtype if isinstance(each, torch.Tensor) else each if isinstance(each, bool) else type(each)
+        for each in arguments
+    ]
+    # Triton makes a constant of every 1, which is another thing to a kernel than a number: once for each argument.
+    ones = {(capability, name, place) for place, kind in enumerate(kinds) if kind is int and arguments[place] == 1}
+    return ones | {(capability, name, *kinds, *options.items())}
+
+
+def some_of(name: str, arguments: tuple[Any, ...], is_first: bool) -> set[tuple[Any, ...]]:
+    """Every line of the kernel for one capability, and the kernel once for the others."""
+    flags = [argument for argument in arguments if isinstance(argument, bool)] if is_first else []
+    return {(is_first, name, *flags)}
 
 
 def check(name: str, assembly: dict[str, str]) -> None:
@@ -169,4 +180,4 @@ def has_result_in_32_bits(operation: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main([int(capability) for capability in sys.argv[1].split(",")], sys.argv[2:])

@@ -53,7 +53,9 @@ def wrong_with(kernel: Any, **options: Any) -> str | None:
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(CompilesOnly(90))
+    driver = CompilesOnly()
+    driver.capability = 90
+    triton.runtime.driver.set_active(driver)
     found = {
         kernel.__name__: wrong_with(kernel, enable_fp_fusion=False)
         for kernel in (right, short, extended_too_late, short_in_a_loop)
