@@ -153,6 +153,15 @@ def test_random_convolutions(data: st.DataObject) -> None:
     assert_as_floats(product, epilogue, random_codes((2, channels * groups, *size), dtype))
 
 
+@pytest.mark.parametrize("dtype", [UNSIGNED, SIGNED], ids=str)
+@pytest.mark.parametrize("name", ["conv1d", "few channels", "channels of a tile", "channels with a rest", "depthwise"])
+def test_padding_by_zero(name: str, dtype: torch.dtype) -> None:
+    """A zero point of 0, as after a ReLU, has a way of its own through the kernel."""
+    shape, weight_shape, geometry = CASES[name]
+    product = random_product(weight_shape, dtype, geometry, 0)
+    assert_as_floats(product, epilogues(weight_shape[0])[0], random_codes(shape, dtype))
+
+
 def test_an_empty_batch() -> None:
     for shape, weight_shape, geometry in CASES.values():
         product = random_product(weight_shape, UNSIGNED, geometry, 3)
