@@ -21,7 +21,7 @@ test: $(INSTALLED)
 	$(PYTEST) -m "not long"
 
 test-fast: $(INSTALLED)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not interpreter"
 
 test-long: $(INSTALLED)
 	$(PYTEST) -m long
