@@ -1,10 +1,10 @@
 """Quantization-aware training for PyTorch that ends in true int8."""
 
+from .calibration.calibrate import calibrate
 from .conversion.convert import convert
 from .export.export_onnx import export_onnx
 from .export.torch_export import NotExportableError
 from .parameters import QuantizationParameters, dequantize, quantize, requantize
-from .preparation.calibrate import calibrate
 from .preparation.parameter_groups import parameter_groups, quantization_parameters
 from .preparation.prepare import prepare
 from .preparation.report import PreparationReport, preparation_report

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.modes import in_evaluation
+from ..preparation.batches import arguments_of, iterated
+from ..preparation.report import PreparationReport
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
-from .batches import arguments_of, iterated
-from .report import PreparationReport
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
