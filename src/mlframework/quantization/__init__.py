@@ -1,5 +1,7 @@
 """Quantization-aware training for PyTorch that ends in true int8."""
 
+from .calibration.batch_norm import reestimate_batch_norm
+from .calibration.bias_correction import correct_bias
 from .calibration.calibrate import calibrate
 from .conversion.convert import convert
 from .export.export_onnx import export_onnx
@@ -42,6 +44,7 @@ __all__ = [
     "calibrate",
     "compare_outputs",
     "convert",
+    "correct_bias",
     "dequantize",
     "export_onnx",
     "fake_quantize",
@@ -50,6 +53,7 @@ __all__ = [
     "prepare",
     "quantization_parameters",
     "quantize",
+    "reestimate_batch_norm",
     "requantize",
     "verify",
 ]
