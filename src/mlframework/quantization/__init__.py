@@ -3,6 +3,9 @@
 from .calibration.batch_norm import reestimate_batch_norm
 from .calibration.bias_correction import correct_bias
 from .calibration.calibrate import calibrate
+from .calibration.equalization import equalize
+from .calibration.report import MethodReport
+from .calibration.smoothing import smooth_activations
 from .conversion.convert import convert
 from .export.export_onnx import export_onnx
 from .export.torch_export import NotExportableError
@@ -28,6 +31,7 @@ __all__ = [
     "ComparisonReport",
     "FakeQuantizeLayer",
     "HistogramObserver",
+    "MethodReport",
     "MinMaxObserver",
     "MovingAverageObserver",
     "MovingAverageStatistics",
@@ -46,6 +50,7 @@ __all__ = [
     "convert",
     "correct_bias",
     "dequantize",
+    "equalize",
     "export_onnx",
     "fake_quantize",
     "parameter_groups",
@@ -55,5 +60,6 @@ __all__ = [
     "quantize",
     "reestimate_batch_norm",
     "requantize",
+    "smooth_activations",
     "verify",
 ]

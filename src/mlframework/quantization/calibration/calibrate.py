@@ -9,14 +9,19 @@ from torch import nn
 
 from .batch_norm import reestimate_batch_norm
 from .bias_correction import correct_bias
+from .equalization import equalized
 from .own_parameters import unchanged_on_error
 from .ranges import measure_ranges
 from .runs import kept, nodes_of
+from .smoothing import smoothed
 
+_Method = Callable[[nn.Module, Iterable[Any]], Any]
+
+# Those that change what the float model's values are, whose ranges are to be measured afterwards.
+_IN_FLOAT: dict[str, _Method] = {"smooth_activations": smoothed, "equalize": equalized}
 # Those that work on a quantized model, whose ranges have been measured.
-_METHODS: dict[str, Callable[[nn.Module, Iterable[Any]], Any]] = {
-    method.__name__: method for method in (correct_bias, reestimate_batch_norm)
-}
+_QUANTIZED: dict[str, _Method] = {"correct_bias": correct_bias, "reestimate_batch_norm": reestimate_batch_norm}
+METHODS = (*_IN_FLOAT, *_QUANTIZED)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequence[str] = ()) -> None:
@@ -35,6 +40,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequenc
             none of the float model that it was made of.
 
     Methods:
+        - :func:`smooth_activations`: outliers of channels move from activations after normalizations into weights.
+        - :func:`equalize`: channels between two layers get ranges alike.
         - :func:`correct_bias`: takes the mean of each layer's error into its bias.
         - :func:`reestimate_batch_norm`: statistics of batch normalization, with quantized weights.
 
@@ -53,12 +60,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequenc
     """
     nodes_of(model)
     methods = (method,) if isinstance(method, str) else tuple(method)
-    unknown = [name for name in methods if name not in _METHODS]
+    unknown = [name for name in methods if name not in METHODS]
     if unknown:
-        raise ValueError(f"method must be among {', '.join(_METHODS)}, got {unknown[0]!r}")
+        raise ValueError(f"method must be among {', '.join(METHODS)}, got {unknown[0]!r}")
     with unchanged_on_error(model):
         if methods:
             batches = kept(batches)
-        measure_ranges(model, batches)
+        is_measured = False
         for name in methods:
-            _METHODS[name](model, batches)
+            if name in _IN_FLOAT:
+                _IN_FLOAT[name](model, batches)
+                is_measured = False
+                continue
+            if not is_measured:
+                measure_ranges(model, batches)
+                is_measured = True
+            _QUANTIZED[name](model, batches)
+        if not is_measured:
+            measure_ranges(model, batches)
