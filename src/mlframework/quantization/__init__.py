@@ -1,10 +1,15 @@
 """Quantization-aware training for PyTorch that ends in true int8."""
 
+from .calibration.batch_norm import reestimate_batch_norm
+from .calibration.bias_correction import correct_bias
+from .calibration.calibrate import calibrate
+from .calibration.equalization import equalize
+from .calibration.report import MethodReport
+from .calibration.smoothing import smooth_activations
 from .conversion.convert import convert
 from .export.export_onnx import export_onnx
 from .export.torch_export import NotExportableError
 from .parameters import QuantizationParameters, dequantize, quantize, requantize
-from .preparation.calibrate import calibrate
 from .preparation.parameter_groups import parameter_groups, quantization_parameters
 from .preparation.prepare import prepare
 from .preparation.report import PreparationReport, preparation_report
@@ -26,6 +31,7 @@ __all__ = [
     "ComparisonReport",
     "FakeQuantizeLayer",
     "HistogramObserver",
+    "MethodReport",
     "MinMaxObserver",
     "MovingAverageObserver",
     "MovingAverageStatistics",
@@ -42,7 +48,9 @@ __all__ = [
     "calibrate",
     "compare_outputs",
     "convert",
+    "correct_bias",
     "dequantize",
+    "equalize",
     "export_onnx",
     "fake_quantize",
     "parameter_groups",
@@ -50,6 +58,8 @@ __all__ = [
     "prepare",
     "quantization_parameters",
     "quantize",
+    "reestimate_batch_norm",
     "requantize",
+    "smooth_activations",
     "verify",
 ]

@@ -20,6 +20,7 @@ from ..qat.qat_operation import QATOperation
 from ..scheme import QuantizationScheme
 from . import operations
 from .function_layers import FunctionLayer
+from .neighbours import note_readers
 from .placement import Chain, Joined, Placement
 from .quantized_reads import quantize_reads
 from .report import ReportEntry
@@ -72,6 +73,7 @@ class GraphRewriter:
         for node, layer in zip(placement.quantized, nodes, strict=True):
             accounts[node] = self._put_node(node, layer, placement)
         self._note_direct_edges()
+        note_readers(self.root, self.graph, self.modules, {node: self._grid_made_by(node) for node in self.graph.nodes})
         found = {accounts[node].name: accounts[node] for node in sorted(accounts, key=order.__getitem__, reverse=True)}
         return list(reversed(found.values()))  # of a module that is called several times, the first account
 

@@ -66,6 +66,7 @@ _SELECTING_FUNCTIONS: set[Any] = {
     F.pixel_unshuffle,
     F.channel_shuffle,
 }
+_MIXING_CHANNELS: set[Any] = {F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle}
 _NEAREST = ("nearest", "nearest-exact")
 _PRESERVING_FUNCTIONS: set[Any] = {
     operator.getitem,
@@ -184,6 +185,21 @@ def preserves_values(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def is_dropout(module: nn.Module) -> bool:
     """Whether the module is the identity in evaluation, and something else in training."""
     return isinstance(module, (*DROPOUTS, TrainingOnly)) or returns_its_input(module)
+
+
+def keeps_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node preserves values (or is a ReLU) and leaves each in its channel, along axis 1: what multiplies a
+    channel by a positive number may stand before or after it."""
+    if node.op == "call_module" and getattr(modules[str(node.target)], "return_indices", False):
+        return False
+    if node.op == "call_module" and is_dropout(modules[str(node.target)]):
+        return True
+    if node.op == "call_function" and node.target is F.pad:
+        padding, dimensions = _argument(node, 1, "pad", ()), len(node.meta["tensor"].shape)
+        return is_selection(node, modules) and len(padding) <= 2 * (dimensions - 2)
+    if is_call_of(node, modules, (nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), _MIXING_CHANNELS):
+        return False
+    return is_selection(node, modules) or is_relu(node, modules)
 
 
 def is_division(node: fx.Node) -> bool:

@@ -118,6 +118,10 @@ class FakeQuantizeLayer(nn.Module):
         self.reduces_over_ranks = True
         self.range_of: int | None = None  # the fingerprint of the weight in evaluation that the scale is of
         self.has_warned = False
+        # By the model's graph: whether layers alone read the values, each in its channel; and the module making these
+        # for the node alone, in a tuple so that nn.Module does not register it: it is registered elsewhere.
+        self.feeds_layers_alone = False
+        self.made_by: tuple[nn.Module, ...] = ()
 
         scale = torch.ones(num_channels)
         zero_point = torch.full((num_channels,), float(scheme.symmetric_zero_point))

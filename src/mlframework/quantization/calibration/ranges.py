@@ -1,0 +1,47 @@
+"""Ranges of activations: what the observers see of a model that computes in float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..preparation.batches import arguments_of, iterated
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from .runs import evaluating, nodes_of
+
+
+def measure_ranges(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Sets every node's scale and zero point from what its observer sees of the batches; earlier statistics are
+    forgotten.
+
+    Raises:
+        TypeError, ValueError: as :func:`.calibrate`.
+    """
+    nodes = nodes_of(model)
+    with _calibrating(nodes), evaluating(model):
+        for node in nodes:
+            node.observer.reset()
+        seen = 0
+        for batch in iterated(batches):
+            args, kwargs = arguments_of(model, batch)
+            model(*args, **kwargs)
+            seen += 1
+        if seen == 0:
+            raise ValueError("batches must hold at least one batch, got none")
+        for node in nodes:
+            if bool(node.observer.batches > 0):
+                node.update_parameters()
+
+
+@contextmanager
+def _calibrating(nodes: list[FakeQuantizeLayer]) -> Iterator[None]:
+    for node in nodes:
+        node.calibrating = True
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.calibrating = False
