@@ -31,11 +31,12 @@ class Network(nn.Module):
         self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
         self.average = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
+        self.head = nn.Linear(1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.stem(x))
         x = x + self.block(x)
-        return self.flatten(self.average(torch.cat([x, x], 1)))
+        return self.head(self.flatten(self.average(torch.cat([x, x], 1))).unsqueeze(-1))
 
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -91,7 +92,7 @@ def test_a_list_that_changes_takes_effect(network: nn.Module) -> None:
     of_kind(network, nn.AdaptiveAvgPool2d).output_size = size = [1, 1]
     assert runs_programs(network, IMAGE)
     size[0] = 2
-    assert results(network, IMAGE)[0].shape == (2, 32)
+    assert results(network, IMAGE)[0].shape == (2, 32, 3)
 
 
 def test_settings_do_not_depend_on_the_mode(network: nn.Module) -> None:

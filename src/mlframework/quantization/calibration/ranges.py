@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,11 +37,23 @@ def measure_ranges(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 @contextmanager
-def _calibrating(nodes: list[FakeQuantizeLayer]) -> Iterator[None]:
+def _calibrating(nodes: Sequence[FakeQuantizeLayer]) -> Iterator[None]:
+    """The nodes with the observers that calibration uses; their own go on from what those have found."""
+    own = [node.observer for node in nodes]
     for node in nodes:
         node.calibrating = True
+        if node.calibration_observer is not None:
+            node.observer = node.calibration_observer().to(node.scale.device)
     try:
         yield
+        for node, observer in zip(nodes, own, strict=True):
+            if node.observer is observer:
+                continue
+            if bool(node.observer.batches > 0):
+                observer.start_from(*node.observer.range(node.scheme))
+            else:
+                observer.reset()
     finally:
-        for node in nodes:
+        for node, observer in zip(nodes, own, strict=True):
+            node.observer = observer
             node.calibrating = False

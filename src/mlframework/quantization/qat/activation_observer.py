@@ -110,6 +110,11 @@ class ActivationObserver(nn.Module):
         """Forgets everything."""
         self.batches.zero_()
 
+    def start_from(self, minimum: Tensor, maximum: Tensor) -> None:
+        """Forgets everything and takes a range, each end of shape (C,), for that of the first batch."""
+        self.reset()
+        self.update(BatchStatistics(torch.stack([-minimum, maximum])))
+
     def _count(self) -> float:
         """The number of batches, where it matters. Nothing is read back, so one without finite values counts too."""
         return 0 if self.update_every == 1 else self._batches.read(self.batches)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..scheme import QuantizationScheme
-from .activation_observer import ActivationObserver, MovingAverageObserver
+from .activation_observer import ActivationObserver
 from .straight_through_estimator import StraightThroughEstimator
 from .targets import TARGETS, Target
 
@@ -39,7 +39,9 @@ class QATConfig:
             tables of embeddings too (which are not multiplied: override ``nn.Embedding`` to keep them at 8 bits).
         per_channel_weights: a scale for every output channel of a weight; otherwise one for the whole weight.
         learnable: scales and zero points are trained by the optimizer (LSQ, LSQ+) from where the first batch sets them.
-        activation_observer: makes the observer of an activation; :class:`MovingAverageObserver` by default.
+        activation_observer: makes the observer of an activation. By default, training follows a
+            :class:`MovingAverageObserver`, and :func:`calibrate` chooses the range of least squared error
+            (:class:`HistogramObserver`), from which training then goes on.
         estimator: what passes backward.
         quantize_last_linear: also quantize the output of a linear layer that is the model's result.
         integer_forward: linear layers and convolutions train on integer codes forward, where compiled kernels do that
@@ -67,7 +69,7 @@ class QATConfig:
     reduce_range: bool = False
     per_channel_weights: bool = True
     learnable: bool = False
-    activation_observer: Callable[[], ActivationObserver] = MovingAverageObserver
+    activation_observer: Callable[[], ActivationObserver] | None = None
     estimator: StraightThroughEstimator = field(default_factory=StraightThroughEstimator)
     quantize_last_linear: bool = False
     integer_forward: bool = True
@@ -86,7 +88,10 @@ class QATConfig:
         for name in ("reduce_range", "per_channel_weights", "learnable", "quantize_last_linear", "integer_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        if not callable(self.activation_observer) or isinstance(self.activation_observer, ActivationObserver):
+        makes_observer = callable(self.activation_observer)
+        if self.activation_observer is not None and (
+            not makes_observer or isinstance(self.activation_observer, ActivationObserver)
+        ):
             raise TypeError(
                 "activation_observer must make a new observer at each call (a class or functools.partial), "
                 f"got {self.activation_observer!r}"

@@ -52,6 +52,7 @@ class FakeQuantizeLayer(nn.Module):
         initialized: float32 buffer of shape (1,): 1 if they come from data, else 0. An average of models averages it
             too; from one half on it counts as 1.
         observer: the observer; ``observer.enabled`` switches it.
+        calibration_observer: makes the one that :func:`calibrate` uses in its place; None for itself.
         fake_quantize_enabled: False lets values pass as they are.
 
     Raises:
@@ -105,6 +106,7 @@ class FakeQuantizeLayer(nn.Module):
             raise ValueError(f"observer must have num_channels={num_channels}, got {observer.num_channels}")
         self.scheme = scheme
         self.observer = observer
+        self.calibration_observer: Callable[[], ActivationObserver] | None = None
         self.learnable = learnable
         self.layer = layer
         self.estimator = StraightThroughEstimator() if estimator is None else estimator

@@ -12,6 +12,7 @@ from .batch_norms import evaluation_form
 from .computed_parameters import move_computation
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
+from .histogram_observer import HistogramObserver
 from .integer_evaluation import IntegerEvaluation
 from .layer_types import LAYER_TYPES, clip_of, layer_type_of, obstacle_of, takes_batch_norm
 from .recomputation import as_in_forward, is_recomputing
@@ -187,6 +188,7 @@ def _keep_loaded_scale(wrapper: QATModuleWrapper, incompatible_keys: object) -> 
 def activation_node(config: QATConfig, non_negative: bool = False) -> FakeQuantizeLayer:
     """The fake-quantize node of an activation, per tensor."""
     scheme = config.non_negative_activation_scheme if non_negative else config.activation_scheme
-    return FakeQuantizeLayer(
-        scheme, config.activation_observer(), learnable=config.learnable, estimator=config.estimator
-    )
+    observer = None if config.activation_observer is None else config.activation_observer()
+    node = FakeQuantizeLayer(scheme, observer, learnable=config.learnable, estimator=config.estimator)
+    node.calibration_observer = HistogramObserver if observer is None else None
+    return node
