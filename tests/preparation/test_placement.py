@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from example_architectures import BranchesAtRoot, conv
 from example_models import EXAMPLES, Example, train_briefly
-from mlframework.quantization import FakeQuantizeLayer, QATConfig, QATModuleWrapper, prepare
+from mlframework.quantization import FakeQuantizeLayer, QATConfig, QATModuleWrapper, calibrate, convert, prepare
 from mlframework.quantization.graph.containers import graph_of
 from mlframework.quantization.graph.generated_forward import has_generated_forward
 from mlframework.quantization.int8.lookup import Lookup
@@ -162,12 +162,54 @@ def test_in_a_model_that_is_not_traced_every_layer_has_its_own_nodes() -> None:
     assert output(model, "head") is None
 
 
-def test_embeddings_quantize_their_table_and_rows() -> None:
+def test_embeddings_quantize_their_table_alone() -> None:
     example = EXAMPLES["text"]
     model = prepare(example.make(), None, example.inputs())
     assert model.embedding.input_source is None
-    (total,) = sums(model)
-    assert total.sources == (output(model, "embedding"), output(model, "position"))
+    assert model.embedding.weight_fake_quantize is not None
+    assert output(model, "embedding") is output(model, "position") is None
+    assert not sums(model)
+
+
+class Residual(nn.Module):
+    """As in a transformer that normalizes after its sums: what a linear layer reads, a sum reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y + self.body(y)
+
+
+def test_only_who_computes_on_integers_reads_a_grid() -> None:
+    model = nn.Sequential(Residual(), Residual(), nn.Linear(6, 2))
+    prepared = prepare(model, None, (torch.randn(4, 6),))
+    # The residual sums, the normalizations and what linear layers add to the stream stay float.
+    assert not sums(prepared)
+    assert all(output(prepared, f"{block}.body.{layer}") is None for block in "01" for layer in "02")
+    with torch.no_grad():
+        calibrate(prepared, [torch.randn(64, 6)])
+        x = torch.randn(16, 6)
+        prepared.eval()
+        seen = []
+        handle = prepared[0].norm.register_forward_hook(lambda module, args, result: seen.append(result))
+        result = prepared[0](x)
+        handle.remove()
+        assert torch.equal(result, seen[0] + prepared[0].body(seen[0]))
+        assert torch.equal(convert(prepared)(x), prepared(x))
+
+
+def test_a_part_of_a_value_has_a_grid_of_its_own() -> None:
+    """The range of what is left out does not count."""
+    model = placed(lambda self, x: self.last(torch.cat([x.cumsum(1), 100 * x], 1)[:, :3]), last=conv(3, 2))
+    calibrate(model, [IMAGES])
+    low, high = torch.cumsum(IMAGES, 1).aminmax()
+    node = source(model, "last")
+    assert node is not None
+    assert node.scale.item() <= (high - low).item() / 255 * 1.01
 
 
 def test_a_layer_called_with_more_than_its_input_stays_float() -> None:

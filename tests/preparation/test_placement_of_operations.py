@@ -189,15 +189,26 @@ def test_a_residual_sum_adds_codes(add: Callable[..., Tensor], relu: bool) -> No
     assert total.output_fake_quantize.scheme.symmetric is relu
 
 
-def test_a_relu_on_a_sum_that_others_read_shares_its_grid() -> None:
+def test_a_relu_on_a_sum_that_others_read_is_a_table() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        y = self.first(x) + x
+        y = self.first(x) + self.second(x)
         return self.last(F.relu(y)) + y
 
-    model = placed(forward, first=conv(3, 3), last=conv(3, 3))
+    model = placed(forward, first=conv(3, 3), second=conv(3, 3), last=conv(3, 3))
     assert free_nodes(model) == ["x_fake_quantize"]
-    assert source(model, "last") is sums(model)[0].output_fake_quantize
-    assert sums(model)[1].sources == (output(model, "last"), sums(model)[0].output_fake_quantize)
+    (total,), (table,) = sums(model), joined(model, Lookup)
+    assert table.sources == (total.output_fake_quantize,)
+    assert source(model, "last") is table.output_fake_quantize
+
+
+def test_a_relu_shares_the_grid_of_a_sum_that_a_layer_reads() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.first(x) + self.second(x)
+        return self.last(F.relu(y)) + self.other(y)
+
+    model = placed(forward, **{name: conv(3, 3) for name in ("first", "second", "last", "other")})
+    (total,) = sums(model)
+    assert source(model, "last") is source(model, "other") is total.output_fake_quantize
 
 
 @pytest.mark.parametrize(
@@ -243,13 +254,13 @@ def test_a_mask_that_the_model_computes_is_added_in_float(hidden: float) -> None
     assert not sums(placed(forward, body=conv(3, 3), last=conv(3, 2)))
 
 
-def test_a_sum_with_a_value_computed_in_float_adds_codes() -> None:
+def test_a_sum_with_a_value_computed_in_float_is_computed_in_float() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.last(self.body(x) + x.cumsum(1))
 
     model = placed(forward, body=conv(3, 3), last=conv(3, 2))
-    (total,) = sums(model)
-    assert total.sources == (output(model, "body"), model.cumsum_fake_quantize)
+    assert not sums(model)
+    assert source(model, "last") is model.add_fake_quantize
 
 
 @pytest.mark.parametrize("tail", [nn.LogSoftmax(1), nn.Sigmoid(), nn.Identity()], ids=lambda tail: type(tail).__name__)

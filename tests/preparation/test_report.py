@@ -89,7 +89,7 @@ def test_a_skipped_layer_before_a_quantized_one_is_float_with_its_output_on_a_gr
     assert reasons(report)["block.conv1"] == "skipped by the configuration"
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     report = preparation_report(prepare(model, QATConfig(skip=("0",)), (torch.randn(2, 3),)))
-    assert reasons(report)["0"] == "skipped by the configuration, output uint8 [0, 255] affine, per tensor"
+    assert reasons(report)["0"] == "skipped by the configuration, read as uint8 [0, 255] affine, per tensor"
 
 
 def test_it_prints_as_a_table() -> None:

@@ -118,11 +118,19 @@ class Calls:
             else:
                 self.of_node[item] = call
 
+    def around(self, node: fx.Node) -> list[Call]:
+        """The calls in which a node runs, the outermost first."""
+        return self._with_outer(self.of_node[node])[::-1]
+
+    def _with_outer(self, call: Call) -> list[Call]:
+        calls = [call]
+        while calls[-1] in self.outer:
+            calls.append(self.outer[calls[-1]])
+        return calls
+
     def inside(self, nodes: Iterable[fx.Node], call: Call) -> list[Call]:
         """The calls in which nodes run, other than ``call`` and those around it."""
-        around = [call]
-        while around[-1] in self.outer:
-            around.append(self.outer[around[-1]])
+        around = self._with_outer(call)
         found: dict[Call, None] = {}
         for node in nodes:
             inner = self.of_node[node]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from ..graph.containers import Calls, is_mark
+from ..graph.containers import Calls, is_mark, readers
 from ..graph.nodes import add_module, label_of, owner_of, replace_module
 from ..graph.watching import PATCHED
 from ..int8.lookup import Lookup
@@ -22,6 +22,7 @@ from . import operations
 from .function_layers import FunctionLayer
 from .neighbours import note_readers
 from .placement import Chain, Joined, Placement
+from .quantized_reads import quantize_reads
 from .report import ReportEntry
 from .shares import multiply_adds_of
 
@@ -45,6 +46,7 @@ class GraphRewriter:
         self.grid_of: dict[fx.Node, FakeQuantizeLayer] = {}
         self.first_wrapper: dict[nn.Module, QATModuleWrapper] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.erased: set[fx.Node] = set()
         self.weight_nodes: dict[tuple[str, QuantizationScheme], FakeQuantizeLayer] = {}
         self.work = {node: _multiply_adds(node) for node in graph.nodes}
         self.device = next((tensor.device for tensor in (*root.parameters(), *root.buffers())), None)
@@ -69,7 +71,7 @@ class GraphRewriter:
         for entry, operation in zip(joined, operation_modules, strict=True):
             accounts[entry.node] = self._put_operation(entry, operation)
         for node, layer in zip(placement.quantized, nodes, strict=True):
-            accounts[node] = self._put_node(node, layer, self._why_float(node, placement))
+            accounts[node] = self._put_node(node, layer, placement)
         self._note_direct_edges()
         note_readers(self.root, self.graph, self.modules, {node: self._grid_made_by(node) for node in self.graph.nodes})
         found = {accounts[node].name: accounts[node] for node in sorted(accounts, key=order.__getitem__, reverse=True)}
@@ -164,18 +166,18 @@ class GraphRewriter:
         self._close_up(chain.end, replacement, chain.activation, chain.batch_norm, chain.node)
         return function.owner if isinstance(owner, type(function.layer)) else name
 
-    def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer, why_float: str | None) -> ReportEntry:
-        name = add_module(self.root, owner_of(node), f"{label_of(node)}_fake_quantize", layer)
-        position = node
-        while position.next.op == "placeholder":
-            position = position.next
-        with self.graph.inserting_after(position):
-            call = self.graph.call_module(name, (node,))
-        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    def _put_node(self, node: fx.Node, layer: FakeQuantizeLayer, placement: Placement) -> ReportEntry:
+        def reads_integers(reader: fx.Node) -> bool:
+            if reader in placement.sharing:
+                return any(map(reads_integers, readers(reader)))
+            module = self.root.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+            return isinstance(module, (QATModuleWrapper, QATOperation))
+
+        quantize_reads(self.root, self.graph, node, layer, reads_integers)
         name, kind = self._name(node), _description(node, self.modules)
         if node.op in ("placeholder", "get_attr"):
             return ReportEntry(name, kind, True, str(layer.scheme))
-        detail = f"{why_float or 'computed in float'}, output {layer.scheme}"
+        detail = f"{self._why_float(node, placement) or 'computed in float'}, read as {layer.scheme}"
         return ReportEntry(name, kind, False, detail, self.work[node])
 
     def _put_operation(self, entry: Joined, operation: QATOperation) -> ReportEntry:
@@ -188,7 +190,9 @@ class GraphRewriter:
         for node in entry.nodes:  # a container that returned what is now inside of the operation returns its result
             node.replace_all_uses_with(call, delete_user_cb=is_mark)
         for node in reversed(entry.nodes):
-            if not node.users:  # a part of a region may have other readers
+            # A part of a region may have other readers, or be what another operation ends with.
+            if not node.users and node not in self.erased:
+                self.erased.add(node)
                 self.graph.erase_node(node)
         name = self._name(entry.node) if entry.node.op == "call_module" else name
         detail = f"output {operation.output_fake_quantize.scheme}"

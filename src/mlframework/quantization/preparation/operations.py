@@ -207,6 +207,12 @@ def is_division(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _DIVIDING
 
 
+def takes_a_part(node: fx.Node) -> bool:
+    """Whether the node preserves some of the values and leaves others out."""
+    targets = {operator.getitem, torch.narrow, torch.select, "narrow", "select"}
+    return is_division(node) or (node.op in ("call_function", "call_method") and node.target in targets)
+
+
 def is_selection(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the node preserves values (zeros that it pads with are on every grid) through a kernel for floats."""
     if node.op == "call_module":

@@ -23,7 +23,7 @@ from . import operations
 from .batch_norm_parts import take_batch_norms_apart
 from .function_layers import take_casts_out
 from .graph_rewriter import GraphRewriter, layer_entry
-from .placement import place, skip_reason
+from .placement import place, skip_reason, takes_output_grid
 from .report import ALONE, NEVER_REACHED, UNCALLED, ReportEntry
 
 
@@ -155,11 +155,11 @@ class PartPreparation:
                 entries.append(ReportEntry(qualified, type(layer).__name__, False, str(obstacle)))
                 continue
             wrapper = QATModuleWrapper(layer, config)
+            is_result = prefix == "" and called[-1:] == [name]  # of the model, as far as one can tell
+            if not takes_output_grid(layer) and not (config.quantize_last_linear and is_result):
+                wrapper.output_fake_quantize = None  # its own code reads floats
             entries.append(layer_entry(qualified, wrapper, f"{ALONE}: {reason}"))
             replace_module(self.root, layer, wrapper)
-            is_last = prefix == "" and called[-1:] == [name] and isinstance(layer, nn.Linear)
-            if is_last and not self.config.quantize_last_linear:
-                wrapper.output_fake_quantize = None  # the model's result, as far as one can tell
         return entries
 
 

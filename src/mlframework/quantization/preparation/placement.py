@@ -16,8 +16,7 @@ from torch import fx, nn
 from ..graph.containers import Calls, readers
 from ..graph.fixed_values import computing_nodes
 from ..graph.subgraph import module_of_nodes
-from ..int8.average_pooling import AveragePooling, Mean
-from ..int8.integer_operation import IntegerOperation, Multiplication
+from ..int8.integer_operation import IntegerOperation
 from ..int8.lookup import Lookup
 from ..qat.batch_norms import evaluation_form
 from ..qat.config import QATConfig
@@ -25,7 +24,7 @@ from ..qat.layer_types import layer_type_of, obstacle_of, takes_batch_norm
 from . import operations
 from .function_layers import FunctionLayer, function_layer
 from .integer_operations import integer_operation
-from .pointwise import pointwise_region
+from .pointwise import PointwiseRegion, pointwise_region
 from .report import SKIPPED
 
 
@@ -114,6 +113,12 @@ def skip_reason(name: str, layer: nn.Module, config: QATConfig) -> str | None:
     return obstacle_of(layer)
 
 
+def takes_output_grid(layer: nn.Module) -> bool:
+    """Whether a layer's output is put on a grid even where nothing reads its integers: engines run a convolution in
+    integers only between a dequantize and a quantize node."""
+    return not isinstance(layer, (nn.Linear, nn.Embedding))
+
+
 class _Placer:
     def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module], config: QATConfig, prefix: str) -> None:
         self.prefix = f"{prefix}." if prefix else ""
@@ -124,6 +129,9 @@ class _Placer:
         self.placement = Placement()
         self.chain_of_end: dict[fx.Node, Chain] = {}
         self.on_grid: set[fx.Node] = set()
+        self.late: set[fx.Node] = set()  # parts of float values that are quantized, and not the whole
+        self.results: set[fx.Node] = set()  # of operations on integers
+        self.anchors: dict[fx.Node, bool] = {}
 
     def place(self) -> Placement:
         for node in self.graph.nodes:
@@ -131,16 +139,14 @@ class _Placer:
             if chain is not None:
                 self._start_chain(chain)
         for chain in self.placement.chains:
-            chain.quantizes_output = not self._is_linear_result(chain)
-            if chain.quantizes_output:
+            is_asked_for = chain.config.quantize_last_linear and self._is_linear_result(chain)
+            if takes_output_grid(chain.layer) or is_asked_for:
                 self.on_grid.add(chain.end)
-        for chain in self.placement.chains:
-            if chain.input is not None:
-                self._demand(self.base(chain.input))
-        while self._join_operation():
-            pass
+        self._demand_inputs()
+        self._join_operations()
         # Only now is it known which values are on a grid, and so what a ReLU shares its grid with.
         for chain in self.placement.chains:
+            chain.quantizes_output = chain.end in self.on_grid
             if chain.input is not None:
                 chain.source = self.base(chain.input)
                 chain.dropouts = self._dropouts_before(chain.input)
@@ -149,7 +155,7 @@ class _Placer:
             entry.dropouts = self._dropouts_before(*entry.operands)
         for entry in self.placement.joined:
             entry.config = self._config_of_readers(entry.end)
-        ends = {chain.end for chain in self.placement.chains} | {entry.end for entry in self.placement.joined}
+        ends = self.chain_of_end.keys() | self.results
         self.placement.sharing = set(filter(self._shares_grid, self.graph.nodes))
         self.placement.quantized = {
             node: self._config_of_readers(node)
@@ -215,7 +221,7 @@ class _Placer:
 
     def _is_linear_result(self, chain: Chain) -> bool:
         """Whether a linear layer gives the model's result: no quantized layer reads what is computed from it."""
-        if chain.config.quantize_last_linear or not isinstance(chain.layer, nn.Linear):
+        if not isinstance(chain.layer, nn.Linear):
             return False
         layers = {other.node for other in self.placement.chains}
         pending, seen = [chain.end], {chain.end}
@@ -240,14 +246,14 @@ class _Placer:
 
     def _dropouts_before(self, *operands: fx.Node) -> tuple[fx.Node, ...]:
         """What takes values off their grid in training, on the way to these."""
-        path = (node for operand in operands for node in self._path(operand))
-        return tuple(
-            node for node in path if node.op == "call_module" and operations.is_dropout(self.modules[str(node.target)])
-        )
+        return tuple(filter(self._is_dropout, (node for operand in operands for node in self._path(operand))))
+
+    def _is_dropout(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and operations.is_dropout(self.modules[str(node.target)])
 
     def _shares_grid(self, node: fx.Node) -> bool:
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or node in self.chain_of_end:
+        if not isinstance(source, fx.Node) or node in self.chain_of_end or node in self.late or node in self.results:
             return False
         if operations.preserves_values(node, self.modules):
             # What is taken out of a tuple or a dictionary shares a grid only if those are parts of one tensor.
@@ -257,86 +263,100 @@ class _Placer:
             return source in self.on_grid or self._shares_grid(source)
         return False
 
-    def _demand(self, base: fx.Node) -> None:
-        """Quantizes a value because a quantized operation reads it."""
-        self.on_grid.add(base)
-        chain = self.chain_of_end.get(base)
-        if chain is not None:
-            chain.quantizes_output = True
+    def _demand_inputs(self) -> None:
+        """Quantizes what layers read: where integers of it are at hand; of floats, the part that all of them read."""
+        paths: dict[fx.Node, list[list[fx.Node]]] = {}
+        for chain in self.placement.chains:
+            if chain.input is not None:
+                path = self._path(chain.input)
+                paths.setdefault(path[-1], []).append(path[::-1])
+        self.on_grid |= self.chain_of_end.keys() & paths.keys()
+        for base in [node for node in self.graph.nodes if node in paths and node not in self.on_grid]:
+            if self._entry(base) is not None:
+                self.on_grid.add(base)
+                continue
+            place, selects = base, False
+            for steps in zip(*(path[1:] for path in paths[base]), strict=False):
+                if len(set(steps)) > 1 or self._is_dropout(steps[0]):
+                    break
+                selects = selects or operations.takes_a_part(steps[0])
+                if selects and operations.is_float_tensor(steps[0]):
+                    place, selects = steps[0], False
+            self.late.add(place)
+            self.on_grid.add(place)
 
-    def _join_operation(self) -> bool:
-        """Brings one operation that reads a quantized value to integers, with its operands; False when none is left."""
-        done = {node for entry in self.placement.joined for node in entry.nodes} | set(self.chain_of_end)
-        nodes = [node for node in self.graph.nodes if node not in done and not self._shares_grid(node)]
-        # Regions first: a product inside of one is part of its table.
-        entry = next(filter(None, map(self._region, nodes)), None) or next(
-            filter(None, map(self._operation, nodes)), None
-        )
-        if entry is None:
-            return False
-        for operand in entry.operands:
-            self._demand(self.base(operand))
-        self.placement.joined.append(entry)
-        self.on_grid.add(entry.end)
-        return True
+    def _join_operations(self) -> None:
+        """Brings operations to integers whose result is read as integers and whose operands are, or can be made from
+        what is, on grids; then their operands are read as integers, too."""
+        pending = [node for node in reversed(self.graph.nodes) if node in self.on_grid]
+        done: set[fx.Node] = set(self.chain_of_end)
+        while pending:
+            node = pending.pop(0)
+            if node in done or self._shares_grid(node):
+                continue
+            done.add(node)
+            entry = self._entry(node)
+            if entry is None:
+                continue
+            self.placement.joined.append(entry)
+            self.results.add(node)
+            bases = [self.base(operand) for operand in entry.operands]
+            self.on_grid.update(bases)
+            pending.extend(bases)
+
+    def _entry(self, end: fx.Node) -> Joined | None:
+        """The operation on integers whose result a value is, if there is one."""
+        return self._clipped(end) or self._region(end) or self._operation(end)
+
+    def _clipped(self, end: fx.Node) -> Joined | None:
+        """An operation with the clipping activation that ends it."""
+        node = end.args[0] if end.args else None
+        if not isinstance(node, fx.Node) or operations.clipping_module(end, self.modules) is None:
+            return None
+        entry = None if node in self.on_grid or _only_user(node) is not end else self._operation(node)
+        if entry is None or not entry.operation.clips:
+            return None
+        entry.activation, entry.nodes = end, (node, end)
+        return entry
 
     def _region(self, node: fx.Node) -> Joined | None:
-        """What ends at a value that a quantized operation reads, and is a function of one that is on a grid."""
-        if node not in self.on_grid:
-            return None
-        region = pointwise_region(node, self.modules, self._is_on_codes)
-        if region is None or not self.calls.are_whole(region.nodes):
+        """What is, element by element, a function of one value of which integers are at hand."""
+        region = self._whole_region(node)
+        if region is None:
             return None
         called = {str(inner.target) for inner in region.nodes if inner.op == "call_module"}
         function = module_of_nodes(region.nodes, (region.source,), self.modules)
         lookup = Lookup(function, tuple(self.modules[name] for name in sorted(called)))
         return Joined(node, lookup, (region.source,), region.nodes)
 
-    def _is_on_codes(self, node: fx.Node) -> bool:
-        return self.base(node) in self.on_grid
+    def _whole_region(self, node: fx.Node) -> PointwiseRegion | None:
+        region = pointwise_region(node, self.modules, self._is_anchor)
+        return region if region is not None and self.calls.are_whole(region.nodes) else None
 
     def _operation(self, node: fx.Node) -> Joined | None:
+        """An operation with an integer form whose operands are on grids or can be."""
         call = integer_operation(node, self.modules)
         if call is None:
             return None
         operation, operands = call
-        if not self._joins(node, operation, [self.base(operand) for operand in operands]):
+        if not all(self._can_be_held(operand) for operand in operands):
             return None
-        entry = Joined(node, operation, operands, (node,))
-        follower = _only_user(node)
-        if operation.clips and follower is not None and operations.clipping_module(follower, self.modules) is not None:
-            entry.activation, entry.nodes = follower, (node, follower)
-        return entry
+        return Joined(node, operation, operands, (node,))
 
-    def _is_held(self, base: fx.Node) -> bool:
-        """Whether a value is on a grid, or a function, element by element, of one that is."""
-        return base in self.on_grid or pointwise_region(base, self.modules, self._is_on_codes) is not None
+    def _is_anchor(self, node: fx.Node) -> bool:
+        """Whether integers of a value are at hand: a layer's result that is on a grid, or that of an operation which can
+        be made of such."""
+        base = self.base(node)
+        if base in self.chain_of_end or base in self.on_grid:
+            return base in self.on_grid and base not in self.late
+        if base not in self.anchors:
+            is_operation = self._whole_region(base) is None and self._operation(base) is not None
+            self.anchors[base] = is_operation or self._clipped(base) is not None
+        return self.anchors[base]
 
-    def _joins(self, node: fx.Node, operation: IntegerOperation, bases: list[fx.Node]) -> bool:
-        """Whether an operation on these values is to be quantized: one is held by a grid, and the others can be.
-
-        An operand may be a mask, whose large or infinite values no grid can hold beside ordinary ones. So what comes
-        from outside the graph's own computation does not join, and neither does what was zero in the example (a mask
-        that hid nothing), or so large that one step of its grid exceeds everything that the others hold.
-        """
-        held = {base for base in bases if self._is_held(base)}
-        if not held:
-            return False
-        if isinstance(operation, Multiplication):
-            # A factor computed in float (one over a deviation, say) may need all its digits.
-            return held == set(bases)
-        if isinstance(operation, AveragePooling) and isinstance(operation.pooling, Mean) and node not in self.on_grid:
-            return False  # part of a normalization written out
-        extents = {base: base.meta["tensor"].extent for base in bases}
-        largest = max(extents[base] for base in held)
-        return all(
-            base in held
-            or (
-                base.op not in ("placeholder", "get_attr")
-                and 0 < extents[base] <= largest * 2**self.config.activation_bits
-            )
-            for base in bases
-        )
+    def _can_be_held(self, node: fx.Node) -> bool:
+        """Whether a value is an anchor, or a function, element by element, of one."""
+        return self._is_anchor(node) or self._whole_region(self.base(node)) is not None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -112,7 +112,7 @@ def warning_of(report: PreparationReport) -> str | None:
     causes: dict[tuple[str, str], list[ReportEntry]] = {}
     for entry in report.left_float:
         if not entry.detail.startswith(SKIPPED):
-            cause, _, _ = entry.detail.partition(", output ")
+            cause, _, _ = entry.detail.partition(", read as ")
             causes.setdefault((entry.kind, cause), []).append(entry)
     largest = sorted(
         causes.items(), key=lambda item: (sum(e.multiply_adds for e in item[1]), len(item[1])), reverse=True
