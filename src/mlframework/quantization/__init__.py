@@ -5,6 +5,7 @@ from .calibration.bias_correction import correct_bias
 from .calibration.calibrate import calibrate
 from .calibration.equalization import equalize
 from .calibration.report import MethodReport
+from .calibration.rounding import round_weights
 from .calibration.smoothing import smooth_activations
 from .conversion.convert import convert
 from .export.export_onnx import export_onnx
@@ -60,6 +61,7 @@ __all__ = [
     "quantize",
     "reestimate_batch_norm",
     "requantize",
+    "round_weights",
     "smooth_activations",
     "verify",
 ]

@@ -12,6 +12,7 @@ from .bias_correction import correct_bias
 from .equalization import equalized
 from .own_parameters import unchanged_on_error
 from .ranges import measure_ranges
+from .rounding import round_weights
 from .runs import kept, nodes_of
 from .smoothing import smoothed
 
@@ -20,7 +21,9 @@ _Method = Callable[[nn.Module, Iterable[Any]], Any]
 # Those that change what the float model's values are, whose ranges are to be measured afterwards.
 _IN_FLOAT: dict[str, _Method] = {"smooth_activations": smoothed, "equalize": equalized}
 # Those that work on a quantized model, whose ranges have been measured.
-_QUANTIZED: dict[str, _Method] = {"correct_bias": correct_bias, "reestimate_batch_norm": reestimate_batch_norm}
+_QUANTIZED: dict[str, _Method] = {
+    method.__name__: method for method in (round_weights, correct_bias, reestimate_batch_norm)
+}
 METHODS = (*_IN_FLOAT, *_QUANTIZED)
 
 
@@ -42,6 +45,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequenc
     Methods:
         - :func:`smooth_activations`: outliers of channels move from activations after normalizations into weights.
         - :func:`equalize`: channels between two layers get ranges alike.
+        - :func:`round_weights`: up or down so that layers' outputs stay close to the float model's.
         - :func:`correct_bias`: takes the mean of each layer's error into its bias.
         - :func:`reestimate_batch_norm`: statistics of batch normalization, with quantized weights.
 

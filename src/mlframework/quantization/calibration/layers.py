@@ -108,8 +108,10 @@ def quantized_layers(model: nn.Module, batch: Any) -> list[QuantizedLayer]:
         if key in layers:
             layers[key].wrappers.append(wrapper)
         else:
-            own = [each if isinstance(each, nn.Parameter) else None for each in (weight, bias)]
-            layers[key] = QuantizedLayer(names[wrapper], [wrapper], *own, bias is not None and own[1] is None)
+            own_weight = weight if isinstance(weight, nn.Parameter) else None
+            own_bias = bias if isinstance(bias, nn.Parameter) else None
+            is_computed = bias is not None and own_bias is None
+            layers[key] = QuantizedLayer(names[wrapper], [wrapper], own_weight, own_bias, is_computed)
     for layer in layers.values():
         layer.obstacle = _obstacle(model, layer)
     return list(layers.values())

@@ -199,8 +199,9 @@ def migrate(
     faulty = [] if _same(expected, float_results(model, batch)) else _found_faulty(model, factors, batch, expected)
     for edge in factors:
         report.note(edge.name, "the float model would compute something else" if edge in faulty else None)
-        for layer in (edge.producer, *edge.readers):
-            if isinstance(layer, QuantizedLayer) and layer.weight_node.learnable:
+        changed = [each for each in (edge.producer, *edge.readers) if isinstance(each, QuantizedLayer)]
+        for layer in changed:
+            if layer.weight_node.learnable:  # an observed scale follows the weight by itself
                 layer.weight_node.commit(layer.weight_node.observer.measure(layer.float_weight))
 
 

@@ -1,0 +1,171 @@
+"""``round_weights``: weights rounded so that each layer's outputs, rather than its weights, change little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .error_feedback import Moments, round_with_feedback
+from .layers import QuantizedLayer, quantized_layers, watched_inputs
+from .layers_as_products import is_product, matrix_of, rows_of, weight_of
+from .own_parameters import own_parameters, unchanged_on_error
+from .report import MethodReport
+from .runs import evaluating, kept, nodes_of, nodes_off, run
+
+_ROWS = 4096  # of inputs that a layer's statistics are made of, about
+_DAMPING = 0.01  # as in GPTQ
+_SHARES = tuple(1 - index / 20 for index in range(14))  # of a weight's range that a grid may cover
+
+
+def round_weights(model: nn.Module, batches: Iterable[Any]) -> MethodReport:
+    r"""Rounds weights up or down so that what each layer computes stays close to the float model's.
+
+    Layer by layer in the order in which they run, with x the float model's input and :math:`\tilde x` that of the model
+    whose layers before are rounded already, W the float weight and Q the codes, it looks for
+
+    .. math:: \min_{Q, s, b'} E\, \| (W x + b) - (s\, Q\, \tilde x + b') \|^2
+
+    in closed form: the least-squares solution for Q in real numbers, which makes up for the errors of the layers before
+    (Zhang et al. 2025, "Qronos", arXiv:2505.11695); a scale for each channel by search; codes by rounding with error
+    feedback (GPTQ, Frantar et al. 2022, arXiv:2210.17323; :mod:`.error_feedback`); then the bias that fits these codes
+    best, which goes where :func:`correct_bias` puts it.
+
+    Weights hold the values of the codes afterwards, and their scales are held
+    (``weight_fake_quantize.observer.enabled`` is False; a learned scale stays a Parameter): evaluation, conversion and
+    export have these very codes. Training goes on from there; ``observer.enabled = True`` lets scales follow the
+    weights again.
+
+    Each pass over the batches rounds the layers that read one value, so this takes about half as many evaluations of
+    the model as it has layers, and memory for 4096 inputs of each layer.
+
+    Args:
+        model: prepared and calibrated; changed in place. Weights and biases that change become the model's own
+            Parameters, and the float model keeps its own: make optimizers afterwards.
+        batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. A few dozen
+            images or sentences at the least.
+
+    Raises:
+        TypeError: a batch does not fit the model's forward, or ``batches`` is itself a batch.
+        ValueError: the model is not prepared, or there are no batches. The model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> prepared = prepare(model, QATConfig(weight_bits=4), (torch.randn(1, 16),))
+        >>> batches = [torch.randn(64, 16) for _ in range(4)]
+        >>> calibrate(prepared, batches)
+        >>> print(round_weights(prepared, batches))
+        round_weights: 2 changed
+    """
+    nodes_of(model)
+    batches = kept(batches)
+    report, layers = MethodReport("round_weights"), []
+    for layer in quantized_layers(model, batches[0]):
+        reason = layer.obstacle
+        if reason is None and not is_product(layer.layer):
+            reason = "a transposed convolution is rounded to the nearest"
+        report.note(layer.name, reason)
+        if reason is None:
+            layers.append(layer)
+    with unchanged_on_error(model), evaluating(model):
+        with nodes_off(model):
+            float_rows = _rows(model, layers, batches)
+        biases = [layer.bias for layer in layers if layer.bias is not None and layer.batch_norm is None]
+        own = own_parameters(model, [*(layer.weight for layer in layers if layer.weight is not None), *biases])
+        for layer in layers:
+            assert layer.weight is not None
+            layer.weight = own[layer.weight]
+            layer.bias = None if layer.bias is None else own.get(layer.bias)
+        for together in _reading_one_value(layers):
+            for layer, rows in _rows(model, together, batches).items():
+                _round(layer, rows, float_rows.pop(layer, rows))
+    return report
+
+
+def _reading_one_value(layers: Sequence[QuantizedLayer]) -> list[list[QuantizedLayer]]:
+    """Neighbours whose input comes from one node, none of which changes what another is given."""
+    together: list[list[QuantizedLayer]] = []
+    for layer in layers:
+        source = layer.wrapper.input_source
+        if together and source is not None and together[-1][0].wrapper.input_source is source:
+            together[-1].append(layer)
+        else:
+            together.append([layer])
+    return together
+
+
+class _Enough(BaseException):
+    """Ends a run of the model whose rest is of no interest; no code of the model's takes it for an error."""
+
+
+def _rows(model: nn.Module, layers: Sequence[QuantizedLayer], batches: Sequence[Any]) -> dict[QuantizedLayer, Tensor]:
+    """What each of the layers is given in the present model, (groups, rows, inputs of an output)."""
+    found: dict[QuantizedLayer, list[Tensor]] = {layer: [] for layer in layers}
+    waiting: list[QuantizedLayer] = []
+
+    def watch(layer: QuantizedLayer, input: Tensor) -> None:
+        rows = rows_of(layer.layer, input.detach().to(layer.float_weight.dtype), max(1, _ROWS // len(batches)))
+        found[layer].append(rows.clone())
+        if layer in waiting:
+            waiting.remove(layer)
+        if not waiting:
+            raise _Enough
+
+    with watched_inputs(list(layers), watch):
+        for batch in batches:
+            waiting += [layer for layer in layers for _ in layer.wrappers]
+            with suppress(_Enough):
+                run(model, batch)
+            waiting.clear()
+    return {layer: torch.cat(rows, dim=1) for layer, rows in found.items() if rows}
+
+
+def _round(layer: QuantizedLayer, rows: Tensor, float_rows: Tensor) -> None:
+    """Rounds one layer, given (G, N, D) inputs of it and of the float model's."""
+    if rows.shape != float_rows.shape:  # a model that does something else with quantized values
+        float_rows = rows
+    node, weight = layer.weight_node, layer.float_weight
+    matrix = matrix_of(layer.layer, weight.clone())
+    mean, float_mean = rows.mean(1, keepdim=True), float_rows.mean(1, keepdim=True)
+    has_offset = layer.batch_norm is not None or layer.bias is not None
+    if has_offset:  # which takes up what the outputs have in common
+        rows, float_rows = rows - mean, float_rows - float_mean
+    wanted = float_rows @ matrix.mT
+    moments = Moments(rows.mT @ rows / rows.shape[1], _DAMPING)
+    missing = (wanted - rows @ matrix.mT).mT @ rows / rows.shape[1]
+    target = matrix + moments.solved(missing)
+    scale = _best_scale(layer, target, moments.diagonal)
+    codes = round_with_feedback(target, moments, scale, node.scheme.quant_min, node.scheme.quant_max)
+    node.scale.copy_(scale.flatten()[: node.scale.numel()])
+    rounded = codes * scale
+    weight.copy_(weight_of(layer.layer, rounded, weight))
+    # The scale is held; the statistics tell so to whoever loads this state, since they do not give the scale.
+    node.observer.update(node.observer.measure(weight))
+    node.observer.enabled = False
+    if has_offset:
+        shift = (matrix @ float_mean.mT - rounded @ mean.mT).flatten()
+        if layer.batch_norm is not None:
+            layer.batch_norm.running_mean.sub_(shift)
+        elif layer.bias is not None:
+            layer.bias.detach().add_(shift)
+
+
+def _best_scale(layer: QuantizedLayer, target: Tensor, importance: Tensor) -> Tensor:
+    """The scale, (G, R, 1), at which rounding to the nearest costs least, each entry's error weighted by the moment of
+    its input."""
+    scheme = layer.weight_node.scheme
+    ends = target.amax(2, keepdim=True) / scheme.quant_max, target.amin(2, keepdim=True) / scheme.quant_min
+    widest, per_tensor, errors = torch.maximum(*ends), scheme.channel_axis is None, []
+    if per_tensor:
+        widest = widest.amax().expand_as(widest)
+    widest = torch.where(widest > 0, widest, 1.0)
+    for share in _SHARES:
+        scale = widest * share
+        rounded = (target / scale).round().clamp(scheme.quant_min, scheme.quant_max) * scale
+        error = ((rounded - target).square() * importance[:, None]).sum(2, keepdim=True)
+        errors.append(error.sum().expand_as(error) if per_tensor else error)
+    shares = torch.tensor(_SHARES, dtype=widest.dtype, device=widest.device)
+    return widest * shares[torch.stack(errors).argmin(0)]

@@ -1,0 +1,159 @@
+"""Rounded weights: nearer to the float model, and the very codes that were chosen wherever the model goes."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from example_architectures import SmallResNet
+from example_models import EVERY_EXAMPLE, Example, all_equal, results, train_briefly
+from mlframework.quantization import MinMaxObserver, QATConfig, calibrate, convert, prepare, round_weights
+
+IMAGES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, groups=12),
+        nn.ReLU6(),
+        nn.Conv2d(12, 8, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(288, 10),
+    ).eval()
+
+
+def prepared_network(model: nn.Module | None = None, **fields: Any) -> nn.Module:
+    config = QATConfig(**{"weight_bits": 4, "activation_observer": MinMaxObserver, **fields})
+    prepared = prepare(network() if model is None else model, config, (IMAGES[0],))
+    calibrate(prepared, IMAGES)
+    return prepared
+
+
+def noise(model: nn.Module, reference: nn.Module) -> float:
+    with torch.no_grad():
+        expected = reference(IMAGES[1])
+        return float((model.eval()(IMAGES[1]) - expected).square().sum() / expected.square().sum())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("per_channel", [True, False], ids=["per channel", "per tensor"])
+def test_outputs_are_nearer_to_the_float_models(bits: int, per_channel: bool) -> None:
+    model = network()
+    prepared = prepared_network(model, weight_bits=bits, per_channel_weights=per_channel)
+    before = noise(prepared, model)
+    state = copy.deepcopy(model.state_dict())
+    report = round_weights(prepared, IMAGES)
+    assert report.changed == ["0", "3", "5", "8"]
+    assert noise(prepared, model) < (0.5 if bits < 8 else 1) * before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def codes_of(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: wrapper.weight_fake_quantize.to_codes(wrapper.evaluated_weight())
+        for name, wrapper in model.named_modules()
+        if hasattr(wrapper, "weight_fake_quantize")
+    }
+
+
+@pytest.mark.parametrize("learnable", [False, True], ids=["observed", "learnable"])
+def test_codes_are_the_chosen_ones_wherever_the_model_goes(learnable: bool) -> None:
+    prepared = prepared_network(learnable=learnable)
+    round_weights(prepared, IMAGES)
+    prepared.eval()
+    codes = codes_of(prepared)
+    for name, wrapper in prepared.named_modules():
+        if name in codes:
+            values = wrapper.weight_fake_quantize.to_values(codes[name])
+            assert torch.equal(values, wrapper.weight.detach())
+    with torch.no_grad():
+        expected = prepared(IMAGES[0])
+        assert torch.equal(convert(prepared)(IMAGES[0]), expected)
+        copied = copy.deepcopy(prepared)
+        file = io.BytesIO()
+        torch.save(prepared.state_dict(), file)
+        file.seek(0)
+        loaded = prepared_network(learnable=learnable).eval()
+        loaded.load_state_dict(torch.load(file))
+        for other in (copied, loaded):
+            assert torch.equal(other(IMAGES[0]), expected)
+            assert all(torch.equal(value, codes[name]) for name, value in codes_of(other).items())
+            assert torch.equal(convert(other)(IMAGES[0]), expected)
+    prepared.train()
+    prepared(IMAGES[0])
+    assert all(torch.equal(value, codes[name]) for name, value in codes_of(prepared).items())
+
+
+def test_it_is_deterministic_and_leaves_random_state_and_modes() -> None:
+    ones, others = prepared_network(), prepared_network()
+    ones.train()
+    random = torch.get_rng_state()
+    for model in (ones, others):
+        round_weights(model, IMAGES)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert ones.training
+    assert all(torch.equal(value, others.state_dict()[name]) for name, value in ones.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:no data reached:UserWarning")
+@EVERY_EXAMPLE
+def test_any_model_is_rounded_and_converts(example: Example) -> None:
+    batches = [example.inputs(), example.inputs(3)]
+    prepared = prepare(example.make(), QATConfig(weight_bits=4), batches[0])
+    calibrate(prepared, batches, method="round_weights")
+    prepared.eval()
+    with torch.no_grad():
+        expected = results(prepared, *batches[0])
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in expected)
+        assert all_equal(results(convert(prepared), *batches[0]), expected)
+
+
+def test_training_goes_on() -> None:
+    prepared = prepared_network()
+    round_weights(prepared, IMAGES)
+    before = copy.deepcopy(prepared.state_dict())
+    train_briefly(prepared, (IMAGES[0],))
+    assert not torch.equal(prepared.state_dict()["0.weight"], before["0.weight"])
+    assert torch.equal(prepared.state_dict()["0.weight_fake_quantize.scale"], before["0.weight_fake_quantize.scale"])
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("learnable", [False, True], ids=["observed", "learnable"])
+def test_an_interruption_leaves_everything_as_it_was(learnable: bool) -> None:
+    prepared = prepared_network(SmallResNet(), learnable=learnable)
+    parameters, state = list(prepared.parameters()), copy.deepcopy(prepared.state_dict())
+    calls = []
+
+    def stop(module: nn.Module, args: object) -> None:
+        calls.append(module)
+        if len(calls) > 8:
+            raise Stop
+
+    prepared.block.register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        round_weights(prepared, IMAGES)
+    assert all(one is other for one, other in zip(parameters, prepared.parameters(), strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in prepared.state_dict().items())
+    assert prepared.stem.weight_fake_quantize.observer.enabled
+
+
+def test_what_cannot_be_rounded_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3))
+    nn.utils.parametrizations.weight_norm(model[0])
+    prepared = prepare(model, QATConfig(), (IMAGES[0],))
+    calibrate(prepared, IMAGES)
+    report = round_weights(prepared, IMAGES)
+    assert report.left_out == {"0": "its weight is computed", "2": "a transposed convolution is rounded to the nearest"}
