@@ -135,7 +135,7 @@ def test_layers_that_took_in_a_function_are_refused() -> None:
     student, teacher, _ = models(activation=False)
     with pytest.raises(ValueError, match=r"'0.conv'.*ReLU.*no module of the teacher"):
         FeatureMatching(student, teacher, ("0.conv",))
-    with pytest.raises(ValueError, match="'1.head', which the student does not have"):
+    with pytest.raises(ValueError, match=r"'1\.head', which the student does not have"):
         FeatureMatching(student, teacher, ("1.head",))
     with pytest.raises(ValueError, match="sequence of at least one"):
         FeatureMatching(student, teacher, ())

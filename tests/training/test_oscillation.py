@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlframework.quantization import OscillationFreezer, QATConfig, convert, dampening_loss, prepare
@@ -79,7 +80,7 @@ def test_freezing_follows_the_algorithm(learnable: bool) -> None:
             )
             got = [each[row, column].item() for each in results]
             assert got == pytest.approx(values, rel=1e-5, abs=1e-6)
-            tracker = freezer._trackers[0]
+            tracker = freezer._trackers[""]
             assert bool(tracker.is_frozen[row, column]) == is_frozen
             assert tracker.frequency[row, column].item() == pytest.approx(frequency, rel=1e-4, abs=1e-6)
             frozen += is_frozen
@@ -134,7 +135,7 @@ def test_a_resumed_freezer_goes_on_as_if_nothing_had_happened() -> None:
             freezer.step()
     assert torch.equal(model.weight, other.weight)
     assert freezers[0].frozen() == freezers[1].frozen() != {"": 0.0}
-    with pytest.raises(ValueError, match=r"layers \[''\], got \['x'\]"):
+    with pytest.raises(ValueError, match=r"layers of the model, got \['x'\]"):
         freezers[1].load_state_dict({"steps_taken": 1, "layers": {"x": {}}})
 
 
@@ -193,7 +194,7 @@ def test_frozen_weights_convert_to_the_codes_that_they_are_frozen_at() -> None:
     for step in range(30):
         toggled(model, step)
         freezer.step()
-    tracker = freezer._trackers[0]
+    tracker = freezer._trackers[""]
     assert bool(tracker.is_frozen.any())
     int8: Any = convert(model)
     inputs = torch.randn(5, 4)
@@ -218,3 +219,28 @@ def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: st
 def test_a_float_model_is_refused() -> None:
     with pytest.raises(ValueError, match="quantized weights in training, got none"):
         dampening_loss(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="prepared model with quantized layers, got none"):
+        OscillationFreezer(nn.Linear(2, 2), steps=1)
+
+
+class OwnCall(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * 1.0 if self.bias is None else self.weight, self.bias)
+
+
+def test_a_weight_that_the_models_code_hands_to_a_function_counts() -> None:
+    inputs = torch.randn(6, 4)
+    model = prepare(nn.Sequential(OwnCall(4, 3), nn.ReLU(), OwnCall(3, 2, bias=False)), QATConfig(), (inputs,))
+    freezer = OscillationFreezer(model, steps=2)
+    assert freezer.frozen() == {}
+    model(inputs).sum().backward()
+    freezer.step()
+    (weight,) = latent_weights(model)  # the other is computed
+    assert weight.weight is model[0].weight
+    assert list(freezer.frozen()) == [weight.name]
+    assert len(latent_weights(copy.deepcopy(model))) == 0  # until it has run
+    other = OscillationFreezer(copy.deepcopy(model), steps=2)
+    other.load_state_dict(freezer.state_dict())
+    other.model(inputs)
+    other.step()
+    assert list(other.frozen()) == [weight.name]

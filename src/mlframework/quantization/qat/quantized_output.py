@@ -1,7 +1,7 @@
 """What follows a product in training, in one step: batch normalization, a clip, observation and fake quantization.
 
 Each function here returns None where the model's modules have to do it one after the other: with hooks that would not
-fire, with learned scales, or where the node has yet to see data.
+fire, or where the node has yet to see data.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def looked_up(
 
     ``way`` is how the input came here.
     """
-    if not kernels.fuses(input) or is_watched(source, *operation.modules()) or not _fuses(node):
+    if not kernels.fuses(input) or is_watched(source, *operation.modules()) or not _fuses(node) or node.learnable:
         return None
     if kernels.is_traced():  # which takes no derivative of the function on the way
         return None
@@ -128,7 +128,6 @@ def _fuses(node: FakeQuantizeLayer) -> bool:
     if (
         type(node) is not FakeQuantizeLayer
         or is_watched(node)
-        or node.learnable
         or node.estimator.saturated != "zero"
         or node.layer is not None
     ):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import arithmetic
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.given_weight import GivenWeightWrapper
 from ..qat.qat_module_wrapper import QATModuleWrapper
 
 
@@ -53,21 +54,28 @@ class LatentWeight(NamedTuple):
 def latent_weights(model: nn.Module) -> list[LatentWeight]:
     """The weights that are Parameters in training and are quantized, each once, whatever shares it.
 
-    Weights that are computed for every forward (by a parametrization, or by a hook) are none.
-
-    Raises:
-        ValueError: there is none.
+    Weights that are computed for every forward (by a parametrization, or by a hook) are none. What a model's code hands
+    to a function (``F.conv2d(x, self.weight)``) is known after a first forward.
     """
     seen: set[int] = set()
     weights: list[LatentWeight] = []
     for name, module in model.named_modules():
         if not isinstance(module, QATModuleWrapper) or module.weight_fake_quantize is None:
             continue
-        weight = module._parameters.get("weight")
+        given = isinstance(module, GivenWeightWrapper)
+        weight = module.given_weight if given else module._parameters.get("weight")
         if weight is None or not weight.requires_grad or id(weight) in seen:
             continue
         seen.add(id(weight))
         weights.append(LatentWeight(name, weight, module.weight_fake_quantize))
-    if not weights:
-        raise ValueError("model must hold quantized weights in training, got none: prepare it first")
     return weights
+
+
+def require_quantized_layers(model: nn.Module) -> None:
+    """Refuses a model that is not prepared, or in which nothing is quantized.
+
+    Raises:
+        ValueError: there is no quantized layer.
+    """
+    if not any(isinstance(module, QATModuleWrapper) for module in model.modules()):
+        raise ValueError("model must be a prepared model with quantized layers, got none")

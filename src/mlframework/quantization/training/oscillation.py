@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .latent_weights import LatentWeight, latent_weights
+from .latent_weights import LatentWeight, latent_weights, require_quantized_layers
 
 OSCILLATES = 0.005  # the frequency from which a weight counts as oscillating (the paper's table 2)
 
@@ -40,7 +40,10 @@ def dampening_loss(model: nn.Module) -> Tensor:
         >>> prepared = prepare(nn.Linear(4, 2), QATConfig(weight_bits=4), (torch.randn(1, 4),))
         >>> loss = prepared(torch.randn(8, 4)).square().mean() + 1e-2 * dampening_loss(prepared)
     """
-    return torch.stack([_distance_from_centres(weight) for weight in latent_weights(model)]).sum()
+    weights = latent_weights(model)
+    if not weights:
+        raise ValueError("model must hold quantized weights in training, got none that a forward has used")
+    return torch.stack([_distance_from_centres(weight) for weight in weights]).sum()
 
 
 def _distance_from_centres(weight: LatentWeight) -> Tensor:
@@ -70,7 +73,7 @@ class OscillationFreezer:
         momentum: :math:`m`, the weight of the newest step.
 
     Raises:
-        ValueError: a number is out of range, or there is no quantized weight in training.
+        ValueError: a number is out of range, or the model has no quantized layers.
 
     Example:
         >>> prepared = prepare(nn.Linear(4, 2), QATConfig(weight_bits=4), (torch.randn(1, 4),))
@@ -98,12 +101,15 @@ class OscillationFreezer:
             raise ValueError(f"threshold must be two positive numbers, got {threshold!r}")
         if not 0 < momentum < 1:
             raise ValueError(f"momentum must be between 0 and 1, got {momentum!r}")
-        self._weights = latent_weights(model)
+        require_quantized_layers(model)
+        self.model = model
         self.steps = steps
         self.first_threshold, self.last_threshold = threshold
         self.momentum = momentum
         self.steps_taken = 0
-        self._trackers = [_Tracker(weight) for weight in self._weights]
+        self._trackers: dict[str, _Tracker] = {}
+        self._loaded: dict[str, dict[str, Tensor]] = {}
+        self._track()
 
     @property
     def threshold(self) -> float:
@@ -115,21 +121,22 @@ class OscillationFreezer:
     @torch.no_grad()
     def step(self) -> None:
         """Counts what the optimizer's step changed, freezes, and puts frozen weights back."""
-        for tracker in self._trackers:
+        for tracker in self._trackers.values():
             tracker.update(self.momentum, self.threshold)
+        self._track()
         self.steps_taken += 1
 
     def oscillating(self) -> dict[str, float]:
         """The share of the weights of every layer, by its name, that oscillate now and are not frozen."""
-        return self._shares([tracker.oscillating for tracker in self._trackers])
+        return _shares({name: tracker.oscillating for name, tracker in self._trackers.items()})
 
     def frozen(self) -> dict[str, float]:
         """The share of the weights of every layer, by its name, that are frozen."""
-        return self._shares([tracker.is_frozen for tracker in self._trackers])
+        return _shares({name: tracker.is_frozen for name, tracker in self._trackers.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on: the number of steps and, for every layer, tensors of the shape of its weight."""
-        layers = {weight.name: tracker.state() for weight, tracker in zip(self._weights, self._trackers, strict=True)}
+        layers = {name: tracker.state() for name, tracker in self._trackers.items()}
         return {"steps_taken": self.steps_taken, "layers": layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,18 +145,29 @@ class OscillationFreezer:
         Raises:
             ValueError: it is of other layers.
         """
-        names = [weight.name for weight in self._weights]
         layers = state_dict["layers"]
-        if sorted(layers) != sorted(names):
-            raise ValueError(f"state_dict must be of the layers {sorted(names)}, got {sorted(layers)}")
-        for name, tracker in zip(names, self._trackers, strict=True):
-            tracker.load(layers[name])
+        own = set(dict(self.model.named_modules()))
+        if not layers or not own.issuperset(layers):
+            raise ValueError(f"state_dict must be of layers of the model, got {sorted(set(layers) - own) or 'none'}")
+        self._loaded = dict(layers)
+        self._trackers.clear()
+        self._track()
         self.steps_taken = int(state_dict["steps_taken"])
 
-    def _shares(self, selected: list[Tensor]) -> dict[str, float]:
-        shares = [mask.float().mean() for mask in selected]
-        names = [weight.name for weight in self._weights]
-        return dict(zip(names, torch.stack(shares).tolist(), strict=True))
+    def _track(self) -> None:
+        """Begins to track the weights that are known, some only after a first forward."""
+        for weight in latent_weights(self.model):
+            if weight.name not in self._trackers:
+                tracker = self._trackers[weight.name] = _Tracker(weight)
+                if weight.name in self._loaded:
+                    tracker.load(self._loaded.pop(weight.name))
+
+
+def _shares(selected: dict[str, Tensor]) -> dict[str, float]:
+    if not selected:
+        return {}
+    shares = torch.stack([mask.float().mean() for mask in selected.values()]).tolist()
+    return dict(zip(selected, shares, strict=True))
 
 
 class _Tracker:
