@@ -27,6 +27,7 @@ from .training.distillation import FeatureMatching, distillation_loss
 from .training.finetune import History, finetune
 from .training.oscillation import OscillationFreezer, dampening_loss
 from .training.recipe import Recipe
+from .training.recipes import recommended_recipe
 from .verification.compare import VerificationError, compare_outputs, verify
 from .verification.report import ComparisonReport
 
@@ -69,6 +70,7 @@ __all__ = [
     "prepare",
     "quantization_parameters",
     "quantize",
+    "recommended_recipe",
     "reestimate_batch_norm",
     "requantize",
     "smooth_activations",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.modes import in_evaluation
+from ..int8.folding import BATCH_NORMS
 from ..preparation.batches import arguments_of, iterated
 from ..preparation.parameter_groups import parameter_groups
 from ..qat.schedule import QATSchedule
@@ -64,7 +65,8 @@ class TrainingLoop:
 
     def run(self, batches: Iterable[Any], progress: bool) -> None:
         """The steps that are left, and what follows on the last."""
-        batch_statistics = self.recipe.batch_norm == "batch"
+        has_batch_norm = any(isinstance(module, BATCH_NORMS) for module in self.model.modules())
+        batch_statistics = has_batch_norm and self.recipe.batch_norm == "batch"
         with ExitStack() as stack:
             modes = {"regularizes": self.teacher is None, "batch_statistics": batch_statistics}
             stack.enter_context(in_fine_tuning(self.model, **modes))
