@@ -57,6 +57,8 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
     traits = network_traits(network)
     learns = min(weight_bits, activation_bits) < 8
     lr = 3e-4 if learns and not traits.is_transformer else 1e-4
+    # AdamW's steps have the size of the rate, whatever the gradient, and scales are smaller than weights.
+    quantization_lr = lr / 3 if learns else None
     reasons = []
     if learns:
         config = QATConfig(
@@ -81,6 +83,7 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
     return Recipe(
         config=config,
         lr=lr,
+        quantization_lr=quantization_lr,
         features=traits.blocks,
         freeze_oscillations=freezes,
         reasons=tuple(reasons),
