@@ -51,6 +51,8 @@ def test_bits_and_steps_decide() -> None:
     assert not recommended_recipe((4, 8), 100, network).freeze_oscillations
     assert "depthwise" in str(low)
     assert "blocks" in str(low)
+    assert low.calibration == ("correct_bias",)
+    assert recommended_recipe(8, 1000, nn.Linear(2, 2)).calibration == ()
     with pytest.raises(ValueError, match="steps must be a positive int"):
         recommended_recipe(8, 0, network)
     with pytest.raises(ValueError, match="weight_bits must be"):
@@ -65,7 +67,7 @@ def test_a_recipe_trains(name: str) -> None:
     teacher = copy.deepcopy(model)
     recipe = recommended_recipe((4, 8), 6, model)
     prepared = prepare(model, recipe.config, inputs)
-    calibrate(prepared, [inputs], method=recipe.calibration) if recipe.calibration else calibrate(prepared, [inputs])
+    calibrate(prepared, [inputs], method=recipe.calibration)
     history = finetune(prepared, teacher, [inputs], steps=6, recipe=recipe)
     assert torch.isfinite(torch.tensor(history.losses)).all()
     assert min(history.losses[3:]) < history.losses[0]

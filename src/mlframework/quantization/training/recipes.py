@@ -23,6 +23,8 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
     - Batch normalization keeps the statistics that the network came with: those of a few thousand crops are others, and
       re-estimating them took post-training W8A8 from .76 / 13 dB to .17 / 1.8 dB. The student computes without dropout
       and stochastic depth.
+    - Calibration corrects biases, which costs seconds: .75 / 13 dB to .89 / 19 dB at W8A8, and .08 / -1.2 dB to
+      .36 / 2.1 dB at W4A8 with least-squares scales. What starts better ends better.
     - Outputs are compared by their squared error, and so are those of the blocks: .10 / 0.4 dB by the divergence of the
       softmax alone, .19 / 3.0 dB by the squared error, .23 / 3.9 dB with the blocks.
     - AdamW at 3e-4: at 1e-3 the training loss is lower, and crops not seen are worse (4.1 against 3.4 dB). A third of
@@ -74,7 +76,7 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
         config = QATConfig(weight_bits=weight_bits, activation_bits=activation_bits)
         reasons.append(f"8 bits: scales follow what is observed, at a learning rate of {lr}")
     if traits.has_batch_norm:
-        reasons.append("batch normalization: keeps the statistics that the network came with")
+        reasons.append("batch normalization: keeps the statistics that the network came with, its biases are corrected")
     if traits.blocks:
         reasons.append(f"{len(traits.blocks)} blocks: their outputs are compared with the teacher's, too")
     freezes = traits.is_depthwise and weight_bits <= 4 and steps >= _STEPS_THAT_SHOW_OSCILLATIONS
@@ -82,6 +84,7 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
         reasons.append("depthwise convolutions of few bits: weights that oscillate are frozen")
     return Recipe(
         config=config,
+        calibration=("correct_bias",) if traits.has_batch_norm else (),
         lr=lr,
         quantization_lr=quantization_lr,
         features=traits.blocks,
