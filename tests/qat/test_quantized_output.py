@@ -22,6 +22,7 @@ from mlframework.quantization import (
     HistogramObserver,
     MinMaxObserver,
     QATConfig,
+    QATSchedule,
     StraightThroughEstimator,
     prepare,
 )
@@ -258,6 +259,21 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     ),
     "output node reset": lambda prepared: prepared.get_submodule("0").output_fake_quantize.reset(),
 }
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_statistics_that_a_schedule_freezes_normalize_in_the_same_step(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, input = trained(chain(kind), shape_of(kind)), beyond(shape_of(kind))
+    QATSchedule(prepared, freeze_batch_norm_from=0)
+    prepared.train()
+    batch_norm = prepared.get_submodule("1")
+    before = {name: buffer.clone() for name, buffer in batch_norm.named_buffers()}
+    calls = count_operators(monkeypatch, "normalize", "batch_statistics")
+    assert_steps_agree(step_of(prepared, input), reference_step(prepared, input), step_size(prepared))
+    assert calls == {"normalize": 1}
+    assert all(torch.equal(buffer, before[name]) for name, buffer in batch_norm.named_buffers())
 
 
 @pytest.mark.parametrize("what", ["batch norm", "everything"])
