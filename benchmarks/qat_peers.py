@@ -36,6 +36,11 @@ def ours_recompute(model: nn.Module, inputs: Inputs) -> nn.Module:
     return prepare(model, QATConfig(), inputs, recompute=True)
 
 
+def ours_learned(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """``prepare`` with scales that the optimizer trains."""
+    return prepare(model, QATConfig(learnable=True), inputs)
+
+
 def torch_ao(model: nn.Module, inputs: Inputs) -> nn.Module:
     """torch.ao's eager mode with fused modules and fused fake quantization: see ``torch_ao_eager.prepared``."""
     import torch_ao_eager
@@ -114,13 +119,14 @@ def compiled(setup: Setup) -> Setup:
     return set_up_and_compile
 
 
-FLOAT, OURS, OURS_RECOMPUTE = "float32", "ours", "ours, recompute"
+FLOAT, OURS, OURS_RECOMPUTE, OURS_LEARNED = "float32", "ours", "ours, recompute", "ours, learned scales"
 TORCH_AO, PT2E, BREVITAS, NNCF = "torch.ao eager", "torchao PT2E", "Brevitas", "NNCF"
 
 EAGER: dict[str, Setup] = {
     FLOAT: float32,
     OURS: ours,
     OURS_RECOMPUTE: ours_recompute,
+    OURS_LEARNED: ours_learned,
     TORCH_AO: torch_ao,
     PT2E: pt2e,
     BREVITAS: brevitas,

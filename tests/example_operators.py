@@ -51,6 +51,8 @@ SUMS: dict[str, dict[int, float]] = {
     "fake_quantize_backward": {1: 1e-4, 2: 1e-6},
     "batch_statistics": {0: 1e-6, 1: 1e-6, 2: 1e-6, 3: 1e-6},
     "normalize_backward": {0: 1e-5, 1: 1e-5, 2: 1e-5},
+    "learned_normalize_backward": {0: 1e-5, 1: 1e-5, 2: 1e-5, 3: 1e-5, 4: 1e-6},
+    "learned_clip_backward": {1: 1e-5, 2: 1e-6},
 }
 
 
@@ -485,6 +487,24 @@ def _normalize_backward() -> Iterator[tuple[str, Arguments]]:
         yield f"of shape {shape}, frozen", (gradient, mask, values, *statistics, torch.randn(5), math.inf, True)
 
 
+def _learned_normalize_backward() -> Iterator[tuple[str, Arguments]]:
+    scale, zero_point = torch.tensor([0.043]), torch.tensor([77.3])
+    for label, (*operands, weight, clip, is_frozen) in _normalize_backward():
+        ends = (0, 255, *UNBOUNDED) if is_frozen else (0, 100, *RELU6)
+        bias = None if weight is None else torch.randn(5)
+        yield label, (*operands, weight, bias, scale, zero_point, *ends, clip, is_frozen, 0.01)
+
+
+def _learned_clip_backward() -> Iterator[tuple[str, Arguments]]:
+    scale, zero_point = torch.tensor([0.043]), torch.tensor([7.0])
+    for layout, values in layouts(torch.randn(_IMAGE) * 2).items():
+        gradient, addend = torch.randn(_IMAGE), torch.randn(_IMAGE)
+        mask = pack_mask(torch.empty_like(values).copy_(torch.randn(_IMAGE)) > 0)
+        operands = gradient, mask, values
+        yield layout, (*operands, None, scale, zero_point, 0, 255, *RELU6, math.inf, 0.01)
+        yield f"a sum, {layout}", (*operands, addend, scale, zero_point, 0, 31, *UNBOUNDED, 0.7, 0.01)
+
+
 _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -512,6 +532,8 @@ _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "batch_statistics": _batch_statistics,
     "normalize": _normalize,
     "normalize_backward": _normalize_backward,
+    "learned_normalize_backward": _learned_normalize_backward,
+    "learned_clip_backward": _learned_clip_backward,
 }
 
 _LAYERS_IN_HALVES = (

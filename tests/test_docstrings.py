@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import pkgutil
@@ -23,7 +24,7 @@ MODULES = [
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module: ModuleType) -> None:
     names = {name: getattr(quantization, name) for name in quantization.__all__}
-    result = doctest.testmod(module, extraglobs={**names, "torch": torch, "nn": nn})
+    result = doctest.testmod(module, extraglobs={**names, "torch": torch, "nn": nn, "copy": copy})
     assert result.failed == 0
 
 

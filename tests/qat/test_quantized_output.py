@@ -22,6 +22,7 @@ from mlframework.quantization import (
     HistogramObserver,
     MinMaxObserver,
     QATConfig,
+    QATSchedule,
     StraightThroughEstimator,
     prepare,
 )
@@ -260,6 +261,21 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_statistics_that_a_schedule_freezes_normalize_in_the_same_step(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, input = trained(chain(kind), shape_of(kind)), beyond(shape_of(kind))
+    QATSchedule(prepared, freeze_batch_norm_from=0)
+    prepared.train()
+    batch_norm = prepared.get_submodule("1")
+    before = {name: buffer.clone() for name, buffer in batch_norm.named_buffers()}
+    calls = count_operators(monkeypatch, "normalize", "batch_statistics")
+    assert_steps_agree(step_of(prepared, input), reference_step(prepared, input), step_size(prepared))
+    assert calls == {"normalize": 1}
+    assert all(torch.equal(buffer, before[name]) for name, buffer in batch_norm.named_buffers())
+
+
 @pytest.mark.parametrize("what", ["batch norm", "everything"])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_frozen_statistics_normalize_in_the_same_step(kind: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,18 +302,26 @@ def test_it_falls_back(kind: str, change: Any, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "config",
     [
-        QATConfig(learnable=True, quantize_last_linear=True),
         QATConfig(estimator=StraightThroughEstimator(saturated="identity"), quantize_last_linear=True),
         QATConfig(activation_observer=HistogramObserver, quantize_last_linear=True),
     ],
-    ids=["learnable", "identity", "histogram"],
+    ids=["identity", "histogram"],
 )
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_nodes_that_do_more_run_as_they_are(kind: str, config: QATConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared, input = trained(chain(kind), shape_of(kind), config), beyond(shape_of(kind))
-    calls = count_operators(monkeypatch, "normalize", "train_layer", "weighted_product")
+    calls = count_operators(monkeypatch, "normalize", "train_layer")
+    assert_steps_agree(step_of(prepared, input), reference_step(prepared, input), step_size(prepared))
+    assert calls == {"train_layer": 1}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_learned_grids_take_one_step_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = QATConfig(learnable=True, quantize_last_linear=True)
+    prepared, input = trained(chain(kind), shape_of(kind), config), beyond(shape_of(kind))
+    calls = count_operators(monkeypatch, "normalize", "weighted_product", "learned_normalize_backward")
     actual, expected = step_of(prepared, input), reference_step(prepared, input)
-    assert calls == {"weighted_product" if config.learnable else "train_layer": 1}
+    assert calls == {"normalize": 1, "weighted_product": 1, "learned_normalize_backward": 1}
     # A value on the other side of a rounding boundary has another slope for its scale.
     assert_steps_agree(actual, expected, step_size(prepared), rtol=1e-3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 
 from example_models import EXAMPLES, train_briefly
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, QATSchedule, prepare
+from mlframework.quantization.kernels import reference_kernels
+from mlframework.quantization.qat.least_squares_observer import least_squares_scale
 
 INPUTS = torch.randn(8, 3, 8, 8)
 
@@ -167,9 +170,32 @@ def test_learned_scales_follow_the_weights_until_quantization_starts() -> None:
         with torch.no_grad():
             prepared.weight.mul_(4)
         schedule.step()
-    seen_last = prepared.weight / 4
-    assert torch.equal(node.scale, seen_last.abs().amax(1) / 127)
+    seen_last = prepared.weight.detach() / 4
+    torch.testing.assert_close(node.scale.detach(), least_squares_scale(seen_last, node.scheme))
     prepared(torch.randn(8, 4))
     before = node.scale.clone()
     prepared(torch.randn(8, 4))
     assert torch.equal(node.scale, before)
+
+
+class NormalizationAndActivation(nn.BatchNorm2d):
+    """Batch normalization by its own class, which a prepared model computes without calling the module."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(input))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, NormalizationAndActivation])
+def test_frozen_statistics_stay_in_whatever_way_they_are_computed(kind: type[nn.BatchNorm2d]) -> None:
+    images = torch.randn(4, 2, 5, 5).contiguous(memory_format=torch.channels_last)
+    prepared = prepare(nn.Sequential(nn.Conv2d(2, 3, 3), kind(3)), QATConfig(), (images,))
+    prepared(images)
+    QATSchedule(prepared, freeze_batch_norm_from=0)
+    before = {name: buffer.clone() for name, buffer in prepared.named_buffers() if "running" in name}
+    assert before
+    for fused in (True, False):
+        prepared.train()
+        with nullcontext() if fused else reference_kernels():
+            prepared(images + 1)
+        for name, buffer in prepared.named_buffers():
+            assert "running" not in name or torch.equal(buffer, before[name])

@@ -24,6 +24,11 @@ from .qat.qat_module_wrapper import QATModuleWrapper
 from .qat.schedule import QATSchedule
 from .qat.straight_through_estimator import StraightThroughEstimator
 from .scheme import QuantizationScheme
+from .training.distillation import FeatureMatching, distillation_loss
+from .training.finetune import History, finetune
+from .training.oscillation import OscillationFreezer, dampening_loss
+from .training.recipe import Recipe
+from .training.recipes import recommended_recipe
 from .verification.compare import VerificationError, compare_outputs, verify
 from .verification.report import ComparisonReport
 
@@ -31,12 +36,15 @@ __all__ = [
     "ActivationObserver",
     "ComparisonReport",
     "FakeQuantizeLayer",
+    "FeatureMatching",
     "HistogramObserver",
+    "History",
     "MethodReport",
     "MinMaxObserver",
     "MovingAverageObserver",
     "MovingAverageStatistics",
     "NotExportableError",
+    "OscillationFreezer",
     "PercentileObserver",
     "PreparationReport",
     "QATConfig",
@@ -44,21 +52,26 @@ __all__ = [
     "QATSchedule",
     "QuantizationParameters",
     "QuantizationScheme",
+    "Recipe",
     "StraightThroughEstimator",
     "VerificationError",
     "calibrate",
     "compare_outputs",
     "convert",
     "correct_bias",
+    "dampening_loss",
     "dequantize",
+    "distillation_loss",
     "equalize",
     "export_onnx",
     "fake_quantize",
+    "finetune",
     "parameter_groups",
     "preparation_report",
     "prepare",
     "quantization_parameters",
     "quantize",
+    "recommended_recipe",
     "reestimate_batch_norm",
     "requantize",
     "round_weights",

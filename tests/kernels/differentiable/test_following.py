@@ -86,6 +86,45 @@ def test_clip_and_quantize(clip: tuple[float, float], gradient_clip: float | Non
         assert_same(leaf.grad, summed.grad.float())
 
 
+def learned_grid(gradient_clip: float | None = None) -> Grid:
+    grid = grid_of(gradient_clip=gradient_clip)
+    return grid._replace(scale=grid.scale.requires_grad_(), zero_point=grid.zero_point.requires_grad_())
+
+
+def gradients_of_the_grid(values: Tensor, gradient: Tensor) -> tuple[float, float]:
+    """LSQ, equations 3 and 4, and LSQ+, section 3.2, for values that are clipped already, in float64."""
+    scale, zero_point, numbers = 0.011, 99, values.detach().double()
+    codes = (numbers / float(torch.tensor(scale))).round() + zero_point
+    inside = (codes >= SCHEME.quant_min) & (codes <= SCHEME.quant_max)
+    slopes = codes.clamp(SCHEME.quant_min, SCHEME.quant_max) - zero_point
+    slopes = slopes - torch.where(inside, numbers / float(torch.tensor(scale)), 0.0)
+    pace = 1 / math.sqrt(values.numel() * SCHEME.quant_max)
+    return (
+        pace * float((gradient.double() * slopes).sum()),
+        -pace * scale * float((gradient.double() * ~inside).sum()),
+    )
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@GRADIENT_CLIPS
+@CLIPS
+def test_a_clip_onto_a_learned_grid(clip: tuple[float, float], gradient_clip: float | None, adds: bool) -> None:
+    grid, fixed = learned_grid(gradient_clip), grid_of(gradient_clip=gradient_clip)
+    leaves = [(torch.randn(SHAPE) * 1.5).requires_grad_() for _ in range(1 + adds)]
+    addend = leaves[1] if adds else None
+    gradient = torch.randn(SHAPE)
+    result, known = (clip_and_quantize(leaves[0], addend, clip, each, False) for each in (grid, fixed))
+    assert_same(result.values, known.values)
+    expected = torch.autograd.grad(known.values, leaves, gradient)
+    result.values.backward(gradient)
+    for leaf, other in zip(leaves, expected, strict=True):
+        assert_same(leaf.grad, other)
+    values = sum(leaf.detach() for leaf in leaves).clamp(*clip)
+    to_scale, to_zero_point = gradients_of_the_grid(values, passed(gradient, gradient_clip))
+    assert grid.scale.grad.item() == pytest.approx(to_scale, rel=1e-4, abs=1e-5)
+    assert grid.zero_point.grad.item() == pytest.approx(to_zero_point, rel=1e-4, abs=1e-7)
+
+
 def test_what_is_not_asked_for_is_not_there() -> None:
     input, addend = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
     result = clip_and_quantize(input, addend, RELU6, grid_of(codes=False), False)
@@ -122,6 +161,37 @@ def normalized(input: Tensor, weight: Tensor | None, bias: Tensor | None, clip: 
     statistics = batch_statistics(input.detach(), None, None, 0.1, EPSILON)
     options = {"computation": None, "addend": None, "is_frozen": False} | again
     return normalize_and_quantize(input, weight, bias, statistics, clip, grid, **options)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("affine", ["neither", "both"])
+@GRADIENT_CLIPS
+@CLIPS
+def test_normalization_onto_a_learned_grid(
+    clip: tuple[float, float], gradient_clip: float | None, affine: str, is_frozen: bool
+) -> None:
+    grid, fixed = learned_grid(gradient_clip), grid_of(gradient_clip=gradient_clip)
+    input = rows_of(torch.randn(SHAPE) * 2 + 1).requires_grad_()
+    parameters = [torch.randn(CHANNELS, requires_grad=True) for _ in range(2)] if affine == "both" else [None, None]
+    result, known = (normalized(input, *parameters, clip, each, is_frozen=is_frozen) for each in (grid, fixed))
+    assert_same(result.values, known.values)
+    gradient = rows_of(torch.randn(SHAPE))
+    leaves = [leaf for leaf in (input, *parameters) if leaf is not None]
+    expected = torch.autograd.grad(known.values, leaves, gradient)
+    result.values.backward(gradient)
+    for leaf, other in zip(leaves, expected, strict=True):
+        assert_same(leaf.grad, other)
+    mean, inverse = batch_statistics(input.detach(), None, None, 0.1, EPSILON)
+    weight, bias = (
+        torch.full((CHANNELS,), value) if each is None else each.detach()
+        for each, value in zip(parameters, (1.0, 0.0), strict=True)
+    )
+    along = (1, -1, *[1] * (len(SHAPE) - 2))
+    factor = inverse * weight  # in float32, as the forward computes it
+    values = (input.detach() * factor.reshape(along) + (bias - mean * factor).reshape(along)).clamp(*clip)
+    to_scale, to_zero_point = gradients_of_the_grid(values, passed(gradient, gradient_clip))
+    assert grid.scale.grad.item() == pytest.approx(to_scale, rel=1e-3, abs=1e-4)
+    assert grid.zero_point.grad.item() == pytest.approx(to_zero_point, rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize("affine", ["neither", "weight", "bias", "both"])

@@ -24,16 +24,22 @@ def has_user_hooks(*modules: nn.Module | None) -> bool:
     )
 
 
-def is_watched(*modules: nn.Module | None) -> bool:
+def is_watched(*modules: nn.Module | None, but_for: object = None) -> bool:
     """Whether a call of any of the modules would run a hook: forward or backward, its own or one for all modules; or a
-    forward that was put on that very module, as libraries that move models about do."""
+    forward that was put on that very module, as libraries that move models about do.
+
+    Args:
+        but_for: a forward pre-hook that does not count.
+    """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     for module in modules:
         if module is None:
             continue
         own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        if own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        if own["_forward_pre_hooks"] and any(hook is not but_for for hook in own["_forward_pre_hooks"].values()):
             return True
         if "forward" in own:
             return True

@@ -47,6 +47,7 @@ class Normalization(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *size) to the same shape."""
+        freeze_if_scheduled(self.module[0])
         return nn.BatchNorm2d.forward(self.module[0], input)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
@@ -66,6 +67,18 @@ def plain_batch_norm(module: nn.Module | None) -> nn.Module | None:
     if isinstance(module, BATCH_NORMS) and type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
         return module
     return None
+
+
+def use_running_statistics(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a batch normalization that :class:`.QATSchedule` has frozen: the next ``model.train()`` would
+    undo its evaluation mode."""
+    module.training = False
+
+
+def freeze_if_scheduled(module: nn.Module) -> None:
+    """Does what that hook does, for a batch normalization that is computed without a call of the module."""
+    if any(hook is use_running_statistics for hook in module._forward_pre_hooks.values()):
+        use_running_statistics(module, ())
 
 
 _forms: weakref.WeakKeyDictionary[nn.Module, EvaluationForm | None] = weakref.WeakKeyDictionary()

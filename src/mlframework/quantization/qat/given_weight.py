@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..int8.layers import Int8Layer
 from .config import QATConfig
 from .qat_module_wrapper import QATModuleWrapper
@@ -68,6 +69,13 @@ class GivenWeightWrapper(QATModuleWrapper):
     """
 
     _evaluated: dict[str, Tensor]
+    _given: tuple[Tensor, ...] = ()
+
+    @property
+    def given_weight(self) -> nn.Parameter | None:
+        """The Parameter that the last forward was called with; None where it was a computed tensor."""
+        weight = self._given[0] if self._given else None
+        return weight if isinstance(weight, nn.Parameter) else None
 
     def __init__(
         self,
@@ -88,6 +96,8 @@ class GivenWeightWrapper(QATModuleWrapper):
         """The layer's output with that weight and bias: as :meth:`QATModuleWrapper.forward`."""
         own: dict[str, Any] = self.layer._parameters
         own["weight"], own["bias"] = weight, bias
+        if not kernels.is_traced() and isinstance(weight, nn.Parameter):
+            self._given = (weight,)  # in a tuple so that nn.Module does not register it, where it would be saved twice
         try:
             return super().forward(input)
         finally:
@@ -117,4 +127,4 @@ class GivenWeightWrapper(QATModuleWrapper):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_evaluated": {}}
+        return {**super().__getstate__(), "_evaluated": {}, "_given": ()}

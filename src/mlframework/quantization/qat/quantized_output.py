@@ -1,7 +1,7 @@
 """What follows a product in training, in one step: batch normalization, a clip, observation and fake quantization.
 
 Each function here returns None where the model's modules have to do it one after the other: with hooks that would not
-fire, with learned scales, or where the node has yet to see data.
+fire, or where the node has yet to see data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..kernels.operators.fake_quantization import mask_gradient
 from ..kernels.operators.normalization import batch_statistics, frozen_statistics, lies_in_rows
 from .activation_observer import BatchStatistics
 from .attached_codes import Way, attach_codes
-from .batch_norms import plain_batch_norm
+from .batch_norms import freeze_if_scheduled, plain_batch_norm, use_running_statistics
 from .fake_quantize_layer import FakeQuantizeLayer
 from .layer_types import Clip
 
@@ -46,11 +46,12 @@ def normalized_and_quantized(
     """
     if not kernels.fuses(input) or not lies_in_rows(input) or input.numel() <= input.shape[1]:
         return None
-    if is_watched(batch_norm, activation) or not _fuses(node):
+    if is_watched(activation) or is_watched(batch_norm, but_for=use_running_statistics) or not _fuses(node):
         return None
     plain = plain_batch_norm(batch_norm)
     if not isinstance(plain, (nn.BatchNorm1d, nn.BatchNorm2d)) or not plain.track_running_stats:
         return None
+    freeze_if_scheduled(plain)
     mean, variance = plain.running_mean, plain.running_var
     state = plain.weight, plain.bias, mean, variance
     if not all(each is None or (each.dtype is torch.float32 and each.is_contiguous()) for each in state):
@@ -83,7 +84,7 @@ def looked_up(
 
     ``way`` is how the input came here.
     """
-    if not kernels.fuses(input) or is_watched(source, *operation.modules()) or not _fuses(node):
+    if not kernels.fuses(input) or is_watched(source, *operation.modules()) or not _fuses(node) or node.learnable:
         return None
     if kernels.is_traced():  # which takes no derivative of the function on the way
         return None
@@ -128,7 +129,6 @@ def _fuses(node: FakeQuantizeLayer) -> bool:
     if (
         type(node) is not FakeQuantizeLayer
         or is_watched(node)
-        or node.learnable
         or node.estimator.saturated != "zero"
         or node.layer is not None
     ):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -71,10 +72,10 @@ def _begin_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tup
 
 
 def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for layer in _trained_by(optimizer):
-        if layer in _before_step:
-            _project(layer)
-            del _before_step[layer]
+    layers = [layer for layer in _trained_by(optimizer) if layer in _before_step]
+    _project(layers)
+    for layer in layers:
+        del _before_step[layer]
 
 
 def _at_projected_values(closure: Callable[[], Any], layers: list[LearnedGrid]) -> Callable[[], Any]:
@@ -84,8 +85,7 @@ def _at_projected_values(closure: Callable[[], Any], layers: list[LearnedGrid]) 
         remembered = [layer for layer in layers if layer in _before_step]
         parameters = [parameter for layer in remembered for parameter in (layer.scale, layer.zero_point)]
         before = [parameter.detach().clone() for parameter in parameters]
-        for layer in remembered:
-            _project(layer)
+        _project(remembered)
         moved = [parameter.detach() != value for parameter, value in zip(parameters, before, strict=True)]
         loss = closure()
         for parameter, where in zip(parameters, moved, strict=True):
@@ -104,10 +104,36 @@ def _remember(layers: list[LearnedGrid]) -> None:
 
 
 @torch.no_grad()
-def _project(layer: LearnedGrid) -> None:
-    old_scale, old_zero_point = _before_step[layer]
-    scale = torch.where(torch.isfinite(layer.scale), layer.scale, old_scale)
-    scale = scale.clamp(old_scale / _LARGEST_CHANGE, old_scale * _LARGEST_CHANGE)
-    zero_point = torch.where(torch.isfinite(layer.zero_point), layer.zero_point, old_zero_point)
-    layer.scale.copy_(scale.clamp(SMALLEST_SCALE, LARGEST_SCALE))
-    layer.zero_point.copy_(zero_point.clamp(layer.scheme.quant_min, layer.scheme.quant_max))
+def _project(layers: list[LearnedGrid]) -> None:
+    """All of a device together: each alone is too small for the operations that it takes."""
+    together: dict[Any, list[LearnedGrid]] = {}
+    for layer in layers:
+        is_plain = type(layer.scale.data) is Tensor  # and not, say, a shard
+        together.setdefault(layer.scale.device if is_plain else layer, []).append(layer)
+    for group in together.values():
+        _replace([layer.scale for layer in group], [_before_step[layer][0] for layer in group], _projected_scale)
+        moving = [layer for layer in group if layer.zero_point.requires_grad]
+        ends: dict[tuple[int, int], list[LearnedGrid]] = {}
+        for layer in moving:
+            ends.setdefault((layer.scheme.quant_min, layer.scheme.quant_max), []).append(layer)
+        for (lowest, highest), same in ends.items():
+            old = [_before_step[layer][1] for layer in same]
+            _replace([layer.zero_point for layer in same], old, partial(_projected_zero_point, lowest, highest))
+
+
+def _replace(tensors: list[Tensor], old: list[Tensor], projected: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Puts what a function makes of new and old values in the place of the new ones."""
+    if len(tensors) == 1:
+        tensors[0].copy_(projected(tensors[0], old[0]))
+        return
+    parts = projected(torch.cat(tensors), torch.cat(old)).split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, list(parts))
+
+
+def _projected_scale(scale: Tensor, old: Tensor) -> Tensor:
+    scale = torch.where(torch.isfinite(scale), scale, old)
+    return scale.clamp(old / _LARGEST_CHANGE, old * _LARGEST_CHANGE).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+
+
+def _projected_zero_point(lowest: int, highest: int, zero_point: Tensor, old: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(zero_point), zero_point, old).clamp(lowest, highest)

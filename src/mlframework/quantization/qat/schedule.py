@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..int8.folding import BATCH_NORMS
+from .batch_norms import use_running_statistics
 from .fake_quantize_layer import FakeQuantizeLayer
 
 
@@ -23,7 +24,8 @@ class QATSchedule:
         quantize_from: the step from which fake quantization is on; before, the model trains in float. Not before
             ``observe_from``, since scales come from what was observed.
         freeze_batch_norm_from: the step from which batch normalization uses its running statistics and no longer
-            updates them, as evaluation does; None is never.
+            updates them, as evaluation does; None is never. Statistics that are updated with a momentum of 0.01 are
+            those of some hundred steps ago, when weights were others: :func:`reestimate_batch_norm` after the training.
 
     Raises:
         ValueError: a step is negative, or the order is impossible.
@@ -114,7 +116,7 @@ class QATSchedule:
         if self.freezes_batch_norm and not self._holds:
             # A hook and not eval(), which the next model.train() would undo.
             self._holds = [
-                module.register_forward_pre_hook(_use_running_statistics)
+                module.register_forward_pre_hook(use_running_statistics)
                 for module in self.model.modules()
                 if isinstance(module, BATCH_NORMS)
             ]
@@ -124,7 +126,3 @@ class QATSchedule:
             if self._holds:
                 self.model.train(self.model.training)
             self._holds = []
-
-
-def _use_running_statistics(module: nn.Module, args: Any) -> None:
-    module.training = False

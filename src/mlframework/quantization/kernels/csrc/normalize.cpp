@@ -14,6 +14,7 @@
 
 #include "fake_quantize_loops.h"
 #include "cpu_features.h"
+#include "learned_grid.h"
 #include "normalize_loops.h"
 #include "operators.h"
 
@@ -97,9 +98,11 @@ struct FoldTile {
   }
 };
 
-// Two sums for each channel, over all rows: `sum(piece, a, b)` adds those of some tiles at each place.
+// Two sums for each channel, over all rows: `sum(piece, a, b)` adds those of some tiles at each place, and
+// `also(piece, chunk)` takes the same tiles, while they are in the cache.
+template <class Also>
 std::vector<double> sum_twice(const Rows& rows, const NormalizePiece& constants,
-                              void (*sum)(const NormalizePiece&, float*, float*)) {
+                              void (*sum)(const NormalizePiece&, float*, float*), const Also& also) {
   const size_t channels = static_cast<size_t>(rows.channels);
   std::vector<double> partial(static_cast<size_t>(rows.chunks()) * 2 * channels);
   for_chunks(rows, [&](int64_t begin, int64_t end) {
@@ -107,8 +110,10 @@ std::vector<double> sum_twice(const Rows& rows, const NormalizePiece& constants,
     for (int64_t chunk = end; chunk-- > begin;) {
       std::fill(a.begin(), a.end(), 0.0f);
       std::fill(b.begin(), b.end(), 0.0f);
-      for_pieces(rows, chunk, constants,
-                 [&](const NormalizePiece& piece, int64_t) { sum(piece, a.data(), b.data()); });
+      for_pieces(rows, chunk, constants, [&](const NormalizePiece& piece, int64_t) {
+        sum(piece, a.data(), b.data());
+        also(piece, chunk);
+      });
       double* sums = partial.data() + static_cast<size_t>(chunk) * 2 * channels;
       run_vectorized<FoldTile>(a.data(), rows.in_tile(), rows.channels, sums);
       run_vectorized<FoldTile>(b.data(), rows.in_tile(), rows.channels, sums + channels);
@@ -130,6 +135,24 @@ std::vector<float> numbers_of(const std::optional<Tensor>& tensor, const Rows& r
   if (tensor.has_value()) return numbers_of(*tensor, rows, name);
   return std::vector<float>(static_cast<size_t>(rows.channels), otherwise);
 }
+
+// Normalization as x factor + shift, with an entry to each place of a tile.
+struct Affine {
+  std::vector<float> factors, shifts;
+
+  Affine(const Rows& rows, const Tensor& mean, const Tensor& inverse_deviation, const std::optional<Tensor>& weight,
+         const std::optional<Tensor>& bias) {
+    const std::vector<float> means = numbers_of(mean, rows, "mean"), gammas = numbers_of(weight, rows, "weight", 1.0f);
+    std::vector<float> factor = numbers_of(inverse_deviation, rows, "inverse_deviation");
+    std::vector<float> shift = numbers_of(bias, rows, "bias", 0.0f);
+    for (size_t c = 0; c < factor.size(); ++c) {
+      factor[c] *= gammas[c];
+      shift[c] -= means[c] * factor[c];
+    }
+    factors = repeated(factor, rows);
+    shifts = repeated(shift, rows);
+  }
+};
 
 Tensor vector_of(const std::vector<double>& numbers) {
   const Tensor result = empty({static_cast<int64_t>(numbers.size())}, {1}, ScalarType::Float);
@@ -157,7 +180,8 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values, const std::opt
   constants.values = from;
   constants.mean = near.data();
   // Differences from a value near the mean, whose squares then lose no digits.
-  const std::vector<double> sums = sum_twice(rows, constants, sum_differences);
+  const std::vector<double> sums =
+      sum_twice(rows, constants, sum_differences, [](const NormalizePiece&, int64_t) {});
   const double count = static_cast<double>(rows.count);
   std::vector<double> mean(first.begin(), first.end()), variance(first.size()), inverse(first.size());
   for (size_t c = 0; c < first.size(); ++c) {
@@ -177,14 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
     double clip_low, double clip_high, std::optional<ScalarType> code_dtype) {
   const Rows rows = rows_of(values);
   if (code_dtype) check_code_dtype(*code_dtype);
-  const std::vector<float> means = numbers_of(mean, rows, "mean"), gammas = numbers_of(weight, rows, "weight", 1.0f);
-  std::vector<float> factor = numbers_of(inverse_deviation, rows, "inverse_deviation");
-  std::vector<float> addend = numbers_of(bias, rows, "bias", 0.0f);
-  for (size_t c = 0; c < factor.size(); ++c) {
-    factor[c] *= gammas[c];
-    addend[c] -= means[c] * factor[c];
-  }
-  const std::vector<float> factors = repeated(factor, rows), addends = repeated(addend, rows);
+  const Affine affine(rows, mean, inverse_deviation, weight, bias);
   const std::vector<Grid> grid =
       grids_of(scale, zero_point, 1, static_cast<float>(lowest), static_cast<float>(highest));
   const Tensor quantized = empty_like(values, ScalarType::Float);
@@ -205,8 +222,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
       piece.clip_high = static_cast<float>(clip_high);
       piece.clips = piece.clip_low != -kInfinity || piece.clip_high != kInfinity;
       piece.wants_extremes = true;
-      piece.factor = factors.data();
-      piece.shift = addends.data();
+      piece.factor = affine.factors.data();
+      piece.shift = affine.shifts.data();
       piece.grid = grid.data();
       piece.minimum = &minima[static_cast<size_t>(chunk)];
       piece.maximum = &maxima[static_cast<size_t>(chunk)];
@@ -237,11 +254,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
           code_dtype ? grid_of_codes(scale, zero_point, lowest, highest, {has_nan}) : Tensor()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
-                                                      const Tensor& mean, const Tensor& inverse_deviation,
-                                                      const std::optional<Tensor>& weight, double gradient_clip,
-                                                      bool is_frozen) {
-  const Rows rows = rows_of(values);
+namespace {
+
+template <class Also>
+std::tuple<Tensor, Tensor, Tensor> gradients(const Rows& rows, const Tensor& gradient, const Tensor& mask,
+                                             const Tensor& values, const Tensor& mean, const Tensor& inverse_deviation,
+                                             const std::optional<Tensor>& weight, double gradient_clip, bool is_frozen,
+                                             const Also& also) {
   rows_of(gradient);
   STD_TORCH_CHECK(sizes_of(gradient) == sizes_of(values), "gradient must have the shape of values");
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte &&
@@ -257,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, co
   constants.bits = static_cast<const uint8_t*>(mask.const_data_ptr());
   constants.mean = near.data();
   constants.largest = static_cast<float>(gradient_clip);
-  const std::vector<double> sums = sum_twice(rows, constants, sum_gradients);
+  const std::vector<double> sums = sum_twice(rows, constants, sum_gradients, also);
 
   const size_t channels = static_cast<size_t>(rows.channels);
   // Statistics that are not the batch's own do not change with its values.
@@ -285,6 +304,43 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, co
                  [&](const NormalizePiece& piece, int64_t first) { normalized_gradient(piece, to + first); });
   });
   return {result, vector_of(to_weight), vector_of(to_bias)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, const Tensor& mask, const Tensor& values,
+                                                      const Tensor& mean, const Tensor& inverse_deviation,
+                                                      const std::optional<Tensor>& weight, double gradient_clip,
+                                                      bool is_frozen) {
+  return gradients(rows_of(values), gradient, mask, values, mean, inverse_deviation, weight, gradient_clip, is_frozen,
+                   [](const NormalizePiece&, int64_t) {});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> learned_normalize_backward(
+    const Tensor& gradient, const Tensor& mask, const Tensor& values, const Tensor& mean,
+    const Tensor& inverse_deviation, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest, double clip_low, double clip_high,
+    double gradient_clip, bool is_frozen, double gradient_scale) {
+  const Rows rows = rows_of(values);
+  const Affine affine(rows, mean, inverse_deviation, weight, bias);
+  const std::vector<Grid> grid =
+      grids_of(scale, zero_point, 1, static_cast<float>(lowest), static_cast<float>(highest));
+  const LearnedGridSums none(grid[0], static_cast<float>(clip_low), static_cast<float>(clip_high),
+                             static_cast<float>(gradient_clip));
+  std::vector<LearnedGridSums> sums(static_cast<size_t>(rows.chunks()), none);
+  const auto [to_values, to_weight, to_bias] =
+      gradients(rows, gradient, mask, values, mean, inverse_deviation, weight, gradient_clip, is_frozen,
+                [&](const NormalizePiece& piece, int64_t chunk) {
+                  for (int64_t tile = 0; tile < (piece.together ? kTilesTogether : 1); ++tile) {
+                    const int64_t first = tile * piece.elements;
+                    sums[static_cast<size_t>(chunk)].add({piece.values + first, nullptr, affine.factors.data(),
+                                                          affine.shifts.data(), piece.gradient + first,
+                                                          piece.elements});
+                  }
+                });
+  LearnedGridSums total = none;
+  for (const LearnedGridSums& each : sums) total.add(each);
+  return {to_values, to_weight, to_bias, total.to_scale(gradient_scale), total.to_zero_point(gradient_scale)};
 }
 
 }  // namespace kernels

@@ -56,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CPU, library) {
   library.impl("batch_statistics", TORCH_BOX(&kernels::batch_statistics));
   library.impl("normalize", TORCH_BOX(&kernels::normalize));
   library.impl("normalize_backward", TORCH_BOX(&kernels::normalize_backward));
+  library.impl("learned_normalize_backward", TORCH_BOX(&kernels::learned_normalize_backward));
+  library.impl("learned_clip_backward", TORCH_BOX(&kernels::learned_clip_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CompositeExplicitAutograd, library) {

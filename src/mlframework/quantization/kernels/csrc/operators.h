@@ -105,4 +105,16 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, co
                                                       const std::optional<Tensor>& weight, double gradient_clip,
                                                       bool is_frozen);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> learned_normalize_backward(
+    const Tensor& gradient, const Tensor& mask, const Tensor& values, const Tensor& mean,
+    const Tensor& inverse_deviation, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest, double clip_low, double clip_high,
+    double gradient_clip, bool is_frozen, double gradient_scale);
+
+std::tuple<Tensor, Tensor, Tensor> learned_clip_backward(const Tensor& gradient, const Tensor& mask,
+                                                         const Tensor& values, const std::optional<Tensor>& addend,
+                                                         const Tensor& scale, const Tensor& zero_point, int64_t lowest,
+                                                         int64_t highest, double clip_low, double clip_high,
+                                                         double gradient_clip, double gradient_scale);
+
 }  // namespace kernels

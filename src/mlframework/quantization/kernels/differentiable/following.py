@@ -13,6 +13,7 @@ from torch import Tensor
 from ...scheme import QuantizationScheme
 from ..operators.codes import dequantize, lookup, lookup_gradient
 from ..operators.fake_quantization import Clip, fake_quantize, mask_gradient
+from ..operators.learned_grids import learned_clip_backward, learned_normalize_backward
 from ..operators.normalization import normalize, normalize_backward
 from .function import call, refuse_gradient_of_gradient
 from .layer import Computation
@@ -32,6 +33,11 @@ class Grid(NamedTuple):
     codes: bool
     gradient_clip: float | None
 
+    @property
+    def learns(self) -> bool:
+        """Whether scale or zero point require grad."""
+        return self.scale.requires_grad or self.zero_point.requires_grad
+
 
 class Quantized(NamedTuple):
     """Values on the grid; codes, with their own grid (:class:`.FakeQuantized`), and extremes where asked for."""
@@ -43,7 +49,8 @@ class Quantized(NamedTuple):
 
 
 class _Normalize(torch.autograd.Function):
-    """Saves its input, or what computes it again, and a mask."""
+    """Saves its input, or what computes it again, and a mask. Scale and zero point are those of ``grid``, which may
+    require grad."""
 
     @staticmethod
     def forward(
@@ -58,16 +65,20 @@ class _Normalize(torch.autograd.Function):
         computation: Computation | None,
         addend: Tensor | None,
         is_frozen: bool,
+        scale: Tensor,
+        zero_point: Tensor,
     ) -> tuple[Tensor | None, ...]:
         values, codes, mask, extremes, own_grid = normalize(
-            input, mean, inverse_deviation, weight, bias, clip, *grid[:3], codes=grid.codes
+            input, mean, inverse_deviation, weight, bias, clip, scale, zero_point, grid.scheme, codes=grid.codes
         )
+        ctx.learned = (clip, grid.scheme) if grid.learns else None
+        learned = (bias, scale, zero_point) if grid.learns else ()
         kept: tuple[Tensor | None, ...] = (input,)
         ctx.computed = None
         if computation is not None:
             kept = (*computation[:5], addend)
             ctx.computed = computation[5:]
-        ctx.save_for_backward(mask, mean, inverse_deviation, weight, *kept)
+        ctx.save_for_backward(mask, mean, inverse_deviation, weight, *learned, *kept)
         ctx.gradient_clip = grid.gradient_clip
         ctx.has_bias = bias is not None
         ctx.is_frozen = is_frozen
@@ -79,32 +90,52 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_gradient_of_gradient()
         if gradient is None:
-            return (None,) * 10
+            return (None,) * 12
         mask, mean, inverse_deviation, weight, *kept = ctx.saved_tensors
+        if ctx.learned is not None:
+            bias, scale, zero_point, *kept = kept
         if ctx.computed is None:
             (values,) = kept
         else:
             *tensors, addend = kept
             values = Computation(*tensors, *ctx.computed)()
             values = values if addend is None else values + addend
-        to_input, to_weight, to_bias = normalize_backward(
-            gradient, mask, values, mean, inverse_deviation, weight, ctx.gradient_clip, is_frozen=ctx.is_frozen
-        )
-        return to_input, None if weight is None else to_weight, to_bias if ctx.has_bias else None, *[None] * 7
+        to_scale = to_zero_point = None
+        if ctx.learned is None:
+            to_input, to_weight, to_bias = normalize_backward(
+                gradient, mask, values, mean, inverse_deviation, weight, ctx.gradient_clip, is_frozen=ctx.is_frozen
+            )
+        else:
+            clip, scheme = ctx.learned
+            affine = mean, inverse_deviation, weight, bias
+            grid = scale, zero_point, scheme
+            to_input, to_weight, to_bias, *to_grid = learned_normalize_backward(
+                gradient, mask, values, *affine, clip, *grid, ctx.gradient_clip, is_frozen=ctx.is_frozen
+            )
+            to_scale, to_zero_point = _needed(to_grid, ctx.needs_input_grad[-2:])
+        to_affine = None if weight is None else to_weight, to_bias if ctx.has_bias else None
+        return to_input, *to_affine, *[None] * 7, to_scale, to_zero_point
 
 
 class _Clip(torch.autograd.Function):
-    """Of a tensor, or of the sum of two; saves a mask alone."""
+    """Of a tensor, or of the sum of two; saves a mask and, where scale or zero point learn, its operands."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, addend: Tensor | None, clip: Clip, grid: Grid, observes: bool
+        ctx: Any,
+        input: Tensor,
+        addend: Tensor | None,
+        clip: Clip,
+        grid: Grid,
+        observes: bool,
+        scale: Tensor,
+        zero_point: Tensor,
     ) -> tuple[Tensor | None, ...]:
         scheme = grid.scheme
         result = fake_quantize(
             input,
-            grid.scale,
-            grid.zero_point,
+            scale,
+            zero_point,
             scheme.quant_min,
             scheme.quant_max,
             None,
@@ -116,7 +147,8 @@ class _Clip(torch.autograd.Function):
         )
         values, codes, mask, extremes, own_grid = result
         assert values is not None
-        ctx.save_for_backward(mask)
+        ctx.save_for_backward(mask, *((input, addend, scale, zero_point) if grid.learns else ()))
+        ctx.learned = (clip, scheme) if grid.learns else None
         ctx.strides = values.stride()
         ctx.gradient_clip = grid.gradient_clip
         ctx.set_materialize_grads(False)
@@ -127,10 +159,22 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_gradient_of_gradient()
         if gradient is None:
-            return (None,) * 5
-        (mask,) = ctx.saved_tensors
-        passed = mask_gradient(gradient, mask, ctx.strides, ctx.gradient_clip)
-        return passed, passed if ctx.needs_input_grad[1] else None, None, None, None
+            return (None,) * 7
+        mask, *operands = ctx.saved_tensors
+        to_scale = to_zero_point = None
+        if ctx.learned is None:
+            passed = mask_gradient(gradient, mask, ctx.strides, ctx.gradient_clip)
+        else:
+            clip, scheme = ctx.learned
+            input, addend, scale, zero_point = operands
+            grid = scale, zero_point, scheme
+            passed, *to_grid = learned_clip_backward(gradient, mask, input, addend, clip, *grid, ctx.gradient_clip)
+            to_scale, to_zero_point = _needed(to_grid, ctx.needs_input_grad[-2:])
+        return passed, passed if ctx.needs_input_grad[1] else None, None, None, None, to_scale, to_zero_point
+
+
+def _needed(gradients: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
 class _LookUp(torch.autograd.Function):
@@ -176,12 +220,14 @@ def normalize_and_quantize(
         weight, bias: (C,).
         computation: what computes ``input`` again in backward, with ``addend`` added; None to keep ``input`` itself.
     """
-    return Quantized(*call(_Normalize, input, weight, bias, *statistics, clip, grid, computation, addend, is_frozen))
+    numbers = grid.scale, grid.zero_point
+    options = clip, grid, computation, addend, is_frozen
+    return Quantized(*call(_Normalize, input, weight, bias, *statistics, *options, *numbers))
 
 
 def clip_and_quantize(input: Tensor, addend: Tensor | None, clip: Clip, grid: Grid, observes: bool) -> Quantized:
     """A tensor (plus another of its shape), clipped and quantized."""
-    return Quantized(*call(_Clip, input, addend, clip, grid, observes))
+    return Quantized(*call(_Clip, input, addend, clip, grid, observes, grid.scale, grid.zero_point))
 
 
 def look_up_and_quantize(

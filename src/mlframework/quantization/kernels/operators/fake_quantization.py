@@ -335,6 +335,24 @@ def fake_quantize_backward(
     )
 
 
+def fake_quantize_sums(
+    gradient: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    gradient_clip: float | None,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fake_quantize_backward` of one scale and zero point, each of shape (1,), without the input's gradient."""
+    ends = lowest, highest, -1
+    _, to_scale, to_zero_point = _fake_quantize_backward.reference(
+        gradient, input, scale, zero_point, *ends, False, gradient_clip, gradient_scale, False
+    )
+    return to_scale, to_zero_point
+
+
 def gradient_scale(input: Tensor, scale: Tensor, highest: int) -> float:
     r""":math:`1 / \sqrt{N q_{max}}`: a scale of N elements learns at the pace of a weight (LSQ, section 2.2)."""
     return 1.0 / math.sqrt(max(input.numel() // max(scale.numel(), 1), 1) * highest)

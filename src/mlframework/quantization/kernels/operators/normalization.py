@@ -80,6 +80,16 @@ def frozen_statistics(mean: Tensor, variance: Tensor, epsilon: float) -> tuple[T
     return mean, torch.rsqrt(variance.double() + epsilon).float()
 
 
+def affine_of(
+    mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None, bias: Tensor | None, dimensions: int
+) -> tuple[Tensor, Tensor]:
+    """:math:`a` and :math:`b`, broadcasting against a tensor of so many dimensions."""
+    factor = inverse_deviation if weight is None else inverse_deviation * weight
+    offset = (0.0 if bias is None else bias) - mean * factor
+    along = [1, -1, *[1] * (dimensions - 2)]
+    return factor.reshape(along), offset.reshape(along)
+
+
 _Results = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
 
 
@@ -103,10 +113,8 @@ def _normalize(
     clip_high: float,
     code_dtype: torch.dtype | None,
 ) -> _Results:
-    factor = inverse_deviation if weight is None else inverse_deviation * weight
-    offset = (0.0 if bias is None else bias) - mean * factor
-    along = [1, -1, *[1] * (values.dim() - 2)]
-    normalized = values.to(torch.float32) * factor.reshape(along) + offset.reshape(along)
+    factor, offset = affine_of(mean, inverse_deviation, weight, bias, values.dim())
+    normalized = values.to(torch.float32) * factor + offset
     result = fake_quantize(
         normalized,
         scale,

@@ -1,0 +1,88 @@
+"""The range whose grid has the least squared error on a weight: where learned scales of weights start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..scheme import QuantizationScheme
+from .activation_observer import BatchStatistics, MovingAverageObserver
+
+# Of the largest magnitude: the ends that are tried first. The best of them is then improved on.
+_SMALLEST_SHARE, _SHARES, _IMPROVEMENTS = 0.2, 24, 4
+
+
+def least_squares_scale(rows: Tensor, scheme: QuantizationScheme) -> Tensor:
+    r"""The scale of a symmetric grid with the least squared error on each row.
+
+    .. math:: \arg\min_s \sum_i \big(w_i - s\,\mathrm{clamp}(\mathrm{rne}(w_i / s),\ q_{min},\ q_{max})\big)^2
+
+    From the best of several shares of the largest magnitude, in turns: the codes for a scale, and the scale that has
+    the least error for these codes, :math:`s = \sum w q / \sum q^2`. Neither step can raise the error.
+
+    Args:
+        rows: float32 (C, N), finite.
+        scheme: symmetric and signed.
+
+    Returns:
+        float32 (C,); 1 where a row is all zeros.
+    """
+    largest = rows.abs().amax(dim=1)
+    best = torch.where(largest > 0, largest / scheme.quant_max, 1.0)
+    error = _squared_error(rows, best, scheme)
+    for share in torch.linspace(_SMALLEST_SHARE, 1.0, _SHARES).tolist():
+        best, error = _better(rows, largest * share / scheme.quant_max, best, error, scheme)
+    for _ in range(_IMPROVEMENTS):
+        codes = _codes(rows, best, scheme)
+        scale = (rows * codes).sum(dim=1) / codes.square().sum(dim=1)
+        best, error = _better(rows, scale, best, error, scheme)
+    return best
+
+
+def _codes(rows: Tensor, scale: Tensor, scheme: QuantizationScheme) -> Tensor:
+    return (rows / scale[:, None]).round_().clamp_(scheme.quant_min, scheme.quant_max)
+
+
+def _squared_error(rows: Tensor, scale: Tensor, scheme: QuantizationScheme) -> Tensor:
+    return (_codes(rows, scale, scheme).mul_(scale[:, None]) - rows).square_().sum(dim=1)
+
+
+def _better(
+    rows: Tensor, scale: Tensor, best: Tensor, error: Tensor, scheme: QuantizationScheme
+) -> tuple[Tensor, Tensor]:
+    usable = torch.isfinite(scale) & (scale > 0)
+    other = _squared_error(rows, torch.where(usable, scale, best), scheme)
+    improves = usable & (other < error)
+    return torch.where(improves, scale, best), torch.where(improves, other, error)
+
+
+class LeastSquaresObserver(MovingAverageObserver):
+    """Sees of a weight not its extremes but the range that :func:`least_squares_scale` gives its grid; of the newest
+    weight alone.
+
+    Args:
+        scheme: the weight's grid, symmetric and signed.
+        num_channels: along the scheme's channel axis.
+    """
+
+    def __init__(self, scheme: QuantizationScheme, *, num_channels: int = 1) -> None:
+        super().__init__(momentum=1.0, channel_axis=scheme.channel_axis, num_channels=num_channels)
+        self.scheme = scheme
+        self._known: tuple[int, BatchStatistics] | None = None
+
+    def _measure(self, input: Tensor) -> BatchStatistics:
+        fingerprint = None
+        if not (kernels.is_traced() or input.is_meta):
+            (fingerprint,) = kernels.fingerprints([input])
+            if self._known is not None and self._known[0] == fingerprint:  # calibration shows it with every batch
+                return self._known[1]
+        axis = self.channel_axis
+        rows = input.detach().float()
+        rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).flatten(1)
+        end = least_squares_scale(rows, self.scheme) * self.scheme.quant_max
+        end = torch.where(torch.isfinite(rows).all(dim=1), end, -torch.inf)
+        statistics = BatchStatistics(torch.stack([end, end]))
+        if fingerprint is not None:
+            self._known = fingerprint, statistics
+        return statistics

@@ -1,0 +1,171 @@
+"""The steps of :func:`.finetune`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.modes import in_evaluation
+from ..int8.folding import BATCH_NORMS
+from ..preparation.batches import arguments_of, iterated
+from ..preparation.parameter_groups import parameter_groups
+from ..qat.schedule import QATSchedule
+from .distillation import FeatureMatching, distillation_loss
+from .modes import in_fine_tuning
+from .oscillation import OscillationFreezer, dampening_loss
+from .progress import progress_bar
+from .recipe import Recipe
+
+Loss = Callable[[Any, Any], Tensor]
+
+# How many batches running statistics are re-estimated from: enough for a mean to a tenth of a standard deviation.
+_BATCHES_FOR_STATISTICS = 100
+
+
+class TrainingLoop:
+    """A training under way, with the state that a checkpoint holds.
+
+    Args:
+        model, teacher, loss, recipe, steps: those of :func:`.finetune`.
+
+    Attributes:
+        losses: of the steps taken, scalars apart from any graph.
+        learning_rates: of the same steps.
+        freezer: of oscillating weights, where the recipe has one.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None, loss: Loss | None, recipe: Recipe, steps: int
+    ) -> None:
+        self.model = model
+        self.teacher = teacher
+        self.loss = loss
+        self.recipe = recipe
+        self.steps = steps
+        groups = parameter_groups(
+            model, quantization_learning_rate=recipe.quantization_lr, weight_decay=recipe.weight_decay
+        )
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._pace)
+        self.freezer = OscillationFreezer(model, steps=steps) if recipe.freeze_oscillations else None
+        self.losses: list[Tensor] = []
+        self.learning_rates: list[float] = []
+
+    @property
+    def done(self) -> int:
+        """How many steps have been taken."""
+        return len(self.learning_rates)
+
+    def run(self, batches: Iterable[Any], progress: bool) -> None:
+        """The steps that are left, and what follows on the last."""
+        has_batch_norm = any(isinstance(module, BATCH_NORMS) for module in self.model.modules())
+        batch_statistics = has_batch_norm and self.recipe.batch_norm == "batch"
+        with ExitStack() as stack:
+            modes = {"regularizes": self.teacher is None, "batch_statistics": batch_statistics}
+            stack.enter_context(in_fine_tuning(self.model, **modes))
+            if self.teacher is not None:
+                stack.enter_context(in_evaluation(self.teacher))
+            advance = stack.enter_context(progress_bar("fine-tuning", self.steps, done=self.done, shown=progress))
+            features = None
+            if self.teacher is not None and self.recipe.features:
+                features = stack.enter_context(FeatureMatching(self.model, self.teacher, self.recipe.features))
+            schedule = QATSchedule(self.model, observe_until=max(1, round(self.steps * self.recipe.observe_until)))
+            schedule.load_state_dict({"steps": self.done})
+            for batch in islice(_repeated(batches), self.steps - self.done):
+                self._step(batch, features)
+                schedule.step()
+                advance(f"loss {self.losses[-1].item():.4g}" if progress else "")
+        if batch_statistics:
+            from ..calibration.batch_norm import reestimate_batch_norm
+
+            several = [self._inputs(batch) for batch in islice(iterated(batches), _BATCHES_FOR_STATISTICS)]
+            reestimate_batch_norm(self.model, several)
+
+    def _step(self, batch: Any, features: FeatureMatching | None) -> None:
+        loss = self._loss_of(batch, features)
+        total = loss
+        if self.recipe.dampening:
+            factor = self.recipe.dampening * 0.5 * (1 - math.cos(math.pi * self.done / self.steps))
+            total = loss + factor * dampening_loss(self.model)
+        self.optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        if self.recipe.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_gradient_norm)
+        (rate, *_) = self.scheduler.get_last_lr()
+        self.optimizer.step()
+        if self.freezer is not None:
+            self.freezer.step()
+        self.scheduler.step()
+        self.losses.append(loss.detach().float())
+        self.learning_rates.append(float(rate))
+
+    def _loss_of(self, batch: Any, features: FeatureMatching | None) -> Tensor:
+        args, kwargs = arguments_of(self.model, self._inputs(batch))
+        outputs = self.model(*args, **kwargs)
+        losses = []
+        if self.teacher is not None:
+            with torch.no_grad():
+                expected = self.teacher(*args, **kwargs)
+            losses.append(distillation_loss(outputs, expected, temperature=self.recipe.temperature))
+        if features is not None:
+            losses.append(self.recipe.feature_weight * features.loss())
+        if self.loss is not None:
+            losses.append(self.loss(outputs, batch[1]))
+        return torch.stack(losses).sum()
+
+    def _inputs(self, batch: Any) -> Any:
+        return batch if self.loss is None else batch[0]
+
+    def _pace(self, step: int) -> float:
+        """The factor of the learning rates: a line up, then a cosine down."""
+        warmup = self.steps * self.recipe.warmup
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(self.steps - warmup, 1)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model, and what it takes to go on training it."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "freezer": None if self.freezer is None else self.freezer.state_dict(),
+            "losses": list(self.losses),
+            "learning_rates": list(self.learning_rates),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a saved state; raises what loading the model's or the optimizer's raises."""
+        self.model.load_state_dict(state_dict["model"])
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        if self.freezer is not None:
+            self.freezer.load_state_dict(state_dict["freezer"])
+        self.losses = list(state_dict["losses"])
+        self.learning_rates = list(state_dict["learning_rates"])
+
+
+def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, over and over.
+
+    Raises:
+        ValueError: there are none, or they can be gone through only once and have ended.
+    """
+    iterated(batches)
+    count = 0
+    while True:
+        before = count
+        for batch in batches:
+            yield batch
+            count += 1
+        if count == before:
+            raise ValueError(
+                f"batches must last for all steps, or be a list or a loader that starts anew; they ended after {count}"
+            )

@@ -1,0 +1,213 @@
+"""The training loop: what it improves, what it leaves as it was, and how it goes on after an interruption."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlframework.quantization import QATConfig, Recipe, calibrate, convert, finetune, prepare
+from mlframework.quantization.qat.fake_quantize_layer import FakeQuantizeLayer
+
+
+def float_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 4),
+    ).eval()
+
+
+def data(count: int = 4) -> list[Tensor]:
+    return [torch.randn(16, 2, 4, 4) for _ in range(count)]
+
+
+def student_and_teacher(bits: int = 3, **fields: Any) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    model, batches = float_model(), data()
+    teacher = copy.deepcopy(model)
+    prepared = prepare(model, QATConfig(weight_bits=bits, activation_bits=bits, **fields), (batches[0],))
+    calibrate(prepared, batches)
+    return prepared, teacher, batches
+
+
+@torch.no_grad()
+def distance(student: nn.Module, teacher: nn.Module, batches: list[Tensor]) -> float:
+    student.eval()
+    error = sum((student(batch) - teacher(batch)).square().sum() for batch in batches)
+    return (error / sum(teacher(batch).square().sum() for batch in batches)).item()
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_the_student_comes_closer_to_its_teacher(learnable: bool) -> None:
+    student, teacher, batches = student_and_teacher(learnable=learnable)
+    before = distance(student, teacher, batches)
+    history = finetune(student, teacher, batches, steps=40, lr=3e-3)
+    assert distance(student, teacher, batches) < 0.6 * before
+    assert len(history.losses) == len(history.learning_rates) == 40
+    int8 = convert(student)
+    with torch.no_grad():
+        assert all(torch.equal(int8(batch), student.eval()(batch)) for batch in batches)
+
+
+def test_learning_rates_rise_and_fall() -> None:
+    student, teacher, batches = student_and_teacher()
+    rates = finetune(student, teacher, batches, steps=20, recipe=Recipe(lr=1e-3, warmup=0.2)).learning_rates
+    assert rates == pytest.approx([1e-3 * rate for rate in _expected_pace(20, 4)])
+
+
+def _expected_pace(steps: int, warmup: int) -> Iterator[float]:
+    import math
+
+    for step in range(steps):
+        if step < warmup:
+            yield (step + 1) / (warmup + 1)
+        else:
+            yield 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def test_modes_hooks_observers_and_running_statistics_are_left_as_they_were() -> None:
+    student, teacher, batches = student_and_teacher()
+    student.train()
+    student[3].eval()
+    modes = [module.training for module in student.modules()]
+    statistics = student[1].running_mean.clone()
+    teacher.train()
+    finetune(student, teacher, batches, steps=6, recipe=Recipe(features=("0",), observe_until=0.5))
+    assert [module.training for module in student.modules()] == modes
+    assert all(module.training for module in teacher.modules())
+    assert torch.equal(student[1].running_mean, statistics)
+    assert all(node.observer.enabled for node in student.modules() if isinstance(node, FakeQuantizeLayer))
+    assert not student[0]._forward_hooks
+    assert not teacher[2]._forward_hooks
+
+
+def test_neither_dropout_nor_batch_statistics_disturb_a_student() -> None:
+    student, teacher, batches = student_and_teacher(bits=8)
+    history = finetune(student, teacher, batches, steps=8, lr=1e-6)
+    assert max(history.losses) < 3e-3  # with half of the features dropped it is about 1
+
+
+def test_batch_statistics_are_re_estimated_at_the_end() -> None:
+    pytest.importorskip("mlframework.quantization.calibration.batch_norm")
+    student, teacher, batches = student_and_teacher(bits=8)
+    shifted = [batch + 1 for batch in batches]
+    finetune(student, teacher, shifted, steps=4, recipe=Recipe(lr=1e-6, batch_norm="batch"))
+    with torch.no_grad():
+        outputs = torch.cat([F.conv2d(batch, student[0].weight, padding=1) for batch in shifted])
+    expected = outputs.mean((0, 2, 3))
+    torch.testing.assert_close(student[1].running_mean, expected, rtol=0.1, atol=0.02)  # 8 bits
+
+
+def test_labels_alone() -> None:
+    student, _, batches = student_and_teacher(bits=4)
+    labels = [(batch.mean((1, 2, 3)) > 0).long() for batch in batches]
+    pairs = list(zip(batches, labels, strict=True))
+    history = finetune(student, None, pairs, steps=40, lr=1e-2, loss=F.cross_entropy)
+    assert sum(history.losses[-5:]) < 0.5 * sum(history.losses[:5])
+
+
+def test_labels_are_added_to_the_distance_from_the_teacher() -> None:
+    student, teacher, batches = student_and_teacher(bits=8)
+    labels = torch.zeros(16, dtype=torch.int64)
+    recipe = Recipe(lr=1e-9, temperature=2.0)
+    alone = finetune(student, teacher, batches[:1], steps=1, recipe=recipe).losses[0]
+    both = finetune(
+        student,
+        teacher,
+        [(batches[0], labels)],
+        steps=1,
+        recipe=recipe,
+        loss=lambda outputs, targets: outputs.sum() * 0 + 7,
+    ).losses[0]
+    assert both == pytest.approx(alone + 7, rel=1e-4)
+
+
+def test_an_interrupted_training_goes_on_where_it_stood(tmp_path: Path) -> None:
+    recipe = Recipe(lr=3e-3, freeze_oscillations=True, dampening=1e-3)
+
+    def run(interrupted: bool) -> tuple[nn.Module, list[float]]:
+        torch.manual_seed(1)
+        student, teacher, batches = student_and_teacher(learnable=True)
+        if interrupted:
+            original, calls = teacher.forward, 0
+
+            def forward(*args: Any) -> Tensor:
+                nonlocal calls
+                calls += 1
+                if calls == 5:
+                    raise KeyboardInterrupt
+                return original(*args)  # type: ignore[no-any-return]
+
+            teacher.forward = forward
+            with pytest.raises(KeyboardInterrupt):
+                finetune(student, teacher, batches, steps=8, recipe=recipe, checkpoint=tmp_path / "tuning.pt")
+            convert(student)  # what there is can be used
+            del teacher.forward
+            torch.manual_seed(1)
+            student, teacher, batches = student_and_teacher(learnable=True)
+        history = finetune(student, teacher, batches, steps=8, recipe=recipe, checkpoint=tmp_path / "tuning.pt")
+        return student, history.losses
+
+    whole, losses = run(interrupted=False)
+    resumed, resumed_losses = run(interrupted=True)
+    assert resumed_losses == losses
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert not (tmp_path / "tuning.pt").exists()
+
+
+def test_oscillations_are_reported_where_they_are_counted() -> None:
+    student, teacher, batches = student_and_teacher(bits=2, learnable=True)
+    history = finetune(student, teacher, batches, steps=30, recipe=Recipe(lr=1e-2, freeze_oscillations=True))
+    assert history.oscillating.keys() == history.frozen.keys() == {"0", "5"}
+    assert sum(history.frozen.values()) > 0
+
+
+def test_progress_is_shown_if_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    student, teacher, batches = student_and_teacher()
+    finetune(student, teacher, batches, steps=2, progress=True)
+    assert "2/2" in capsys.readouterr().out
+    finetune(student, teacher, batches, steps=2)
+    assert not capsys.readouterr().out
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_changes() -> None:
+    student, teacher, batches = student_and_teacher()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match="steps must be a positive int, got 0"):
+        finetune(student, teacher, batches, steps=0)
+    with pytest.raises(ValueError, match="teacher and loss must not both be None"):
+        finetune(student, None, batches, steps=1)
+    with pytest.raises(ValueError, match=r"copy.deepcopy\(model\)"):
+        finetune(student, student, batches, steps=1)
+    with pytest.raises(TypeError, match="batches must be an iterable of batches"):
+        finetune(student, teacher, batches[0], steps=1)
+    with pytest.raises(ValueError, match="ended after 0"):
+        finetune(student, teacher, [], steps=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    with pytest.raises(ValueError, match="ended after 4"):
+        finetune(student, teacher, iter(batches), steps=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"warmup": 1.5}, "warmup must be a share"),
+        ({"dampening": -1.0}, "dampening must not be negative"),
+        ({"batch_norm": "eval"}, "batch_norm must be 'frozen' or 'batch'"),
+    ],
+)
+def test_recipes_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(Recipe(), **fields)

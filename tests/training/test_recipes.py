@@ -1,0 +1,73 @@
+"""Recipes: what is found in a network, and that a recipe trains it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from mlframework.quantization import calibrate, finetune, prepare, recommended_recipe
+from mlframework.quantization.training.network_traits import network_traits
+
+
+@pytest.mark.parametrize(
+    ("name", "has_batch_norm", "is_depthwise", "is_transformer"),
+    [
+        ("resnet20", True, False, False),
+        ("mobilenet_v2", True, True, False),
+        ("gpt", False, False, True),
+        ("vit", False, False, True),
+    ],
+)
+def test_networks_are_told_apart(name: str, has_batch_norm: bool, is_depthwise: bool, is_transformer: bool) -> None:
+    network = zoo.NETWORKS[name].make()
+    traits = network_traits(network)
+    assert (traits.has_batch_norm, traits.is_depthwise, traits.is_transformer) == (
+        has_batch_norm,
+        is_depthwise,
+        is_transformer,
+    )
+    assert len(traits.blocks) > 1
+    assert all(list(network.get_submodule(block).children()) for block in traits.blocks)
+
+
+def test_a_chain_of_layers_has_no_blocks() -> None:
+    traits = network_traits(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.LayerNorm(3)))
+    assert traits.blocks == ()
+    assert traits.is_transformer
+    assert not network_traits(nn.Conv2d(1, 4, 3)).is_depthwise  # one input channel is not a group for each
+
+
+def test_bits_and_steps_decide() -> None:
+    network = zoo.NETWORKS["mobilenet_v2"].make()
+    assert not recommended_recipe(8, 1000, network).config.learnable
+    low = recommended_recipe((4, 8), 1000, network)
+    assert low.config.learnable
+    assert (low.config.weight_bits, low.config.activation_bits) == (4, 8)
+    assert low.freeze_oscillations
+    assert not recommended_recipe((4, 8), 100, network).freeze_oscillations
+    assert "depthwise" in str(low)
+    assert "blocks" in str(low)
+    assert low.calibration == ("correct_bias",)
+    assert recommended_recipe(8, 1000, nn.Linear(2, 2)).calibration == ()
+    with pytest.raises(ValueError, match="steps must be a positive int"):
+        recommended_recipe(8, 0, network)
+    with pytest.raises(ValueError, match="weight_bits must be"):
+        recommended_recipe(9, 10, network)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "vit"])
+def test_a_recipe_trains(name: str) -> None:
+    network = zoo.NETWORKS[name]
+    model = network.make().eval()
+    inputs, _ = network.batch(8)
+    teacher = copy.deepcopy(model)
+    recipe = recommended_recipe((4, 8), 6, model)
+    prepared = prepare(model, recipe.config, inputs)
+    calibrate(prepared, [inputs], method=recipe.calibration)
+    history = finetune(prepared, teacher, [inputs], steps=6, recipe=recipe)
+    assert torch.isfinite(torch.tensor(history.losses)).all()
+    assert min(history.losses[3:]) < history.losses[0]
