@@ -1,5 +1,8 @@
 """Quantization-aware training for PyTorch that ends in true int8."""
 
+from .analysis.bit_assignment import BitAssignment, assign_bits
+from .analysis.sensitivity import analyze_sensitivity
+from .analysis.sensitivity_report import SensitivityReport
 from .conversion.convert import convert
 from .export.export_onnx import export_onnx
 from .export.torch_export import NotExportableError
@@ -23,6 +26,7 @@ from .verification.report import ComparisonReport
 
 __all__ = [
     "ActivationObserver",
+    "BitAssignment",
     "ComparisonReport",
     "FakeQuantizeLayer",
     "HistogramObserver",
@@ -37,8 +41,11 @@ __all__ = [
     "QATSchedule",
     "QuantizationParameters",
     "QuantizationScheme",
+    "SensitivityReport",
     "StraightThroughEstimator",
     "VerificationError",
+    "analyze_sensitivity",
+    "assign_bits",
     "calibrate",
     "compare_outputs",
     "convert",
