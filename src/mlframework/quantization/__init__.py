@@ -1,6 +1,8 @@
 """Quantization-aware training for PyTorch that ends in true int8."""
 
 from .analysis.bit_assignment import BitAssignment, assign_bits
+from .analysis.explain import explain
+from .analysis.explanation import Explanation
 from .analysis.sensitivity import analyze_sensitivity
 from .analysis.sensitivity_report import SensitivityReport
 from .conversion.convert import convert
@@ -28,6 +30,7 @@ __all__ = [
     "ActivationObserver",
     "BitAssignment",
     "ComparisonReport",
+    "Explanation",
     "FakeQuantizeLayer",
     "HistogramObserver",
     "MinMaxObserver",
@@ -50,6 +53,7 @@ __all__ = [
     "compare_outputs",
     "convert",
     "dequantize",
+    "explain",
     "export_onnx",
     "fake_quantize",
     "parameter_groups",

@@ -251,7 +251,7 @@ def _scaled(values: list[float]) -> tuple[list[float], float]:
 def _assignment(sensitivity: SensitivityReport, picked: Mapping[str, Choice], start: float) -> BitAssignment:
     weights = sum(choice.weights for choice in picked.values())
     stored = TARGETS[sensitivity.target].stored_bits
-    notes = ()
+    notes: tuple[str, ...] = ()
     if any(choice.bits is not None and choice.bits < stored for choice in picked.values()):
         notes = (
             f"{sensitivity.target} has no kernels for weights below {stored} bits: codes of fewer are stored and "

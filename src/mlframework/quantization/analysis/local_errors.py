@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import arithmetic
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from ..qat.weight_range import update_range
 from .measures import relative, squared_sum
 
 
@@ -60,13 +61,13 @@ class LocalErrors:
         Args:
             wrapper: the layer.
             input, weight, bias: what it is called with.
-            node: of the weight, switched on.
+            node: of the weight.
 
         Returns:
             The input on its grid: shape and dtype of ``input``.
         """
         output = wrapper.float_output(input, weight, bias)
-        quantized = node(weight)
+        quantized = quantized_weight(node, weight)
         self._signal += squared_sum(output)
         self._weight += squared_sum(wrapper.float_output(input, quantized, bias) - output)
         source = wrapper.input_source
@@ -85,11 +86,19 @@ class LocalErrors:
 
     def result(self) -> ErrorSplit:
         """The split of what was added."""
-        energies = (self._weight, self._clipped, self._rounded, self._total)
         return ErrorSplit(
-            *(relative(energy, self._signal) for energy in energies),
+            weight=relative(self._weight, self._signal),
+            clipped=relative(self._clipped, self._signal),
+            rounded=relative(self._rounded, self._signal),
+            total=relative(self._total, self._signal),
             clipped_share=self._saturated / self._elements if self._elements else 0.0,
         )
+
+
+def quantized_weight(node: FakeQuantizeLayer, weight: Tensor) -> Tensor:
+    """A weight on the grid that evaluation puts it on, whether the node is switched on or not."""
+    update_range(node, weight)
+    return fake_quantized(node, weight)
 
 
 def fake_quantized(node: FakeQuantizeLayer, values: Tensor) -> Tensor:
