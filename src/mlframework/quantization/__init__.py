@@ -3,6 +3,9 @@
 from .analysis.bit_assignment import BitAssignment, assign_bits
 from .analysis.explain import explain
 from .analysis.explanation import Explanation
+from .analysis.history import QuantizationHistory
+from .analysis.report.plots import plots
+from .analysis.report.report import report
 from .analysis.sensitivity import analyze_sensitivity
 from .analysis.sensitivity_report import SensitivityReport
 from .conversion.convert import convert
@@ -42,6 +45,7 @@ __all__ = [
     "QATConfig",
     "QATModuleWrapper",
     "QATSchedule",
+    "QuantizationHistory",
     "QuantizationParameters",
     "QuantizationScheme",
     "SensitivityReport",
@@ -57,10 +61,12 @@ __all__ = [
     "export_onnx",
     "fake_quantize",
     "parameter_groups",
+    "plots",
     "preparation_report",
     "prepare",
     "quantization_parameters",
     "quantize",
+    "report",
     "requantize",
     "verify",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,14 +63,12 @@ class Checkpoint:
             return
         data = {"title": self.title, "subject": self.subject, "results": self.results}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(data, file)
-            os.replace(name, self.path)
-        except BaseException:
-            os.unlink(name)
-            raise
+            partial.write_text(json.dumps(data))
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def fingerprint_of_model(model: nn.Module) -> str:

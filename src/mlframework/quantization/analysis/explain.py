@@ -7,19 +7,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..graph.example_run import copies
-from ..preparation.batches import arguments_of, iterated
+from ..preparation.batches import iterated
 from ..preparation.report import preparation_report
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
+from ..scheme import QuantizationScheme
 from ..verification.recording import quantized_layers
 from .advice import Evidence, advice_for
+from .calls import Call, Calls, calls_of, run
 from .explanation import Explanation, LayerExplanation
-from .float_reference import Call, was_trained_since, with_state_of
+from .float_reference import was_trained_since, with_state_of
 from .layer_groups import layer_groups
 from .measures import Comparison, relative, squared_sum
 from .own_errors import OwnErrors
@@ -70,30 +70,34 @@ def explain(
         >>> print(explanation.first_break.advice)
         rounding its weight is most of its error: more bits for it (weight_bits=4), or AdaRound
     """
-    preparation_report(model)
-    layer_groups(model)
+    if not isinstance(float_model, nn.Module):
+        raise TypeError(f"float_model must be a torch.nn.Module, got {type(float_model).__name__}")
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold must be a number of dB, got {threshold!r}")
-    comparison = _LayerComparison(model)
-    outputs, seen, trained = Comparison(), 0, False
-    with in_analysis(model):
-        for batch in iterated(batches):
-            call = arguments_of(model, batch if inputs is None else inputs(batch))
-            if seen == 0:
-                trained = was_trained_since(model, float_model, call)
-            reference = comparison.observe_float(call, float_model if trained else None)
-            outputs.add(comparison.observe_quantized(call), reference, batch)
-            seen += 1
-    if seen == 0:
+    kept = list(iterated(batches))
+    return explanation_of(model, calls_of(model, kept, inputs), float_model, float(threshold))
+
+
+def explanation_of(
+    model: nn.Module, calls: Calls, float_model: nn.Module | None = None, threshold: float = 20.0
+) -> Explanation:
+    """:func:`explain` for calls of the model; without a float model, against the model with its nodes off.
+
+    Raises:
+        ValueError: as there.
+    """
+    preparation_report(model)
+    layer_groups(model)
+    if not calls:
         raise ValueError("batches must hold at least one batch, got none")
-    layers = tuple(_with_advice(layer, comparison.evidence_of(layer), threshold) for layer in comparison.layers())
-    return Explanation(layers, outputs.result(), float(threshold), trained)
-
-
-def _with_advice(layer: LayerExplanation, evidence: Evidence, threshold: float) -> LayerExplanation:
-    if layer.breaks(threshold) or layer.own_snr < threshold:
-        return replace(layer, advice=advice_for(evidence))
-    return layer
+    comparison, outputs = _LayerComparison(model), Comparison()
+    with in_analysis(model):
+        trained = float_model is not None and was_trained_since(model, float_model, calls[0])
+        for call in calls:
+            reference = comparison.observe_float(call, float_model if trained else None)
+            outputs.add(comparison.observe_quantized(call), reference, None)
+    layers = tuple(comparison.layer(name, threshold) for name in comparison.compared)
+    return Explanation(layers, outputs.result(), threshold, trained)
 
 
 class _LayerComparison:
@@ -119,17 +123,17 @@ class _LayerComparison:
                 self._keep(name, args, output)
 
         with self._noting(note):
-            result = self._run(call)
+            result = run(self.model, call)
         if float_model is not None:
             with with_state_of(self.model, float_model), self._noting(self._keep):
-                result = self._run(call)
+                result = run(self.model, call)
         return result
 
     def observe_quantized(self, call: Call) -> Any:
         """Runs with the nodes on, and compares. Returns the network's result."""
         switch(self.model, on=True)
         with self._noting(self._compare):
-            return self._run(call)
+            return run(self.model, call)
 
     def _keep(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
         self.outputs.setdefault(name, []).append(output.detach().clone())  # what follows may change it in place
@@ -158,41 +162,43 @@ class _LayerComparison:
             for handle in handles:
                 handle.remove()
 
-    def _run(self, call: Call) -> Any:
-        args, kwargs = call
-        with torch.no_grad():
-            return self.model(*copies(args), **copies(kwargs))
+    @property
+    def compared(self) -> list[str]:
+        """The modules that ran, in that order."""
+        return [name for name in self.own if name in self.energies]
 
-    def layers(self) -> list[LayerExplanation]:
-        """All that ran, in that order."""
-        found = []
-        for name, own in self.own.items():
-            if name in self.energies:
-                error = relative(*self.energies[name])
-                kind = _kind(self.modules[name])
-                found.append(
-                    LayerExplanation(name, kind, error, own.split, own.channel_ratio, own.peak, own.mean_share)
-                )
-        return found
-
-    def evidence_of(self, layer: LayerExplanation) -> Evidence:
-        """What the advice for a layer goes by."""
-        module = self.modules[layer.name]
-        weight: FakeQuantizeLayer | None = None
-        if isinstance(module, QATModuleWrapper):
-            weight, grid = module.weight_fake_quantize, module.output_fake_quantize or module.input_fake_quantize
-        else:
-            grid = module.output_fake_quantize if isinstance(module, QATOperation) else None
-        if isinstance(module, FakeQuantizeLayer):
-            grid = module
-        return Evidence(
-            layer.own,
-            None if weight is None else weight.scheme,
-            None if grid is None else grid.scheme,
-            layer.channel_ratio,
-            layer.peak,
-            layer.mean_share,
+    def layer(self, name: str, threshold: float) -> LayerExplanation:
+        """What was found of one module, with an advice if it is to blame."""
+        own, module = self.own[name], self.modules[name]
+        weight, grid = _schemes(module)
+        layer = LayerExplanation(
+            name,
+            _kind(module),
+            relative(*self.energies[name]),
+            own.split,
+            own.channel_ratio,
+            own.peak,
+            own.mean_share,
+            None if weight is None else weight.bits,
+            None if grid is None else grid.bits,
         )
+        if not layer.breaks(threshold) and layer.own_snr >= threshold:
+            return layer
+        evidence = Evidence(layer.own, weight, grid, layer.channel_ratio, layer.peak, layer.mean_share)
+        return replace(layer, advice=advice_for(evidence))
+
+
+def _schemes(module: nn.Module) -> tuple[QuantizationScheme | None, QuantizationScheme | None]:
+    """The grids of the weight and of the output (or the input) of a module."""
+    weight: FakeQuantizeLayer | None = None
+    node: FakeQuantizeLayer | None = None
+    if isinstance(module, QATModuleWrapper):
+        weight, node = module.weight_fake_quantize, module.output_fake_quantize or module.input_fake_quantize
+    elif isinstance(module, QATOperation):
+        node = module.output_fake_quantize
+    elif isinstance(module, FakeQuantizeLayer):
+        node = module
+    return None if weight is None else weight.scheme, None if node is None else node.scheme
 
 
 def _kind(module: nn.Module) -> str:

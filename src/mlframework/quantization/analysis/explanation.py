@@ -25,6 +25,7 @@ class LayerExplanation:
         channel_ratio: the largest range of a channel of its output, as a multiple of the channels' median.
         peak: the largest magnitude of its output, as a multiple of its root mean square.
         mean_share: the share of its own error that a constant for each channel makes up.
+        weight_bits, activation_bits: widths of its weight, and of its output (or input); None without a grid.
         advice: what usually helps; None where the layer is not to blame.
     """
 
@@ -35,6 +36,8 @@ class LayerExplanation:
     channel_ratio: float
     peak: float
     mean_share: float
+    weight_bits: int | None = None
+    activation_bits: int | None = None
     advice: str | None = None
 
     @property
@@ -67,6 +70,8 @@ class LayerExplanation:
             "channel_ratio": self.channel_ratio,
             "peak": self.peak,
             "mean_share": self.mean_share,
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
             "advice": self.advice,
         }
 

@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..graph.example_run import copies
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from .calls import Call, run
 from .measures import Comparison
 from .switching import in_analysis, switch
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Graphs compute bit for bit what modules do; what another device or a compiler makes of them may not.
 _SAME = 1e-8
@@ -36,8 +34,8 @@ def was_trained_since(model: nn.Module, float_model: nn.Module, call: Call) -> b
         raise ValueError("float_model must be the float network, got a prepared one")
     switch(model, on=False)
     with in_analysis(float_model):
-        expected = _outputs(float_model, call)
-    if _agree(_outputs(model, call), expected):
+        expected = run(float_model, call)
+    if _agree(run(model, call), expected):
         return False
     if {id(parameter) for parameter in float_model.parameters()} & {id(parameter) for parameter in model.parameters()}:
         raise ValueError(
@@ -46,7 +44,7 @@ def was_trained_since(model: nn.Module, float_model: nn.Module, call: Call) -> b
             "quantization. Make float_model = copy.deepcopy(model) before prepare"
         )
     with with_state_of(model, float_model):
-        if not _agree(_outputs(model, call), expected):
+        if not _agree(run(model, call), expected):
             raise ValueError(
                 "float_model must be the network that model was prepared from, got one that computes something else"
             )
@@ -75,11 +73,6 @@ def with_state_of(model: nn.Module, float_model: nn.Module) -> Iterator[None]:
     finally:
         for registry, name, tensor in reversed(exchanged):
             registry[name] = tensor
-
-
-def _outputs(model: nn.Module, call: Call) -> Any:
-    args, kwargs = call
-    return model(*copies(args), **copies(kwargs))
 
 
 def _agree(outputs: Any, expected: Any) -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..graph.example_run import copies
-from ..preparation.batches import arguments_of, iterated
+from ..preparation.batches import iterated
 from ..preparation.report import preparation_report
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from .calls import Calls, calls_of, run
 from .checkpoint import Checkpoint, fingerprint_of_batches, fingerprint_of_model
 from .layer_groups import LayerGroup, in_order, layer_groups
 from .local_errors import ErrorSplit, LocalErrors
@@ -81,7 +81,7 @@ def analyze_sensitivity(
     kept = list(iterated(batches))
     if not kept:
         raise ValueError("batches must hold at least one batch, got none")
-    calls = [arguments_of(model, batch if inputs is None else inputs(batch)) for batch in kept]
+    calls = calls_of(model, kept, inputs)
     subject = {
         "state": fingerprint_of_model(model),
         "batches": fingerprint_of_batches(kept),
@@ -113,7 +113,7 @@ class _Analysis:
         model: nn.Module,
         groups: tuple[LayerGroup, ...],
         batches: list[Any],
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
+        calls: Calls,
         loss: Loss | None,
         results: Checkpoint,
     ) -> None:
@@ -142,8 +142,8 @@ class _Analysis:
                 handles.append(wrapper.register_forward_pre_hook(note))
         switch(self.model, on=False)
         comparison = Comparison(self.loss)
-        for batch, (args, kwargs) in zip(self.batches, self.calls, strict=True):
-            outputs = self.model(*copies(args), **copies(kwargs))  # a forward may change its arguments in place
+        for batch, call in zip(self.batches, self.calls, strict=True):
+            outputs = run(self.model, call)
             self.reference.append(outputs)
             comparison.add(outputs, outputs, batch)
         for handle in handles:
@@ -219,8 +219,8 @@ class _Analysis:
     def _pass(self) -> Measure:
         """All batches once."""
         comparison = Comparison(self.loss)
-        for batch, (args, kwargs), reference in zip(self.batches, self.calls, self.reference, strict=True):
-            comparison.add(self.model(*copies(args), **copies(kwargs)), reference, batch)
+        for batch, call, reference in zip(self.batches, self.calls, self.reference, strict=True):
+            comparison.add(run(self.model, call), reference, batch)
         return comparison.result()
 
 
