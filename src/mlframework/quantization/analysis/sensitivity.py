@@ -127,6 +127,7 @@ class _Analysis:
         self.reference: list[Any] = []
         self.reference_loss: float | None = None
         self.weights: dict[str, Tensor] = {}
+        self._nodes: dict[tuple[str, int], dict[str, FakeQuantizeLayer]] = {}
 
     def run_reference(self) -> None:
         """The float outputs, the order in which layers run, and the weights that they are called with."""
@@ -189,7 +190,7 @@ class _Analysis:
         """Everything else float. The input is put on its grid for this layer alone, whoever else reads it."""
         errors = LocalErrors()
         switch(self.model, on=False)
-        nodes = nodes_of_width(group, self.weights, bits)
+        nodes = self._nodes_of(group, bits)
 
         def quantize_input(wrapper: QATModuleWrapper, args: tuple[Any, ...]) -> tuple[Any, ...]:
             node = wrapper.weight_fake_quantize
@@ -214,7 +215,13 @@ class _Analysis:
 
     def _at_width(self, bits: int) -> AbstractContextManager[None]:
         switch(self.model, on=True)
-        return at_width(self.groups, {group.name: nodes_of_width(group, self.weights, bits) for group in self.groups})
+        return at_width(self.groups, {group.name: self._nodes_of(group, bits) for group in self.groups})
+
+    def _nodes_of(self, group: LayerGroup, bits: int) -> dict[str, FakeQuantizeLayer]:
+        """The group's weight nodes of a width; a range of few bits takes a search, which is done once."""
+        if (group.name, bits) not in self._nodes:
+            self._nodes[group.name, bits] = nodes_of_width(group, self.weights, bits)
+        return self._nodes[group.name, bits]
 
     def _pass(self) -> Measure:
         """All batches once."""
