@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..preparation.batches import iterated
 from ..preparation.report import preparation_report
-from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from ..scheme import QuantizationScheme
@@ -22,7 +21,7 @@ from .explanation import Explanation, LayerExplanation
 from .float_reference import was_trained_since, with_state_of
 from .layer_groups import layer_groups
 from .measures import Comparison, relative, squared_sum
-from .own_errors import OwnErrors
+from .own_errors import OwnErrors, output_node
 from .switching import in_analysis, switch
 
 
@@ -190,14 +189,9 @@ class _LayerComparison:
 
 def _schemes(module: nn.Module) -> tuple[QuantizationScheme | None, QuantizationScheme | None]:
     """The grids of the weight and of the output (or the input) of a module."""
-    weight: FakeQuantizeLayer | None = None
-    node: FakeQuantizeLayer | None = None
+    weight, node = None, output_node(module)
     if isinstance(module, QATModuleWrapper):
-        weight, node = module.weight_fake_quantize, module.output_fake_quantize or module.input_fake_quantize
-    elif isinstance(module, QATOperation):
-        node = module.output_fake_quantize
-    elif isinstance(module, FakeQuantizeLayer):
-        node = module
+        weight, node = module.weight_fake_quantize, node or module.input_fake_quantize
     return None if weight is None else weight.scheme, None if node is None else node.scheme
 
 

@@ -46,53 +46,66 @@ class ErrorSplit:
         return asdict(self)
 
 
-class LocalErrors:
-    """Adds up the energies of a layer's errors over calls and batches."""
+@dataclass
+class ErrorEnergies:
+    """Sums of squares over calls and batches, by cause, and how many values lie outside of a grid."""
 
-    def __init__(self) -> None:
-        self._signal = self._weight = self._clipped = self._rounded = self._total = 0.0
-        self._saturated = self._elements = 0
+    signal: float = 0.0
+    weight: float = 0.0
+    clipped: float = 0.0
+    rounded: float = 0.0
+    total: float = 0.0
+    outside: int = 0
+    elements: int = 0
 
-    def add(
-        self, wrapper: QATModuleWrapper, input: Tensor, weight: Tensor, bias: Tensor | None, node: FakeQuantizeLayer
-    ) -> Tensor:
-        """Adds a call with a float input, and runs the layer four or five times for it.
+    def count(self, node: FakeQuantizeLayer, values: Tensor) -> None:
+        """Counts which of these values lie outside of the node's grid."""
+        self.outside += saturated(node, values)
+        self.elements += values.numel()
 
-        Args:
-            wrapper: the layer.
-            input, weight, bias: what it is called with.
-            node: of the weight.
-
-        Returns:
-            The input on its grid: shape and dtype of ``input``.
-        """
-        output = wrapper.float_output(input, weight, bias)
-        quantized = quantized_weight(node, weight)
-        self._signal += squared_sum(output)
-        self._weight += squared_sum(wrapper.float_output(input, quantized, bias) - output)
-        source = wrapper.input_source
-        if source is None or not input.is_floating_point():
-            self._total = self._weight
-            return input
-        on_grid = fake_quantized(source, input)
-        clamped = clamped_to_grid(source, input)
-        within = output if clamped is input else wrapper.float_output(clamped, weight, bias)
-        self._clipped += squared_sum(within - output)
-        self._rounded += squared_sum(wrapper.float_output(on_grid, weight, bias) - within)
-        self._total += squared_sum(wrapper.float_output(on_grid, quantized, bias) - output)
-        self._saturated += saturated(source, input)
-        self._elements += input.numel()
-        return on_grid
-
-    def result(self) -> ErrorSplit:
-        """The split of what was added."""
+    def split(self) -> ErrorSplit:
+        """Relative to the signal."""
         return ErrorSplit(
-            weight=relative(self._weight, self._signal),
-            clipped=relative(self._clipped, self._signal),
-            rounded=relative(self._rounded, self._signal),
-            total=relative(self._total, self._signal),
-            clipped_share=self._saturated / self._elements if self._elements else 0.0,
+            weight=relative(self.weight, self.signal),
+            clipped=relative(self.clipped, self.signal),
+            rounded=relative(self.rounded, self.signal),
+            total=relative(self.total, self.signal),
+            clipped_share=self.outside / self.elements if self.elements else 0.0,
         )
+
+
+def add_layer_error(
+    energies: ErrorEnergies, wrapper: QATModuleWrapper, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Adds a call of a layer with a float input: the error of its weight and of what enters it, at its output.
+
+    The layer itself runs four or five times for it, and nothing else does.
+
+    Args:
+        energies: to add to.
+        wrapper: the layer.
+        input, weight, bias: what it is called with.
+
+    Returns:
+        The input on its grid: shape and dtype of ``input``.
+    """
+    node, source = wrapper.weight_fake_quantize, wrapper.input_source
+    assert node is not None
+    output = wrapper.float_output(input, weight, bias)
+    quantized = quantized_weight(node, weight)
+    error = squared_sum(wrapper.float_output(input, quantized, bias) - output)
+    energies.signal += squared_sum(output)
+    energies.weight += error
+    if source is None or not input.is_floating_point():
+        energies.total += error
+        return input
+    on_grid, within = fake_quantized(source, input), clamped_to_grid(source, input)
+    clamped = output if within is input else wrapper.float_output(within, weight, bias)
+    energies.clipped += squared_sum(clamped - output)
+    energies.rounded += squared_sum(wrapper.float_output(on_grid, weight, bias) - clamped)
+    energies.total += squared_sum(wrapper.float_output(on_grid, quantized, bias) - output)
+    energies.count(source, input)
+    return on_grid
 
 
 def quantized_weight(node: FakeQuantizeLayer, weight: Tensor) -> Tensor:

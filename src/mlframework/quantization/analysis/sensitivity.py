@@ -16,7 +16,7 @@ from ..qat.qat_module_wrapper import QATModuleWrapper
 from .calls import Calls, calls_of, run
 from .checkpoint import Checkpoint, fingerprint_of_batches, fingerprint_of_model
 from .layer_groups import LayerGroup, in_order, layer_groups
-from .local_errors import ErrorSplit, LocalErrors
+from .local_errors import ErrorEnergies, ErrorSplit, add_layer_error
 from .measures import Comparison, Loss, Measure
 from .progress import progress_of
 from .sensitivity_report import LayerSensitivity, SensitivityReport
@@ -188,15 +188,13 @@ class _Analysis:
 
     def _alone(self, group: LayerGroup, bits: int) -> dict[str, Any]:
         """Everything else float. The input is put on its grid for this layer alone, whoever else reads it."""
-        errors = LocalErrors()
+        energies = ErrorEnergies()
         switch(self.model, on=False)
         nodes = self._nodes_of(group, bits)
 
         def quantize_input(wrapper: QATModuleWrapper, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            node = wrapper.weight_fake_quantize
-            assert node is not None
             weight, bias = wrapper.parameters_of_call(*args[1:])
-            return (errors.add(wrapper, args[0], weight, bias, node), *args[1:])
+            return (add_layer_error(energies, wrapper, args[0], weight, bias), *args[1:])
 
         with with_weight_nodes(group.wrappers, nodes):
             for node in group.weight_nodes:
@@ -207,7 +205,7 @@ class _Analysis:
             finally:
                 for hook in hooks:
                     hook.remove()
-        return {"outputs": outputs.to_dict(), "split": errors.result().to_dict()}
+        return {"outputs": outputs.to_dict(), "split": energies.split().to_dict()}
 
     def _all_but(self, group: LayerGroup, bits: int) -> dict[str, Any]:
         with self._at_width(bits), left_float(group):

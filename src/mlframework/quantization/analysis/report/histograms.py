@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ... import arithmetic
 from ...qat.fake_quantize_layer import FakeQuantizeLayer
 from ...qat.qat_module_wrapper import QATModuleWrapper
-from ...qat.qat_operation import QATOperation
 from ...qat.weight_range import update_range
 from ...verification.recording import quantized_layers
 from ..calls import Calls, run
 from ..local_errors import grid_ends, saturated
+from ..own_errors import output_node
 from ..switching import switch
 
 _BINS = 96
@@ -103,13 +103,9 @@ def histograms_of(model: nn.Module, calls: Calls) -> tuple[TensorHistogram, ...]
 
 def _nodes_of(module: nn.Module) -> dict[str, FakeQuantizeLayer]:
     """The nodes of a module's activations that data has reached, by role."""
+    nodes = {"output": output_node(module)}
     if isinstance(module, QATModuleWrapper):
-        nodes = {"input": module.input_fake_quantize, "output": module.output_fake_quantize}
-    elif isinstance(module, QATOperation):
-        nodes = {"output": module.output_fake_quantize}
-    else:
-        assert isinstance(module, FakeQuantizeLayer)
-        nodes = {"output": module}
+        nodes["input"] = module.input_fake_quantize
     return {role: node for role, node in nodes.items() if node is not None and node.is_initialized}
 
 
