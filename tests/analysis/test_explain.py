@@ -217,3 +217,18 @@ def test_networks_of_the_zoo(name: str) -> None:
     assert {layer.kind for layer in explanation.layers} >= {"Linear"} or name == "unet"
     assert json.loads(json.dumps(explanation.to_dict()))["layers"][0]["name"] == explanation.layers[0].name
     assert explanation._repr_html_().count("<tr>") == len(explanation.layers) + 1
+
+
+def test_where_errors_add_up_the_largest_get_advice() -> None:
+    layers = [part for _ in range(24) for part in (nn.Linear(16, 16), nn.ReLU())]
+    for layer in layers[::2]:
+        nn.init.orthogonal_(layer.weight, 1.4)  # type: ignore[arg-type]
+    config = QATConfig(activation_observer=MinMaxObserver, weight_bits=6)
+    model, inputs = nn.Sequential(*layers), torch.randn(64, 16)
+    prepared = prepare(model, config, (inputs,))
+    calibrate(prepared, [inputs])
+    snr = explain(model, prepared, [inputs]).outputs.snr
+    explanation = explain(model, prepared, [inputs], threshold=snr + 0.1)
+    worst = sorted(explanation.layers, key=lambda layer: layer.own_snr)[:3]
+    assert explanation.first_break is None
+    assert {layer.name for layer in explanation.bad} == {layer.name for layer in worst}

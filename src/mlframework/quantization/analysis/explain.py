@@ -17,7 +17,7 @@ from ..scheme import QuantizationScheme
 from ..verification.recording import quantized_layers
 from .advice import Evidence, advice_for
 from .calls import Call, Calls, calls_of, run
-from .explanation import Explanation, LayerExplanation
+from .explanation import LARGEST, Explanation, LayerExplanation
 from .float_reference import was_trained_since, with_state_of
 from .layer_groups import layer_groups
 from .measures import Comparison, relative, squared_sum
@@ -95,8 +95,12 @@ def explanation_of(
         for call in calls:
             reference = comparison.observe_float(call, float_model if trained else None)
             outputs.add(comparison.observe_quantized(call), reference, None)
-    layers = tuple(comparison.layer(name, threshold) for name in comparison.compared)
-    return Explanation(layers, outputs.result(), threshold, trained)
+    layers = [comparison.layer(name) for name in comparison.compared]
+    blamed = {layer.name for layer in layers if layer.breaks(threshold) or layer.own_snr < threshold}
+    if not blamed and outputs.result().snr < threshold:
+        blamed = {layer.name for layer in sorted(layers, key=lambda layer: layer.own_snr)[:LARGEST]}
+    advised = (comparison.with_advice(layer) if layer.name in blamed else layer for layer in layers)
+    return Explanation(tuple(advised), outputs.result(), threshold, trained)
 
 
 class _LayerComparison:
@@ -166,11 +170,11 @@ class _LayerComparison:
         """The modules that ran, in that order."""
         return [name for name in self.own if name in self.energies]
 
-    def layer(self, name: str, threshold: float) -> LayerExplanation:
-        """What was found of one module, with an advice if it is to blame."""
+    def layer(self, name: str) -> LayerExplanation:
+        """What was found of one module."""
         own, module = self.own[name], self.modules[name]
         weight, grid = _schemes(module)
-        layer = LayerExplanation(
+        return LayerExplanation(
             name,
             _kind(module),
             relative(*self.energies[name]),
@@ -181,9 +185,11 @@ class _LayerComparison:
             None if weight is None else weight.bits,
             None if grid is None else grid.bits,
         )
-        if not layer.breaks(threshold) and layer.own_snr >= threshold:
-            return layer
-        evidence = Evidence(layer.own, weight, grid, layer.channel_ratio, layer.peak, layer.mean_share)
+
+    def with_advice(self, layer: LayerExplanation) -> LayerExplanation:
+        """The same, with what usually helps."""
+        grids = _schemes(self.modules[layer.name])
+        evidence = Evidence(layer.own, *grids, layer.channel_ratio, layer.peak, layer.mean_share)
         return replace(layer, advice=advice_for(evidence))
 
 

@@ -9,8 +9,9 @@ from ..tables import html_table, text_table
 from .local_errors import ErrorSplit
 from .measures import Measure, decibels
 
-_HEADER = ("layer", "kind", "dB", "own dB", "of error", "weight", "clipped", "rounded", "clipped share")
+_HEADER = ("layer", "kind", "dB", "own dB", "of error", "weight", "clipped", "rounded", "constant", "clipped share")
 _HALF = 0.5
+LARGEST = 3  # how many layers are to blame where errors add up
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ class Explanation:
 
     @property
     def bad(self) -> tuple[LayerExplanation, ...]:
-        """The layers that :meth:`~LayerExplanation.breaks` holds for, or that a float input would not save; each has
-        an advice."""
+        """The layers that :meth:`~LayerExplanation.breaks` holds for, or that a float input would not save; where the
+        outputs are below the threshold without any of these, the three of the largest errors of their own. Each has an
+        advice."""
         return tuple(layer for layer in self.layers if layer.advice is not None)
 
     @property
@@ -135,7 +137,7 @@ class Explanation:
             return f"{outputs}; the first layer that breaks is {first.name} at {first.snr:.1f} dB"
         if all(layer.snr >= self.threshold for layer in self.layers):
             return f"{outputs}; no layer is below {self.threshold:g} dB"
-        largest = sorted(self.layers, key=lambda layer: layer.own_snr)[:3]
+        largest = sorted(self.layers, key=lambda layer: layer.own_snr)[:LARGEST]
         names = ", ".join(f"{layer.name} ({layer.own_snr:.1f} dB)" for layer in largest)
         return f"{outputs}; no single layer breaks, errors add up; the largest of their own: {names}"
 
@@ -156,6 +158,7 @@ class Explanation:
                 f"{layer.own_snr:.1f}",
                 f"{layer.own_share:.0%}",
                 *(f"{part:.1e}" if part else "0" for part in (layer.own.weight, layer.own.clipped, layer.own.rounded)),
+                f"{layer.mean_share:.0%}",
                 f"{layer.own.clipped_share:.2%}",
             )
             for layer in self.layers

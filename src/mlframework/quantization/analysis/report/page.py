@@ -30,6 +30,7 @@ _COLUMNS = (
     ("weight", True),
     ("clipped", True),
     ("rounded", True),
+    ("constant", True),
     ("share clipped", True),
     ("peak", True),
     ("channels", True),
@@ -75,10 +76,10 @@ def page(data: ReportData) -> str:
 _LAYERS = (
     "Every layer and operation in the order of the graph. <b>dB</b> is the signal-to-noise ratio of its output in the "
     "quantized network, <b>own dB</b> what it would be with a float input; its own error is taken apart into the "
-    "weight's, what the range clips and what rounding adds (each relative to the output's energy). <b>W</b> and "
-    "<b>A</b> are bits; <b>peak</b> is the largest value in root mean squares, <b>channels</b> the widest channel "
-    "beside the median one, <b>work</b> the share of the multiply-adds. Click a header to sort, a layer to see its "
-    "values."
+    "weight's, what the range clips and what rounding adds (each relative to the output's energy); <b>constant</b> is "
+    "the share of it that is the same at every position of a channel. <b>W</b> and <b>A</b> are bits; <b>peak</b> is the "
+    "largest value in root mean squares, <b>channels</b> the widest channel beside the median one, <b>work</b> the share "
+    "of the multiply-adds. Click a header to sort, a layer to see its values."
 )
 _ALONG = "Where the two lines are close, the error comes in; where they are apart, it arrives from before."
 _SENSITIVITY = (
@@ -171,6 +172,7 @@ def _line(index: int, row: Row, total: int, threshold: float) -> str:
             _number(layer.own_snr, _plain_decibels(layer.own_snr)),
             _number(layer.own_share, f"{layer.own_share:.0%}"),
             *(_number(part, f"{part:.1e}" if part else "0") for part in (own.weight, own.clipped, own.rounded)),
+            _number(layer.mean_share, f"{layer.mean_share:.0%}"),
             _number(own.clipped_share, f"{own.clipped_share:.2%}" if own.clipped_share else "0"),
             _number(layer.peak, f"{layer.peak:.1f}"),
             _number(layer.channel_ratio, f"{layer.channel_ratio:.1f}"),
