@@ -77,9 +77,9 @@ _LAYERS = (
     "Every layer and operation in the order of the graph. <b>dB</b> is the signal-to-noise ratio of its output in the "
     "quantized network, <b>own dB</b> what it would be with a float input; its own error is taken apart into the "
     "weight's, what the range clips and what rounding adds (each relative to the output's energy); <b>constant</b> is "
-    "the share of it that is the same at every position of a channel. <b>W</b> and <b>A</b> are bits; <b>peak</b> is the "
-    "largest value in root mean squares, <b>channels</b> the widest channel beside the median one, <b>work</b> the share "
-    "of the multiply-adds. Click a header to sort, a layer to see its values."
+    "the share of it that is the same at every position of a channel. <b>W</b> and <b>A</b> are bits; <b>peak</b> is "
+    "the largest value in root mean squares, <b>channels</b> the widest channel beside the median one, <b>work</b> the "
+    "share of the multiply-adds. Click a header to sort, a layer to see its values."
 )
 _ALONG = "Where the two lines are close, the error comes in; where they are apart, it arrives from before."
 _SENSITIVITY = (
