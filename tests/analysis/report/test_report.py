@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from headless_browser import run_in_page
 from mlframework.quantization import (
@@ -23,6 +24,8 @@ from mlframework.quantization import (
     prepare,
     report,
 )
+from mlframework.quantization.analysis.report.collect import collected
+from mlframework.quantization.analysis.report.rows import rows_of
 from zoo import NETWORKS, loss_of
 
 CONFIG = QATConfig(weight_bits=4, activation_observer=MinMaxObserver)
@@ -162,6 +165,35 @@ def test_the_model_is_left_as_it_was_and_may_have_been_trained(tmp_path: Path) -
     for name, value in prepared.state_dict().items():
         assert not isinstance(value, Tensor) or torch.equal(value, before[name]), name
     assert "Weights were trained since" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_account_finds_what_was_measured_of_it(tmp_path: Path) -> None:
+    class Functions(nn.Module):
+        """Layers as functions, twice in one module, and operations of one kind."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = OwnConvolution(3, 4, 3)
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv(x)).mean((2, 3))
+            x = torch.relu(functional.linear(x, self.weight)) + x
+            return functional.linear(x + functional.linear(x, self.weight), self.weight)
+
+    inputs = torch.randn(8, 3, 6, 6)
+    prepared = prepare(Functions(), CONFIG, (inputs,))
+    calibrate(prepared, [inputs])
+    rows = rows_of(collected(prepared, [inputs], None, None, None, None, None, None))
+    assert [row.name for row in rows if row.is_integer and row.measured is None] == []
+    assert len(rows) == len(prepared.preparation_report.entries)  # type: ignore[union-attr,arg-type]
+
+
+class OwnConvolution(nn.Conv2d):
+    """Calls the function itself, as EfficientNet's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight, self.bias)
 
 
 def test_labels_beside_inputs_are_left_out(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from ..scheme import QuantizationScheme
 from .local_errors import ErrorSplit
 
 _OUTLIERS = 20.0  # a largest value of so many root mean squares leaves most codes unused
+_WIDE = 6.0  # beyond what a uniform or a normal distribution shows in a batch
 _UNEVEN = 8.0  # a channel of so many times the median's range leaves the others 3 bits less
 _MOSTLY = 0.5
 
@@ -41,7 +42,8 @@ def advice_for(evidence: Evidence) -> str:
       bias correction, where most of the error is a constant; else the layer is left float.
     - of values that the range clips: a wider range.
     - of rounding an activation: more bits below 8; equalization, where ranges of channels are uneven; a percentile's
-      range, where single values are far out; else the layer is left float.
+      range, where single values are far out; one of least squared error, where its tails are long; else the layers
+      that read it are left float.
     """
     cause = evidence.split.cause
     if cause == "weight":
@@ -81,7 +83,11 @@ def _of_rounding(evidence: Evidence) -> str:
             f"{start}its largest value is {evidence.peak:.0f} times its root mean square, so a range that lets the "
             "rarest saturate (PercentileObserver, HistogramObserver)"
         )
-    return f"{start}leave it float (skip)"
+    if evidence.peak >= _WIDE:
+        return (
+            f"{start}a range of least squared error (HistogramObserver), or leave the layers that read it float (skip)"
+        )
+    return f"{start}leave the layers that read it float (skip)"
 
 
 def _bias(evidence: Evidence) -> str:

@@ -107,7 +107,7 @@ def histogram(tensor: TensorHistogram) -> Any:
     clipped = f"{tensor.clipped_share:.3%} clipped" if tensor.clipped_share else "nothing clipped"
     figure.update_layout(title={"text": f"{tensor.grid}; {clipped}", "font": {"size": 13}}, bargap=0.05)
     figure.update_xaxes(title="steps of the channel's scale" if tensor.role == "weight" else "value")
-    figure.update_yaxes(type="log", title="values", exponentformat="power", dtick=1)
+    figure.update_yaxes(type="log", title="values", exponentformat="power")
     return figure
 
 

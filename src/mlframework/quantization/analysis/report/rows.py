@@ -34,16 +34,20 @@ def rows_of(data: ReportData) -> list[Row]:
     measured = {layer.name: layer for layer in data.explanation.layers}
     rows = []
     for entry in data.preparation.entries:
-        name = entry.name if entry.name in measured else next((n for n in measured if _is_of(entry, n)), entry.name)
+        own = (name for name, layer in measured.items() if _is_of(entry, layer))
+        name = entry.name if entry.name in measured else next(own, entry.name)
         rows.append(Row(name, entry, measured.pop(name, None)))
     for name, layer in measured.items():
         rows.append(Row(name, ReportEntry(name, layer.kind, layer.kind != "fake quantize", ""), layer))
     return rows
 
 
-def _is_of(entry: ReportEntry, name: str) -> bool:
+def _is_of(entry: ReportEntry, layer: LayerExplanation) -> bool:
     """Whether a module of the prepared model is what an entry tells of: its name with another number, or the node of
-    its output."""
+    its output; or what stands for the function that a module's code calls as a layer."""
     has_grid = entry.quantized or ", output " in entry.detail
     base = re.sub(r"_\d+$", "", entry.name)
-    return has_grid and re.fullmatch(rf"{re.escape(base)}(_\d+)?(_fake_quantize)?", name) is not None
+    if has_grid and re.fullmatch(rf"{re.escape(base)}(_\d+)?(_fake_quantize)?", layer.name):
+        return True
+    owner, _, _ = layer.name.rpartition(".")
+    return entry.quantized and owner == entry.name and layer.kind == entry.kind
