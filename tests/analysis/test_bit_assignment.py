@@ -46,7 +46,9 @@ def report_of(
             layers.append(LayerSensitivity(f"layer{index}", "Linear", bits, count, 2, measure, measure, ErrorSplit()))
     quantized = dict.fromkeys(costs[0], Measure(0.0))
     configs = {f"layer{index}": config for index in range(len(weights))}
-    return SensitivityReport(tuple(layers), quantized, reference_loss, config.target, OTHER_BYTES, configs)
+    return SensitivityReport(
+        tuple(layers), (), Measure(0.0), quantized, reference_loss, config.target, OTHER_BYTES, configs
+    )
 
 
 class Assigned(NamedTuple):

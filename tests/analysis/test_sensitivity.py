@@ -172,7 +172,58 @@ def test_two_passes_a_layer_and_width_at_the_most() -> None:
     calls = count_calls(prepared)
     report = analyze_sensitivity(prepared, [inputs[:8], inputs[8:]], bits=(8, 4, 2))
     batches, widths = 2, 3
-    assert len(calls) == batches * (1 + widths + 2 * len(report.layers))
+    assert len(calls) == batches * (2 + widths + 2 * len(report.layers) + 2 * len(report.activations))
+    calls.clear()
+    report = analyze_sensitivity(prepared, [inputs], bits=(8,), activations=False)
+    assert report.activations == ()
+    assert len(calls) == 2 + 1 + 2 * len(report.layers)
+
+
+def test_an_activation_alone_is_all_that_is_quantized() -> None:
+    model, inputs = mlp(), torch.randn(32, 8)
+    prepared = calibrated(model, inputs)
+    report = analyze_sensitivity(prepared, [inputs], bits=(8,))
+    assert [(each.name, each.role) for each in report.activations] == [
+        ("input_1", "output"),
+        ("0", "output"),
+        ("2", "output"),
+    ]
+    node = prepared.get_submodule("2").output_fake_quantize
+    assert isinstance(node, FakeQuantizeLayer)
+    with torch.no_grad():
+        hidden = model[3](model[2](model[1](model[0](inputs))))
+        alone = model[4](on_grid(hidden, node.scale, node.zero_point, 0, 255).float())
+        assert report.activations[2].alone.relative_error == pytest.approx(error(alone, model(inputs)), rel=1e-2)
+        outputs = prepared(inputs)
+        assert report.prepared.relative_error == pytest.approx(error(outputs, model(inputs)), rel=1e-6)
+        node.fake_quantize_enabled = False
+        without = prepared(inputs)
+    assert report.activations[2].all_but.relative_error == pytest.approx(error(without, model(inputs)), rel=1e-6)
+
+
+def test_the_activation_that_spoils_a_network_stands_out() -> None:
+    class Residual(nn.Module):
+        """A sum with a value that takes up all its codes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm, self.head = (
+                nn.Linear(8, 8),
+                nn.Linear(8, 8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 4),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = self.second(x) * torch.tensor([500.0] + [1.0] * 7) + x
+            return self.head(self.norm(x * torch.tensor([1 / 500] + [1.0] * 7)))
+
+    inputs = torch.randn(64, 8)
+    report = analyze_sensitivity(calibrated(Residual(), inputs), [inputs], bits=(8,))
+    worst = min(report.activations, key=lambda activation: activation.alone.snr)
+    assert worst.alone.snr < min(layer.alone.snr for layer in report.layers if layer.name != "head") - 6
+    assert max(report.activations, key=lambda activation: activation.all_but.snr).all_but.snr > report.prepared.snr
 
 
 class Stopped(BaseException):
@@ -236,7 +287,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     calls.clear()
     report = analyze_sensitivity(prepared, [inputs], bits=(8, 4), checkpoint=path)
     assert report == expected
-    assert len(calls) == 1 + (2 + 2 * 6) - done
+    assert len(calls) == 1 + (1 + 2 + 2 * 6 + 2 * 3) - done
 
 
 def stop_at(calls: list[int], count: int) -> None:
@@ -307,10 +358,11 @@ def test_it_prints_and_becomes_plain_data_and_html() -> None:
     report = analyze_sensitivity(calibrated(mlp(), inputs), [inputs], bits=(8, 4))
     lines = str(report).splitlines()
     assert lines[0].split()[:3] == ["layer", "kind", "bits"]
-    assert len(lines) == 1 + 6 + 2
+    assert len(lines) == (1 + 6) + 1 + (1 + 3) + 3
+    assert lines[8].split()[:3] == ["activation", "role", "bits"]
     assert lines[-1].startswith("everything at 4 bits: ")
     assert json.loads(json.dumps(report.to_dict()))["layers"][1]["bits"] == 4
-    assert report._repr_html_().count("<tr>") == 7
+    assert report._repr_html_().count("<tr>") == 7 + 4
 
 
 def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +371,7 @@ def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str], monkey
     analyze_sensitivity(prepared, [inputs], bits=(8,))
     assert capsys.readouterr().out == ""
     analyze_sensitivity(prepared, [inputs], bits=(8,), progress=True)
-    assert "7/7" in capsys.readouterr().out
+    assert "14/14" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(ImportError, match=r"mlframework-quantization\[analysis\]"):
         analyze_sensitivity(prepared, [inputs], bits=(8,), progress=True)

@@ -98,7 +98,8 @@ def seen(full_page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_it_opens_without_trouble_and_draws_every_figure(seen: dict[str, Any]) -> None:
     assert seen["troubles"] == []
     drawn = dict(seen["result"]["figures"])
-    sections = ["layers", "network", "sensitivity", "tensors", "ranges", "oscillation", "flips", "outputs", "graph"]
+    sections = ["layers", "network", "sensitivity", "activations", "tensors", "ranges", "oscillation", "flips"]
+    sections += ["outputs", "graph"]
     assert list(drawn) == sections
     assert all(count > 0 for name, count in drawn.items() if name not in ("layers", "graph"))
 

@@ -94,6 +94,24 @@ def in_order(groups: Iterable[LayerGroup], called: Iterable[str]) -> tuple[Layer
     )
 
 
+def activation_nodes(model: nn.Module) -> dict[str, FakeQuantizeLayer]:
+    """The nodes of a model that are no weight's and that data has reached, by name."""
+    weights = {id(each.weight_fake_quantize) for each in model.modules() if isinstance(each, QATModuleWrapper)}
+    return {
+        name: node
+        for name, node in model.named_modules()
+        if isinstance(node, FakeQuantizeLayer) and id(node) not in weights and node.is_initialized
+    }
+
+
+def owner_of_activation(name: str) -> tuple[str, str]:
+    """Of a node's name: what the activation belongs to, and whether it is its ``"input"`` or its ``"output"``."""
+    owner, _, last = name.rpartition(".")
+    if last in ("input_fake_quantize", "output_fake_quantize"):
+        return owner, last.removesuffix("_fake_quantize")
+    return name.removesuffix("_fake_quantize"), "output"
+
+
 def output_axis(wrapper: QATModuleWrapper) -> int:
     """The axis of the layer's weight along which the output's channels lie."""
     layer_type = layer_type_of(wrapper.layer)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..preparation.batches import iterated
 from ..preparation.report import preparation_report
@@ -15,11 +17,11 @@ from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from .calls import Calls, calls_of, run
 from .checkpoint import Checkpoint, fingerprint_of_batches, fingerprint_of_model
-from .layer_groups import LayerGroup, in_order, layer_groups
+from .layer_groups import LayerGroup, activation_nodes, in_order, layer_groups, owner_of_activation
 from .local_errors import ErrorEnergies, ErrorSplit, add_layer_error
 from .measures import Comparison, Loss, Measure
 from .progress import progress_of
-from .sensitivity_report import LayerSensitivity, SensitivityReport
+from .sensitivity_report import ActivationSensitivity, LayerSensitivity, SensitivityReport
 from .switching import at_width, in_analysis, left_float, nodes_of_width, switch, with_weight_nodes
 
 
@@ -28,17 +30,19 @@ def analyze_sensitivity(
     batches: Iterable[Any],
     bits: Iterable[int] = (8, 4),
     *,
+    activations: bool = True,
     loss: Loss | None = None,
     inputs: Callable[[Any], Any] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> SensitivityReport:
     """Measures every quantized layer with weights of every width: what the outputs lose where it alone is quantized,
-    what they win where it alone stays float, and what the error is made of.
+    what they win where it alone stays float, and what the error is made of; and every activation, on its grid.
 
     The reference is the model itself with its nodes switched off. It runs once; then the network runs twice per layer
-    and width, and once per width with everything quantized. The model is left as it was: modes, switches, buffers,
-    parameters and the random state, also where an error or an interruption ends the analysis.
+    and width, and twice per activation; and with everything quantized, as prepared and at each width. The model is left
+    as it was: modes, switches, buffers, parameters and the random state, also where an error or an interruption ends
+    the analysis.
 
     A layer's input has the grid that it was prepared with. Its weight has the node of the model where that has the
     width already, else a new one on the range that a configuration of that width gives the weight as it is now. So a
@@ -48,6 +52,8 @@ def analyze_sensitivity(
         model: prepared, and calibrated or trained.
         batches: as for :func:`calibrate`; kept in memory, with the reference's outputs.
         bits: widths of weights, each 2 to 8.
+        activations: measure activations, too. A layer counts what enters it; what it and other operations return, for
+            sums and tables that read it on integers, only activations count.
         loss: called as ``loss(outputs, batch)``; a number, the lower the better.
         inputs: called with a batch, gives what the model takes of it (a batch of its own form, for a loss that needs
             labels: ``inputs=lambda batch: batch[0]``); the batch itself by default.
@@ -91,12 +97,17 @@ def analyze_sensitivity(
     with in_analysis(model):
         analysis = _Analysis(model, groups, kept, calls, loss, results)
         analysis.run_reference()
-        total = len(widths) * (1 + 2 * len(analysis.groups))
+        nodes = analysis.activations if activations else {}
+        total = 1 + len(widths) * (1 + 2 * len(analysis.groups)) + 2 * len(nodes)
         with progress_of("sensitivity", total, shown=progress) as analysis.advance:
+            prepared = analysis.as_prepared()
             quantized = {width: analysis.everything(width) for width in widths}
             layers = tuple(analysis.layer(group, width) for group in analysis.groups for width in widths)
+            measured = tuple(analysis.activation(name) for name in nodes)
     return SensitivityReport(
         layers,
+        measured,
+        prepared,
         quantized,
         analysis.reference_loss,
         report.target,
@@ -127,12 +138,13 @@ class _Analysis:
         self.reference: list[Any] = []
         self.reference_loss: float | None = None
         self.weights: dict[str, Tensor] = {}
+        self.activations: dict[str, FakeQuantizeLayer] = {}  # by name, in the order in which they run
         self._nodes: dict[tuple[str, int], dict[str, FakeQuantizeLayer]] = {}
 
     def run_reference(self) -> None:
         """The float outputs, the order in which layers run, and the weights that they are called with."""
         called: dict[str, Tensor] = {}
-        handles = []
+        handles = [self._noting(name, node) for name, node in activation_nodes(self.model).items()]
         for group in self.groups:
             for name, wrapper in group.wrappers.items():
 
@@ -152,6 +164,39 @@ class _Analysis:
         self.weights = called
         self.groups = in_order(self.groups, called)
         self.reference_loss = comparison.result().loss
+
+    def _noting(self, name: str, node: FakeQuantizeLayer) -> RemovableHandle:
+        """Takes an activation up when its node is called."""
+
+        def note(module: FakeQuantizeLayer, args: tuple[Any, ...]) -> None:
+            self.activations[name] = module
+
+        return node.register_forward_pre_hook(note)
+
+    def as_prepared(self) -> Measure:
+        """Everything quantized, with the model's own weight nodes."""
+
+        def measure() -> dict[str, Any]:
+            switch(self.model, on=True)
+            return {"outputs": self._pass().to_dict()}
+
+        return Measure.from_dict(self._kept("as prepared", measure)["outputs"])
+
+    def activation(self, name: str) -> ActivationSensitivity:
+        """One activation: it alone on its grid, and everything but it as prepared."""
+        node = self.activations[name]
+
+        def measure(alone: bool) -> dict[str, Any]:
+            switch(self.model, on=not alone)
+            node.fake_quantize_enabled = alone
+            return {"outputs": self._pass().to_dict()}
+
+        alone = self._kept(f"activation alone {name}", partial(measure, True))
+        all_but = self._kept(f"all but activation {name}", partial(measure, False))
+        owner, role = owner_of_activation(name)
+        return ActivationSensitivity(
+            owner, role, node.scheme.bits, Measure.from_dict(alone["outputs"]), Measure.from_dict(all_but["outputs"])
+        )
 
     def everything(self, bits: int) -> Measure:
         """All layers quantized, with weights of that width."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,8 @@ from ..tables import html_table, text_table
 from .local_errors import ErrorSplit
 from .measures import Measure
 
-_HEADER = ("layer", "kind", "bits", "alone dB", "all but it dB", "gain dB", "weight", "clipped", "rounded")
+_PARTS = ("weight", "clipped", "rounded")
+_HEADER = ("layer", "kind", "bits", "alone dB", "all but it dB", "gain dB", *_PARTS)
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,38 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
-class SensitivityReport:
-    """Layer by layer, in the order in which they run, each at every width; ``str()`` is a table.
+class ActivationSensitivity:
+    """One activation on the grid that it was prepared with.
 
     Attributes:
-        layers: the measurements.
+        name: of the layer or operation whose output (or input) it is.
+        role: ``"output"`` or ``"input"``.
+        bits: of its codes.
+        alone: the outputs where it alone is on its grid, and everything else is float.
+        all_but: the outputs where everything else is as prepared.
+    """
+
+    name: str
+    role: str
+    bits: int
+    alone: Measure
+    all_but: Measure
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        own = {name: getattr(self, name) for name in ("name", "role", "bits")}
+        return {**own, "alone": self.alone.to_dict(), "all_but": self.all_but.to_dict()}
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """Layer by layer, in the order in which they run, each at every width, and the activations; ``str()`` is a table
+    of each.
+
+    Attributes:
+        layers: what was measured of layers.
+        activations: what was measured of activations; empty where it was not asked for.
+        prepared: the outputs with everything quantized as prepared.
         quantized: the outputs with everything quantized and all weights of one width, by that width.
         reference_loss: the user's loss of the float reference; None without one.
         target: the engine that the model was prepared for.
@@ -65,6 +94,8 @@ class SensitivityReport:
     """
 
     layers: tuple[LayerSensitivity, ...]
+    activations: tuple[ActivationSensitivity, ...]
+    prepared: Measure
     quantized: Mapping[int, Measure]
     reference_loss: float | None
     target: str
@@ -98,7 +129,9 @@ class SensitivityReport:
             "reference_loss": self.reference_loss,
             "other_bytes": self.other_bytes,
             "quantized": {str(bits): measure.to_dict() for bits, measure in self.quantized.items()},
+            "prepared": self.prepared.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
+            "activations": [activation.to_dict() for activation in self.activations],
         }
 
     def _has(self, measure: str) -> bool:
@@ -111,38 +144,51 @@ class SensitivityReport:
         return (*_HEADER[:4], *agreement, *loss, *_HEADER[4:])
 
     def _row(self, layer: LayerSensitivity) -> tuple[str, ...]:
-        alone, others = layer.alone, layer.all_but
-        gain = others.snr - self.quantized[layer.bits].snr
-        agreement = () if alone.agreement is None else (f"{alone.agreement:.4f}",)
-        loss = () if alone.loss is None else (f"{alone.loss:.5g}",)
         split = layer.split
         return (
             layer.name or "(the model)",
             layer.kind,
             str(layer.bits),
-            f"{alone.snr:.1f}",
-            *agreement,
-            *loss,
-            f"{others.snr:.1f}",
-            f"{gain:+.1f}",
+            *_measured(layer.alone, layer.all_but, self.quantized[layer.bits]),
             *(f"{part:.1e}" if part else "0" for part in (split.weight, split.clipped, split.rounded)),
         )
 
+    def _activation_row(self, activation: ActivationSensitivity) -> tuple[str, ...]:
+        measured = _measured(activation.alone, activation.all_but, self.prepared)
+        return (activation.name or "(the model)", activation.role, str(activation.bits), *measured)
+
     @property
     def _notes(self) -> list[str]:
-        notes = [f"everything at {bits} bits: {_in_words(measure)}" for bits, measure in self.quantized.items()]
+        notes = [f"everything as prepared: {_in_words(self.prepared)}"]
+        notes += [f"everything at {bits} bits: {_in_words(measure)}" for bits, measure in self.quantized.items()]
         if self.reference_loss is not None:
             notes.append(f"float: loss {self.reference_loss:.5g}")
         return notes
 
-    def __str__(self) -> str:
+    @property
+    def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
         header = self._header
-        table = text_table(header, map(self._row, self.layers), numbers=range(2, len(header)))
-        return "\n".join([table, *self._notes])
+        tables = [(header, list(map(self._row, self.layers)))]
+        if self.activations:
+            of_activations = ("activation", "role", *header[2 : -len(_PARTS)])
+            tables.append((of_activations, list(map(self._activation_row, self.activations))))
+        return tables
+
+    def __str__(self) -> str:
+        tables = [text_table(header, rows, numbers=range(2, len(header))) for header, rows in self._tables]
+        return "\n".join(["\n\n".join(tables), *self._notes])
 
     def _repr_html_(self) -> str:
-        header = self._header
-        return html_table(header, map(self._row, self.layers), numbers=range(2, len(header)), notes=self._notes)
+        tables = [html_table(header, rows, numbers=range(2, len(header))) for header, rows in self._tables]
+        return "".join(tables) + "".join(f"<p>{html.escape(note)}</p>" for note in self._notes)
+
+
+def _measured(alone: Measure, all_but: Measure, everything: Measure) -> tuple[str, ...]:
+    """The columns of what was measured."""
+    agreement = () if alone.agreement is None else (f"{alone.agreement:.4f}",)
+    loss = () if alone.loss is None else (f"{alone.loss:.5g}",)
+    gain = all_but.snr - everything.snr
+    return (f"{alone.snr:.1f}", *agreement, *loss, f"{all_but.snr:.1f}", f"{gain:+.1f}")
 
 
 def _in_words(measure: Measure) -> str:

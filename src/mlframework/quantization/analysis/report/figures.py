@@ -7,6 +7,7 @@ from typing import Any
 
 from ..explanation import Explanation
 from ..history import QuantizationHistory
+from ..measures import Measure
 from ..optional import required
 from ..sensitivity_report import SensitivityReport
 from .histograms import TensorHistogram
@@ -14,6 +15,7 @@ from .histograms import TensorHistogram
 INTEGER, FLOAT, BAD, OWN = "#2563eb", "#d97706", "#dc2626", "#0d9488"
 WIDTHS = ("#1e3a8a", "#2563eb", "#0891b2", "#0d9488", "#d97706", "#dc2626", "#9333ea")
 _GRID = "#e5e7eb"
+_LEAST_ERROR = 1e-12
 MOST_DECIBELS = 80.0  # an output without any error is drawn here
 
 
@@ -61,29 +63,43 @@ def signal_to_noise(explanation: Explanation) -> Any:
 
 def sensitivity_bars(report: SensitivityReport) -> Any:
     """The error of the outputs where one layer alone is quantized, at each width."""
-    graph = required("plotly.graph_objects", "report")
     names = [name or "(the model)" for name in report.names]
-    figure = _figure(height=110 + (6 + 9 * len(report.bits)) * len(names))
-    for index, bits in enumerate(report.bits):
-        layers = report.at(bits)
+    bars = [(f"{bits} bits", [(layer.alone, layer.all_but) for layer in report.at(bits)]) for bits in report.bits]
+    return _error_bars(names, bars)
+
+
+def activation_bars(report: SensitivityReport) -> Any:
+    """The error of the outputs where one activation alone is on its grid."""
+    names = [f"{each.name or '(the model)'}: {each.role}" for each in report.activations]
+    return _error_bars(names, [("as prepared", [(each.alone, each.all_but) for each in report.activations])])
+
+
+def _error_bars(names: list[str], bars: list[tuple[str, list[tuple[Measure, Measure]]]]) -> Any:
+    """Horizontal bars on a logarithmic axis: of each series its label, and for every name two measures, of which the
+    first is drawn."""
+    graph = required("plotly.graph_objects", "report")
+    figure = _figure(height=110 + (8 + 10 * len(bars)) * len(names))
+    errors = []
+    for index, (label, measures) in enumerate(bars):
+        drawn = [max(alone.relative_error, _LEAST_ERROR) for alone, _ in measures]
+        errors += drawn
         figure.add_trace(
             graph.Bar(
-                x=[max(layer.alone.relative_error, 1e-12) for layer in layers],
+                x=drawn,
                 y=names,
                 orientation="h",
-                name=f"{bits} bits",
-                customdata=[[_drawn(layer.alone.snr), _drawn(layer.all_but.snr)] for layer in layers],
+                name=label,
+                customdata=[[_drawn(alone.snr), _drawn(all_but.snr)] for alone, all_but in measures],
                 hovertemplate="%{y}<br>alone %{customdata[0]:.1f} dB<br>all but it %{customdata[1]:.1f} dB"
-                f"<extra>{bits} bits</extra>",
+                f"<extra>{label}</extra>",
                 marker={"color": WIDTHS[index % len(WIDTHS)]},
             )
         )
-    errors = [max(layer.alone.relative_error, 1e-12) for layer in report.layers]
     ends = [math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors)))]
     figure.update_xaxes(
         type="log", range=ends, title="relative squared error of the outputs", dtick=1, exponentformat="power"
     )
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_yaxes(autorange="reversed")
     figure.update_layout(barmode="group", bargap=0.3)
     return figure
 

@@ -86,6 +86,7 @@ _SENSITIVITY = (
     "The error of the outputs where one layer alone is quantized, weight and input: the longer, the more it costs to "
     "quantize this layer."
 )
+_ACTIVATIONS = "The error of the outputs where one activation alone is on its grid, for whatever reads it."
 _TENSORS = (
     "Values in float and the range of the grid that they are put on (shaded). What lies outside, in red, is clipped. A "
     "weight is drawn in steps of its channel's scale."
@@ -191,7 +192,11 @@ def _number(value: float, text: str) -> str:
 def _sensitivity(report: SensitivityReport | None) -> list[tuple[str, str, str]]:
     if report is None:
         return []
-    return [_section("sensitivity", "Sensitivity", _SENSITIVITY, _plot(figures.sensitivity_bars(report)))]
+    sections = [_section("sensitivity", "Sensitivity of layers", _SENSITIVITY, _plot(figures.sensitivity_bars(report)))]
+    if report.activations:
+        bars = _plot(figures.activation_bars(report))
+        sections.append(_section("activations", "Sensitivity of activations", _ACTIVATIONS, bars))
+    return sections
 
 
 def _histograms(tensors: Iterable[TensorHistogram]) -> list[tuple[str, str, Any]]:
