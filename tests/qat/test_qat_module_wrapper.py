@@ -252,3 +252,23 @@ def test_an_activation_that_does_more_than_clip_is_refused(activation: nn.Module
 def test_its_representation_names_the_chain() -> None:
     wrapper = QATModuleWrapper(nn.Linear(3, 2), batch_norm=nn.BatchNorm1d(2), activation=nn.ReLU())
     assert "layer=Linear(in_features=3, out_features=2, bias=True) -> BatchNorm1d -> ReLU" in repr(wrapper)
+
+
+def test_its_float_output_is_that_of_the_modules_by_themselves() -> None:
+    layer, batch_norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval()
+    batch_norm.running_mean = torch.randn(4)
+    wrapper = QATModuleWrapper(layer, batch_norm=batch_norm, activation=nn.ReLU()).eval()
+    called: list[int] = []
+    layer.register_forward_hook(lambda *args: called.append(1))
+    input, weight, bias = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4)
+    expected = batch_norm(torch.nn.functional.conv2d(input, weight, bias)).relu()
+    assert torch.equal(wrapper.float_output(input, weight, bias), expected)
+    assert not called
+    own_weight, own_bias = wrapper.parameters_of_call()
+    assert own_weight is layer.weight
+    assert own_bias is layer.bias
+
+
+def test_it_keeps_what_it_was_made_with() -> None:
+    config = QATConfig(weight_bits=3)
+    assert QATModuleWrapper(nn.Linear(3, 2), config).config is config

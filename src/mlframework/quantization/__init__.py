@@ -1,5 +1,13 @@
 """Quantization-aware training for PyTorch that ends in true int8."""
 
+from .analysis.bit_assignment import BitAssignment, assign_bits
+from .analysis.explain import explain
+from .analysis.explanation import Explanation
+from .analysis.history import QuantizationHistory
+from .analysis.report.plots import plots
+from .analysis.report.report import report
+from .analysis.sensitivity import analyze_sensitivity
+from .analysis.sensitivity_report import SensitivityReport
 from .calibration.batch_norm import reestimate_batch_norm
 from .calibration.bias_correction import correct_bias
 from .calibration.calibrate import calibrate
@@ -34,7 +42,9 @@ from .verification.report import ComparisonReport
 
 __all__ = [
     "ActivationObserver",
+    "BitAssignment",
     "ComparisonReport",
+    "Explanation",
     "FakeQuantizeLayer",
     "FeatureMatching",
     "HistogramObserver",
@@ -50,11 +60,15 @@ __all__ = [
     "QATConfig",
     "QATModuleWrapper",
     "QATSchedule",
+    "QuantizationHistory",
     "QuantizationParameters",
     "QuantizationScheme",
     "Recipe",
+    "SensitivityReport",
     "StraightThroughEstimator",
     "VerificationError",
+    "analyze_sensitivity",
+    "assign_bits",
     "calibrate",
     "compare_outputs",
     "convert",
@@ -63,16 +77,19 @@ __all__ = [
     "dequantize",
     "distillation_loss",
     "equalize",
+    "explain",
     "export_onnx",
     "fake_quantize",
     "finetune",
     "parameter_groups",
+    "plots",
     "preparation_report",
     "prepare",
     "quantization_parameters",
     "quantize",
     "recommended_recipe",
     "reestimate_batch_norm",
+    "report",
     "requantize",
     "round_weights",
     "smooth_activations",

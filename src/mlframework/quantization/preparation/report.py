@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..tables import html_table, text_table
+
 NEVER_REACHED = "the forward never reaches it"
 SKIPPED = "skipped by the configuration"
 UNCALLED = "its weight is read without a call"
@@ -74,17 +76,27 @@ class PreparationReport:
         """Both shares, in words."""
         return f"{self.weights} of the weights and {self.multiply_adds} of the multiply-adds"
 
-    def __str__(self) -> str:
-        header = ReportEntry("name", "kind", True, "how, or why not")
-        rows = [("", header), *(("int8" if entry.quantized else "float", entry) for entry in self.entries)]
-        widths = [max(len(entry.name) for _, entry in rows), max(len(entry.kind) for _, entry in rows)]
-        lines = [
-            f"{entry.name:<{widths[0]}}  {entry.kind:<{widths[1]}}  {status:<5}  {entry.detail}".rstrip()
-            for status, entry in rows
+    @property
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (entry.name, entry.kind, "int8" if entry.quantized else "float", entry.detail) for entry in self.entries
         ]
-        lines.append(f"{len(self.quantized)} quantized, {len(self.left_float)} float")
-        lines.append(f"{self.shares} are quantized")
-        return "\n".join(lines)
+
+    @property
+    def _summary(self) -> list[str]:
+        return [
+            f"{len(self.quantized)} quantized, {len(self.left_float)} float",
+            f"{self.shares} are quantized",
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join([text_table(_HEADER, self._rows), *self._summary])
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._rows, notes=self._summary)
+
+
+_HEADER = ("name", "kind", "", "how, or why not")
 
 
 def preparation_report(model: nn.Module) -> PreparationReport:

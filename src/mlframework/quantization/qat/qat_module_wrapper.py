@@ -99,6 +99,7 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
             raise TypeError(f"activation must only clip (ReLU, ReLU6, Hardtanh), got {type(activation).__name__}")
         # The layer is no submodule, which would rename its parameters: the wrapper shares its registries instead.
         self.__dict__["layer"] = layer
+        self.config = config
         self.__dict__["_parameters"] = layer._parameters
         self.__dict__["_buffers"] = layer._buffers
         self.__dict__["_non_persistent_buffers_set"] = layer._non_persistent_buffers_set

@@ -22,18 +22,22 @@ class Target:
         non_negative_activation: per tensor, after a ReLU and the like. Engines fuse the ReLU into the layer before it
             where its zero point is the lowest code.
         weight: per channel; the axis is the layer's.
+        stored_bits: the narrowest integers that its files store and its kernels multiply. Codes of fewer bits lie in
+            these: all engines take int8.
     """
 
     activation: QuantizationScheme
     non_negative_activation: QuantizationScheme
     weight: QuantizationScheme = _WEIGHT
+    stored_bits: int = 8
 
     def with_bits(self, activation_bits: int, weight_bits: int) -> Target:
         """The same grids with fewer codes."""
-        return Target(
-            replace(self.activation, bits=activation_bits),
-            replace(self.non_negative_activation, bits=activation_bits),
-            replace(self.weight, bits=weight_bits),
+        return replace(
+            self,
+            activation=replace(self.activation, bits=activation_bits),
+            non_negative_activation=replace(self.non_negative_activation, bits=activation_bits),
+            weight=replace(self.weight, bits=weight_bits),
         )
 
 

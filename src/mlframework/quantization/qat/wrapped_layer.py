@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..int8.layers import Int8Layer
 from .computed_parameters import computed, evaluated, move_computation
+from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .layer_types import Clip
 
@@ -20,6 +21,7 @@ class WrappedLayer(nn.Module):
 
     Attributes:
         layer: the user's own module. It is no submodule, which would rename its parameters.
+        config: what the layer was prepared with.
         input_fake_quantize, weight_fake_quantize, output_fake_quantize: the nodes; None for none.
         following: the modules that run after the layer, batch normalization first.
         integer_forward: train on integer codes where that can be.
@@ -32,6 +34,7 @@ class WrappedLayer(nn.Module):
     weight_fake_quantize: FakeQuantizeLayer | None
     output_fake_quantize: FakeQuantizeLayer | None
     layer: nn.Module
+    config: QATConfig
     following: tuple[nn.Module, ...]
     integer_forward: bool
     recompute: bool
@@ -128,6 +131,23 @@ class WrappedLayer(nn.Module):
         if self.layer._modules or name in vars(self.layer):
             move_computation(self.layer, owner)  # what was put on the layer, rather than on the wrapper
         return getattr(owner, name) if owner is self else computed(owner, name)
+
+    def float_output(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer and what follows it compute on floats with these parameters: no node and no hook runs."""
+        with self._in_registry(weight, bias):
+            output: Tensor = self.layer.forward(input)
+        for module in self.following:
+            output = module.forward(output)
+        return output
+
+    def parameters_of_call(self, *given: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in a call of the wrapper. ``given`` is what comes after the input, where the model's code
+        hands its own parameters over."""
+        if given:
+            weight, bias = (*given, None)[:2]
+            assert weight is not None
+            return weight, bias
+        return self._parameters_now()
 
     @contextmanager
     def _in_registry(self, weight: Tensor, bias: Tensor | None) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""Why accuracy falls, layer by layer, and which widths the layers should have."""
