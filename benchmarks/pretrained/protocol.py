@@ -35,13 +35,15 @@ class Study(ABC):
         name: as the command line knows it.
         title: as a table shows it.
         metrics: the keys of what :meth:`evaluate` returns; the first is the headline.
-        learning_rate: of AdamW, for fine-tuning the float weights under quantization.
+        learning_rate: of Adam, for fine-tuning the float weights under quantization.
+        training_seconds: how long every method may train, in seconds of processor time.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]
+    training_seconds: ClassVar[float]
 
     @abstractmethod
     def model(self) -> nn.Module:

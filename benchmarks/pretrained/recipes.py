@@ -1,0 +1,56 @@
+"""This library's methods. A new one is a function from a task to a prepared model, and a line in ``RECIPES``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from mlframework.quantization import (
+    ActivationObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    PercentileObserver,
+    QATConfig,
+    calibrate,
+    parameter_groups,
+    prepare,
+)
+
+from .methods import OURS, Method, Task
+from .training import distill
+
+
+def post_training(
+    task: Task, observer: Callable[[], ActivationObserver] | None = None, learnable: bool = False
+) -> nn.Module:
+    """Prepared and calibrated; with the default observer where none is named."""
+    choice = {} if observer is None else {"activation_observer": observer}
+    weight_bits, activation_bits = task.width
+    config = QATConfig(weight_bits=weight_bits, activation_bits=activation_bits, learnable=learnable, **choice)
+    prepared = prepare(task.study.model(), config, task.study.example_inputs)
+    calibrate(prepared, task.study.calibration_batches())
+    return prepared.eval()
+
+
+def trained(task: Task, learnable: bool) -> nn.Module:
+    """Post-training quantization, then distillation; scales observed, or learned from where rounding errs least."""
+    prepared = post_training(task, HistogramObserver if learnable else None, learnable)
+    # A scale halves with every bit, and Adam's steps do not.
+    rate = task.study.learning_rate * min(1.0, 2.0 ** (4 - task.width.activation_bits))
+    groups = parameter_groups(prepared, quantization_learning_rate=rate)
+    task.notes["steps"] = distill(prepared.train(), task.study, task.seed, task.seconds, groups)
+    return prepared.eval()
+
+
+RECIPES: dict[str, Method] = {
+    "post-training": Method(OURS, post_training),
+    "minmax": Method(OURS, partial(post_training, observer=MinMaxObserver)),
+    "moving average": Method(OURS, partial(post_training, observer=MovingAverageObserver)),
+    "percentile": Method(OURS, partial(post_training, observer=PercentileObserver)),
+    "least squares": Method(OURS, partial(post_training, observer=HistogramObserver)),
+    "QAT observed": Method(OURS, partial(trained, learnable=False), trains=True),
+    "QAT learned": Method(OURS, partial(trained, learnable=True), trains=True),
+}
