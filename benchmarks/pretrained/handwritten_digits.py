@@ -51,7 +51,8 @@ class Digits(Study):
         model.load_state_dict(trained.state_dict())
 
     def calibration_batches(self) -> list[Inputs]:
-        return [(images,) for images in _data(self.seed).train_images.split(digits.BATCH_SIZE)]
+        batches = _data(self.seed).train_images.split(digits.BATCH_SIZE)
+        return [(images,) for images in batches if len(images) == digits.BATCH_SIZE]  # some libraries stack them
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
         data, generator = _data(self.seed), torch.Generator().manual_seed(seed)

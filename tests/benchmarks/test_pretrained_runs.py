@@ -11,15 +11,15 @@ import pytest
 import torch
 from rich.console import Console
 
-pytest.importorskip("skimage")
-pytest.importorskip("sklearn")
-
 from benchmarks.pretrained import SIGNAL_TO_NOISE, execution, runs, study, summary
 from benchmarks.pretrained.methods import OURS, Method, Width
 from benchmarks.pretrained.recipes import RECIPES
 from benchmarks.pretrained.runs import Result, Run
 
-needs_pnet = pytest.mark.skipif(find_spec("facenet_pytorch") is None, reason="facenet_pytorch is not installed")
+needs_pnet = pytest.mark.skipif(
+    find_spec("facenet_pytorch") is None or find_spec("skimage") is None,
+    reason="facenet_pytorch or scikit-image is not installed",
+)
 
 
 class Inline:
