@@ -20,7 +20,7 @@ from mlframework.quantization import (
 )
 
 from .methods import OURS, Method, Task
-from .training import distill
+from .training import distill, scale_learning_rate
 
 
 def post_training(
@@ -38,9 +38,7 @@ def post_training(
 def trained(task: Task, learnable: bool) -> nn.Module:
     """Post-training quantization, then distillation; scales observed, or learned from where rounding errs least."""
     prepared = post_training(task, HistogramObserver if learnable else None, learnable)
-    # A scale halves with every bit, and Adam's steps do not.
-    rate = task.study.learning_rate * min(1.0, 2.0 ** (4 - task.width.activation_bits))
-    groups = parameter_groups(prepared, quantization_learning_rate=rate)
+    groups = parameter_groups(prepared, quantization_learning_rate=scale_learning_rate(task))
     task.notes["steps"] = distill(prepared.train(), task.study, task.seed, task.seconds, groups)
     return prepared.eval()
 

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .methods import Task
 from .protocol import Study
 
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+
+def scale_learning_rate(task: Task) -> float:
+    """Of learned scales, in any library: a scale halves with every bit of the activations, and Adam's steps do not."""
+    return task.study.learning_rate * min(1.0, 2.0 ** (4 - task.width.activation_bits))
 
 
 def distill(

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..methods import Method
-from . import brevitas, nncf, onnx_runtime, pt2e
+from . import aimet, brevitas, nncf, onnx_runtime, pt2e
 
-PEERS: dict[str, Method] = {**onnx_runtime.METHODS, **nncf.METHODS, **pt2e.METHODS, **brevitas.METHODS}
+PEERS: dict[str, Method] = {**onnx_runtime.METHODS, **nncf.METHODS, **pt2e.METHODS, **brevitas.METHODS, **aimet.METHODS}

@@ -1,8 +1,8 @@
 """Brevitas' flow for ImageNet classifiers, after training and with training.
 
 ``brevitas_examples/imagenet_classification/ptq`` with its defaults (cross-layer equalization, percentile 99.999, bias
-correction), weights per channel, and activations with a zero point, which its README reports as the more accurate. Its
-tracer does not take transformers; these are quantized layer by layer, as its README says of the ``layerwise`` backend.
+correction) and weights per channel. Its tracer does not take transformers; these are quantized layer by layer, as its
+README says of the ``layerwise`` backend.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..methods import Method, Task
-from ..training import distill
+from ..training import distill, scale_learning_rate
 
 LIBRARY = "Brevitas"
 TRANSFORMERS = ("minilm", "gpt")
@@ -26,7 +26,7 @@ def _calibrated(task: Task, mode: Any, model: nn.Module) -> None:
             model(*batch)
 
 
-def post_training(task: Task) -> nn.Module:
+def post_training(task: Task, merge_batch_norm: bool = True) -> nn.Module:
     """Batch norm merged into the weights, quantizers put in and calibrated, biases corrected."""
     os.environ["BREVITAS_JIT"] = "0"
     from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
@@ -37,7 +37,7 @@ def post_training(task: Task) -> nn.Module:
     model = task.study.model()
     if not layerwise:
         model = preprocess_for_quantize(
-            model, equalize_iters=20, equalize_merge_bias=True, merge_bn=True, relu6_to_relu=False
+            model, equalize_iters=20, equalize_merge_bias=True, merge_bn=merge_batch_norm, relu6_to_relu=False
         )
     weight_bits, activation_bits = task.width
     model = quantize_model(
@@ -49,7 +49,7 @@ def post_training(task: Task) -> nn.Module:
         bias_bit_width=32,
         weight_quant_granularity="per_channel",
         act_quant_percentile=99.999,
-        act_quant_type="asym",
+        act_quant_type="sym",
         scale_factor_type="float_scale",
         quant_format="int",
     )
@@ -61,9 +61,14 @@ def post_training(task: Task) -> nn.Module:
 
 
 def trained(task: Task) -> nn.Module:
-    """The result of post-training quantization, trained on: its scales are Parameters."""
-    model = post_training(task)
-    task.notes["steps"] = distill(model.train(), task.study, task.seed, task.seconds)
+    """The same, trained on: its scales are Parameters. Batch norm stays, for it is to be trained."""
+    model = post_training(task, merge_batch_norm=False)
+    is_scale = {parameter: "scaling_impl" in name for name, parameter in model.named_parameters()}
+    groups = [
+        {"params": [parameter for parameter in is_scale if not is_scale[parameter]]},
+        {"params": [parameter for parameter in is_scale if is_scale[parameter]], "lr": scale_learning_rate(task)},
+    ]
+    task.notes["steps"] = distill(model.train(), task.study, task.seed, task.seconds, groups)
     return model.eval()
 
 

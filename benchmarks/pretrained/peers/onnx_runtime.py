@@ -63,16 +63,17 @@ def quantized(task: Task, calibration: str) -> Model:
         source, prepared, result = (Path(folder) / f"{name}.onnx" for name in ("float", "prepared", "int8"))
         names = float_file(task.study.model(), task.study.example_inputs, source)
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            result,
-            _Reader(feeds(names, task.study.calibration_batches())),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod[calibration],
-        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            quantize_static(
+                prepared,
+                result,
+                _Reader(feeds(names, task.study.calibration_batches())),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod[calibration],
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(result, options, providers=["CPUExecutionProvider"])
