@@ -58,7 +58,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", choices=list(STUDIES), default=list(STUDIES), metavar="NAME")
     parser.add_argument("--width", nargs="+", choices=list(WIDTHS), default=list(WIDTHS), metavar="WxAy")
-    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
+    installed = [name for name, method in METHODS.items() if method.version]
+    parser.add_argument("--method", nargs="+", choices=installed, default=installed, metavar="NAME")
     parser.add_argument("--seeds", type=int, help="how many for methods that train (default 3, of digits 5)")
     parser.add_argument("--budget-seconds", type=float, help="of processor time to train (default: the network's own)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1)")
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list:
         console.print(f"networks: {', '.join(STUDIES)}\nwidths: {', '.join(WIDTHS)}")
         for name, method in METHODS.items():
-            console.print(f"  {name} ({method.library}{', trains' if method.trains else ''})")
+            remarks = [method.library] + ["trains"] * method.trains + ["not installed"] * (method.version is None)
+            console.print(f"  {name} ({', '.join(remarks)})")
         console.print(f"{len(runs) - len(left)} runs are done, {len(left)} are left")
         return
     if not options.table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from .protocol import Model, Study
@@ -58,6 +59,14 @@ class Method:
     quantize: Callable[[Task], Model]
     trains: bool = False
     distribution: str = "torch"
+
+    @property
+    def version(self) -> str | None:
+        """Of the library; None where it is not installed."""
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return None
 
 
 class Unsupported(Exception):

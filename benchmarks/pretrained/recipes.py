@@ -43,12 +43,14 @@ def trained(task: Task, learnable: bool) -> nn.Module:
     return prepared.eval()
 
 
+_ours = partial(Method, OURS, distribution="mlframework-quantization")
+
 RECIPES: dict[str, Method] = {
-    "post-training": Method(OURS, post_training),
-    "minmax": Method(OURS, partial(post_training, observer=MinMaxObserver)),
-    "moving average": Method(OURS, partial(post_training, observer=MovingAverageObserver)),
-    "percentile": Method(OURS, partial(post_training, observer=PercentileObserver)),
-    "least squares": Method(OURS, partial(post_training, observer=HistogramObserver)),
-    "QAT observed": Method(OURS, partial(trained, learnable=False), trains=True),
-    "QAT learned": Method(OURS, partial(trained, learnable=True), trains=True),
+    "post-training": _ours(post_training),
+    "minmax": _ours(partial(post_training, observer=MinMaxObserver)),
+    "moving average": _ours(partial(post_training, observer=MovingAverageObserver)),
+    "percentile": _ours(partial(post_training, observer=PercentileObserver)),
+    "least squares": _ours(partial(post_training, observer=HistogramObserver)),
+    "QAT observed": _ours(partial(trained, learnable=False), trains=True),
+    "QAT learned": _ours(partial(trained, learnable=True), trains=True),
 }

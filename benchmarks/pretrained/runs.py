@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -94,7 +93,7 @@ def execute(run: Run, width: Width | None, method: Method | None, threads: int =
     network = _study(run.network, run.seed)
     if width is None or method is None:
         return Result(run, FLOAT, network.evaluate(network.model()))
-    library = f"{method.library} {version(method.distribution)}"
+    library = f"{method.library} {method.version}"
     task = Task(network, width, run.seed, run.seconds)
     started = time.perf_counter()
     try:
