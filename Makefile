@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS_INSTALLED := $(VENV)/peers_installed
+STUDY_INSTALLED := $(VENV)/study_installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Files of tests side by side: each keeps what its tests share in its own process.
 # (In their order: by default those with few tests, which here are the slow ones, would all come last.)
@@ -12,7 +13,7 @@ KERNELS := src/mlframework/quantization/kernels
 WITHOUT_AVX512 := $(VENV)/without_avx512.so
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: demo test test-fast test-long test-avx2 test-arm gpu bench lint format clean
+.PHONY: demo test test-fast test-long test-avx2 test-arm gpu bench study lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -54,6 +55,10 @@ bench: $(PEERS_INSTALLED)
 	$(BIN)/python benchmarks/reduce_range.py
 	$(BIN)/python benchmarks/observers.py
 
+# Hours; interrupted, it goes on where it stopped. A part: make study ARGS="--network crepe --width W8A8"
+study: $(STUDY_INSTALLED)
+	$(BIN)/python benchmarks/pretrained.py $(ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,4 +81,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard $(KERNELS)/csrc
 
 $(PEERS_INSTALLED): $(INSTALLED)
 	$(PIP) --no-build-isolation -e ".[bench]"
+	touch $@
+
+$(STUDY_INSTALLED): $(PEERS_INSTALLED) benchmarks/pretrained/requirements.txt
+	$(PIP) --no-build-isolation -e ".[study]"
+	$(PIP) --no-deps -r benchmarks/pretrained/requirements.txt
 	touch $@

@@ -1,0 +1,147 @@
+"""Single runs of the study, and the file that keeps their results."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from mlframework.quantization import convert, preparation_report
+from mlframework.quantization.kernels import instruction_set
+
+from . import study
+from .float_training import FOLDER
+from .methods import OURS, Method, Task, Unsupported, Width
+from .protocol import Study
+
+RESULTS = FOLDER / "results.jsonl"
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What identifies a result: run twice with the same fields, the same is measured.
+
+    Attributes:
+        network: a key of ``STUDIES``.
+        width: such as ``"W8A8"``, or ``"float"``.
+        method: a key of ``METHODS``, or ``"float"``.
+        seed: of the training, and of the split where there is one for each.
+        seconds: the budget of processor time; 0 of what does not train.
+        kind: of the processor, by its instruction set.
+    """
+
+    network: str
+    width: str
+    method: str
+    seed: int
+    seconds: float
+    kind: str = field(default_factory=instruction_set)
+
+    def __str__(self) -> str:
+        return f"{self.network} {self.width} {self.method}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a run.
+
+    Attributes:
+        run: which.
+        library: a name and its version.
+        metrics: of the study; empty after a failure.
+        notes: what else the method recorded.
+        wall_seconds: to quantize, without the evaluation.
+        exact: whether converted outputs equal prepared ones; None for other libraries.
+        integer_share: of the multiply-adds, between 0 and 1; None for other libraries.
+        failure: why there are no metrics.
+    """
+
+    run: Run
+    library: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    exact: bool | None = None
+    integer_share: float | None = None
+    failure: str | None = None
+
+
+@cache
+def _study(name: str, seed: int) -> Study:
+    return study(name, seed)
+
+
+def execute(run: Run, width: Width | None, method: Method | None, threads: int = 1) -> Result:
+    """Quantizes and evaluates; a method that fails makes a result that says why.
+
+    Args:
+        run: which.
+        width: its bits; None for the float network.
+        method: None for the float network.
+        threads: of PyTorch.
+    """
+    torch.set_num_threads(threads)
+    network = _study(run.network, run.seed)
+    if width is None or method is None:
+        return Result(run, FLOAT, network.evaluate(network.model()))
+    library = f"{method.library} {method.version}"
+    task = Task(network, width, run.seed, run.seconds)
+    started = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            if method.library != OURS:
+                warnings.simplefilter("ignore")
+            model = method.quantize(task)
+            seconds = time.perf_counter() - started
+            metrics = network.evaluate(model)
+    except Unsupported as error:
+        return Result(run, library, failure=str(error))
+    except Exception as error:  # a library may fail in any way, and the study goes on
+        if method.library == OURS:
+            raise
+        reason = str(error).strip().splitlines() or [""]
+        return Result(run, library, failure=f"{type(error).__name__}: {reason[0][:200]}")
+    exact = share = None
+    if method.library == OURS:
+        assert isinstance(model, nn.Module)
+        exact, share = converts_exactly(model, network), preparation_report(model).multiply_adds.fraction
+    return Result(run, library, metrics, task.notes, seconds, exact, share)
+
+
+def converts_exactly(prepared: nn.Module, network: Study) -> bool:
+    """Whether converted and prepared model give the same bits on the first test batch."""
+    converted, inputs = convert(prepared).eval(), network.test_batches()[0].inputs
+    with torch.no_grad():
+        pair = (pytree.tree_leaves(model(*inputs)) for model in (prepared, converted))
+        return all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
+
+
+def read(path: Path = RESULTS) -> dict[Run, Result]:
+    """What a file holds; of a run that is in it twice the later one, and nothing of a line that was cut short."""
+    return {result.run: result for result in _results(path)}
+
+
+def _results(path: Path) -> Iterator[Result]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the study was interrupted while it wrote
+        yield Result(**{**fields, "run": Run(**fields["run"])})
+
+
+def append(result: Result, path: Path = RESULTS) -> None:
+    """Adds a line."""
+    path.parent.mkdir(exist_ok=True)
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("" if whole else "\n") + json.dumps(asdict(result)) + "\n")

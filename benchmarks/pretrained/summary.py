@@ -1,0 +1,66 @@
+"""Means and spreads over seeds, as tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from . import STUDIES, study
+from .runs import Result
+
+ORDER = ("float", "W8A8", "W4A8", "W4A4", "W3A3", "W2A2")
+
+
+class Row(NamedTuple):
+    """A network at a width by one method, over the seeds that were run.
+
+    ``figures`` are the study's metrics, each as a mean and, of several seeds that differ, the standard deviation.
+    """
+
+    network: str
+    width: str
+    method: str
+    library: str
+    figures: tuple[str, ...]
+    remarks: str
+
+
+def rows(results: Iterable[Result]) -> Iterator[Row]:
+    """Rows by network and width, then in the order of the results."""
+    grouped: dict[tuple[str, str, str, float], list[Result]] = {}
+    for result in results:
+        run = result.run
+        grouped.setdefault((run.network, run.width, run.method, run.seconds), []).append(result)
+    networks = list(STUDIES)
+    for key in sorted(grouped, key=lambda key: (networks.index(key[0]), ORDER.index(key[1]))):
+        network, width, method, seconds = key
+        group = grouped[key]
+        done = [result for result in group if not result.failure]
+        metrics = study(network).metrics
+        figures = tuple(_figure([result.metrics[metric] for result in done]) for metric in metrics) if done else ()
+        yield Row(network, width, method, group[0].library, figures, ", ".join(_remarks(group, seconds)))
+
+
+def _figure(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    digits = 2 if abs(mean) > 10 else 4
+    spread = statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else 0.0
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else "")
+
+
+def _remarks(group: list[Result], seconds: float) -> Iterator[str]:
+    failures = sorted({result.failure for result in group if result.failure})
+    if failures:
+        yield "no figure: " + "; ".join(failures)
+    if len(group) > 1:
+        yield f"{len(group)} seeds"
+    if seconds:
+        steps = [int(result.notes["steps"]) for result in group if "steps" in result.notes]
+        yield f"{seconds:g} s" + (f", {min(steps)} steps or more" if steps else "")
+    if any(result.exact is False for result in group):
+        yield "prepared and converted differ"
+    shares = {result.integer_share for result in group if result.integer_share is not None}
+    if shares:
+        yield f"{100 * min(shares):.1f}% in integers"

@@ -1,0 +1,127 @@
+"""The study resumes, and what it records of a run is so."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.pretrained import SIGNAL_TO_NOISE, execution, runs, study, summary
+from benchmarks.pretrained.methods import OURS, Method, Width
+from benchmarks.pretrained.recipes import RECIPES
+from benchmarks.pretrained.runs import Result, Run
+
+needs_pnet = pytest.mark.skipif(
+    find_spec("facenet_pytorch") is None or find_spec("skimage") is None,
+    reason="facenet_pytorch or scikit-image is not installed",
+)
+
+
+class Inline:
+    """Stands for a pool of processes, and runs in this one."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def submit(self, function: Any, *arguments: Any) -> Inline:
+        self.value = function(*arguments)
+        return self
+
+    def result(self) -> Any:
+        return self.value
+
+    def shutdown(self, **options: Any) -> None:
+        pass
+
+
+def test_an_interrupted_study_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, executed = tmp_path / "results.jsonl", []
+
+    def execute(run: Run, *_: Any) -> Result:
+        if len(executed) == 3:
+            executed.append(None)
+            raise KeyboardInterrupt
+        executed.append(run)
+        return Result(run, OURS, {"accuracy": 0.5, SIGNAL_TO_NOISE: math.inf})
+
+    monkeypatch.setattr(execution, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(execution, "execute", execute)
+    monkeypatch.setattr(execution, "append", lambda result: runs.append(result, path))
+    every = list(execution.planned(["digits"], ["W8A8"], ["minmax", "QAT learned"], seeds=2))
+    console = Console(quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        execution.execute_all(every, 1, console)
+    assert list(runs.read(path)) == every[:3]
+    with path.open("a") as file:
+        file.write('{"run": {"network": "dig')  # the line that it was writing
+    left = [run for run in every if run not in runs.read(path)]
+    assert left == every[3:]
+    execution.execute_all(left, 1, console)
+    assert set(runs.read(path)) == set(every)
+    assert executed == [*every[:3], None, *every[3:]]
+
+
+def test_a_later_result_replaces_an_earlier_one(tmp_path: Path) -> None:
+    path, run = tmp_path / "results.jsonl", Run("pnet", "W8A8", "minmax", 0, 0)
+    for score in (0.1, 0.2):
+        runs.append(Result(run, OURS, {"F1 of face cells": score, SIGNAL_TO_NOISE: 1.0}), path)
+    assert runs.read(path)[run].metrics["F1 of face cells"] == 0.2
+
+
+def test_what_is_planned() -> None:
+    planned = list(execution.planned(["pnet", "digits"], ["W8A8", "W2A2"], ["minmax", "QAT learned"], budget_seconds=7))
+    assert len(planned) == len(set(planned)) == (1 + 1 + 3) + (5 + 2 * 5 + 2 * 5)
+    assert {run.seconds for run in planned if run.method == "QAT learned"} == {7}
+    assert {run.seconds for run in planned if run.method != "QAT learned"} == {0}
+
+
+def test_rows_give_mean_and_spread() -> None:
+    results = [
+        Result(Run("digits", "W4A4", "QAT learned", seed, 20), OURS, {"accuracy": value, SIGNAL_TO_NOISE: 10.0})
+        for seed, value in enumerate((0.97, 0.98, 0.99))
+    ]
+    failed = Result(Run("digits", "W4A4", "other", 0, 0), "other 1.0", failure="it cannot")
+    rows = list(summary.rows([*results, failed]))
+    assert rows[0].figures == ("0.9800 ± 0.0100", "10.0000")
+    assert rows[1].figures == ()
+    assert rows[1].remarks == "no figure: it cannot"
+
+
+@needs_pnet
+def test_the_float_network_agrees_with_itself() -> None:
+    network = study("pnet")
+    assert network.evaluate(network.model()) == {"F1 of face cells": 1.0, SIGNAL_TO_NOISE: math.inf}
+
+
+@needs_pnet
+def test_a_run_of_this_library_is_exact() -> None:
+    result = runs.execute(Run("pnet", "W8A8", "minmax", 0, 0), Width(8, 8), RECIPES["minmax"])
+    assert result.exact
+    assert result.integer_share == 1
+    assert 0.5 < result.metrics["F1 of face cells"] < 1
+
+
+@needs_pnet
+def test_a_peer_that_fails_is_recorded() -> None:
+    def fails(task: Any) -> Any:
+        raise RuntimeError("no such layer\nand more")
+
+    result = runs.execute(Run("pnet", "W8A8", "x", 0, 0), Width(8, 8), Method("x", fails))
+    assert result.failure == "RuntimeError: no such layer"
+    assert not result.metrics
+
+
+@needs_pnet
+def test_training_within_a_budget_brings_the_network_nearer() -> None:
+    network = study("pnet")
+    method = RECIPES["QAT observed"]
+    before = runs.execute(Run("pnet", "W4A8", "minmax", 0, 0), Width(4, 8), RECIPES["minmax"])
+    after = runs.execute(Run("pnet", "W4A8", "QAT observed", 0, 3), Width(4, 8), method)
+    assert after.notes["steps"] > 5
+    assert after.metrics[SIGNAL_TO_NOISE] > before.metrics[SIGNAL_TO_NOISE]
+    assert torch.equal(*(network.model().conv1.weight for _ in range(2)))  # the float network is as it was
