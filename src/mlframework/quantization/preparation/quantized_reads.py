@@ -1,4 +1,4 @@
-"""Where the node of a value that is computed in float goes: those that compute on integers read it, others read the value."""
+"""Where the node of a float value goes: who computes on integers reads the node, and others read the value."""
 
 from __future__ import annotations
 
