@@ -344,7 +344,7 @@ class _Placer:
         return Joined(node, operation, operands, (node,))
 
     def _is_anchor(self, node: fx.Node) -> bool:
-        """Whether integers of a value are at hand: a layer's result that is on a grid, or that of an operation on such."""
+        """Whether integers of a value are at hand: it is on a grid, or the result of an operation on such values."""
         base = self.base(node)
         if base in self.chain_of_end or base in self.on_grid:
             return base in self.on_grid and base not in self.late

@@ -13,6 +13,12 @@ from .activation_observer import BatchStatistics, MovingAverageObserver
 _SMALLEST_SHARE, _SHARES, _IMPROVEMENTS = 0.2, 24, 4
 
 
+def rows_of_channels(weight: Tensor, channel_axis: int | None) -> Tensor:
+    """A weight as float32 (C, N): a row for each channel, or one for all."""
+    rows = weight.float()
+    return rows.reshape(1, -1) if channel_axis is None else rows.movedim(channel_axis, 0).flatten(1)
+
+
 def least_squares_scale(rows: Tensor, scheme: QuantizationScheme) -> Tensor:
     r"""The scale of a symmetric grid with the least squared error on each row.
 
@@ -77,9 +83,7 @@ class LeastSquaresObserver(MovingAverageObserver):
             (fingerprint,) = kernels.fingerprints([input])
             if self._known is not None and self._known[0] == fingerprint:  # calibration shows it with every batch
                 return self._known[1]
-        axis = self.channel_axis
-        rows = input.detach().float()
-        rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).flatten(1)
+        rows = rows_of_channels(input.detach(), self.channel_axis)
         end = least_squares_scale(rows, self.scheme) * self.scheme.quant_max
         end = torch.where(torch.isfinite(rows).all(dim=1), end, -torch.inf)
         statistics = BatchStatistics(torch.stack([end, end]))

@@ -126,7 +126,7 @@ def _replace(tensors: list[Tensor], old: list[Tensor], projected: Callable[[Tens
     if len(tensors) == 1:
         tensors[0].copy_(projected(tensors[0], old[0]))
         return
-    parts = projected(torch.cat(tensors), torch.cat(old)).split([tensor.numel() for tensor in tensors])
+    parts = torch.split(projected(torch.cat(tensors), torch.cat(old)), [tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, list(parts))
 
 

@@ -14,7 +14,7 @@ from .activation_observer import MovingAverageObserver
 from .computed_parameters import evaluated
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
-from .least_squares_observer import LeastSquaresObserver
+from .least_squares_observer import LeastSquaresObserver, least_squares_scale, rows_of_channels
 
 
 def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuantizeLayer:
@@ -97,6 +97,16 @@ def _follows_newest(node: FakeQuantizeLayer) -> bool:
         and observer.statistics.momentum == 1
         and observer.update_every == 1
     )
+
+
+@torch.no_grad()
+def hold_least_squares_scale(node: FakeQuantizeLayer, weight: Tensor) -> None:
+    """Below 8 bits, where the extremes of a weight are a poor range, gives an observed scale the least squared error
+    on the weight at hand, and switches its observer off: training goes on with that scale."""
+    if not node.learnable and node.scheme.bits < 8 and not weight.is_meta:
+        rows = rows_of_channels(weight, node.scheme.channel_axis)
+        node.scale.copy_(least_squares_scale(rows, node.scheme))
+        node.observer.enabled = False
 
 
 def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor) -> None:
