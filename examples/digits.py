@@ -32,8 +32,6 @@ from torch import Tensor, nn
 from digits_checks import count_mismatches, median_latencies, reload_into
 from digits_report import RangeRecorder, TrainingMonitor, results_table, write_figure, write_json, write_tensors
 from mlframework.quantization import (
-    HistogramObserver,
-    MovingAverageObserver,
     QATConfig,
     calibrate,
     convert,
@@ -145,15 +143,9 @@ def train_float(data: DigitsData, seed: int, monitor: TrainingMonitor) -> Digits
 def prepare_and_calibrate(model: DigitsNet, data: DigitsData, bits: int, learnable: bool) -> nn.Module:
     """A prepared copy whose scales come from the training images; converted as it is, the post-training baseline.
 
-    A copy, because a prepared model trains the parameters of the model it was made from. Scales that the optimizer
-    trains start where the squared error of rounding is least; otherwise observers follow the activations.
+    A copy, because a prepared model trains the parameters of the model it was made from.
     """
-    config = QATConfig(
-        weight_bits=bits,
-        activation_bits=bits,
-        learnable=learnable,
-        activation_observer=HistogramObserver if learnable else MovingAverageObserver,
-    )
+    config = QATConfig(weight_bits=bits, activation_bits=bits, learnable=learnable)
     prepared = prepare(copy.deepcopy(model), config, (data.train_images[:1],))
     calibrate(prepared, torch.split(data.train_images, BATCH_SIZE))
     return prepared

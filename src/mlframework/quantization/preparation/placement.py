@@ -1,9 +1,10 @@
 """Where the nodes of a traced model go: an analysis of its graph that changes nothing.
 
-A tensor that enters a quantized operation is quantized once, at its producer's end of the chain
-Conv/Linear -> BatchNorm -> activation; every consumer shares that node. Operations that only move or select values
-share the grid of their input. Sums, products, concatenations, averages and element-wise functions of quantized tensors
-get a node of their own.
+A tensor is quantized if a layer reads its integers, once, and every layer that reads it shares the node. Where integers
+of it can be had (it is the end of a chain Conv/Linear -> BatchNorm -> activation, or a sum, product, concatenation,
+average or element-wise function of such values), they are computed, and then the operands are read as integers, too.
+Otherwise it is computed in float, and the node stands between it and the layers. Operations that only move or select
+values share the grid of their input. What nobody reads as integers stays float, but for the outputs of convolutions.
 """
 
 from __future__ import annotations
