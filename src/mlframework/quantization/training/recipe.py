@@ -14,7 +14,7 @@ class Recipe:
     Args:
         config: for :func:`prepare`.
         calibration: names of the methods for :func:`calibrate`, in their order; none for ranges alone.
-        lr: AdamW's learning rate, at the end of the warm-up.
+        lr: AdamW's learning rate, at the end of the warm-up. The default is for 8 bits; fewer take more.
         quantization_lr: of learned scales and zero points; ``lr`` where None.
         weight_decay: of all but scales and zero points.
         warmup: the share of the steps in which the learning rates rise in a line; they fall along a cosine after.
@@ -39,7 +39,7 @@ class Recipe:
 
     config: QATConfig = field(default_factory=QATConfig)
     calibration: tuple[str, ...] = ()
-    lr: float = 3e-4
+    lr: float = 2e-5
     quantization_lr: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.1
