@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
@@ -15,8 +17,10 @@ from mlframework.quantization import (
     PercentileObserver,
     QATConfig,
     calibrate,
+    finetune,
     parameter_groups,
     prepare,
+    recommended_recipe,
 )
 
 from .methods import OURS, Method, Task
@@ -24,24 +28,45 @@ from .training import distill, scale_learning_rate
 
 
 def post_training(
-    task: Task, observer: Callable[[], ActivationObserver] | None = None, learnable: bool = False
+    task: Task,
+    observer: Callable[[], ActivationObserver] | None = None,
+    learnable: bool = False,
+    method: Sequence[str] = (),
 ) -> nn.Module:
-    """Prepared and calibrated; with the default observer where none is named."""
-    choice = {} if observer is None else {"activation_observer": observer}
+    """Prepared and calibrated, by methods of :func:`calibrate`; with the default observer where none is named."""
     weight_bits, activation_bits = task.width
-    config = QATConfig(weight_bits=weight_bits, activation_bits=activation_bits, learnable=learnable, **choice)
+    config = QATConfig(
+        weight_bits=weight_bits, activation_bits=activation_bits, learnable=learnable, activation_observer=observer
+    )
     prepared = prepare(task.study.model(), config, task.study.example_inputs)
-    calibrate(prepared, task.study.calibration_batches())
+    calibrate(prepared, task.study.calibration_batches(), method=method)
+    return prepared.eval()
+
+
+def recommended(task: Task) -> nn.Module:
+    """What :func:`recommended_recipe` says, for as many steps as the budget has."""
+    study = task.study
+    recipe = recommended_recipe(task.width, steps=1000, network=study.model())
+    prepared = prepare(study.model(), recipe.config, study.example_inputs)
+    calibrate(prepared, study.calibration_batches(), method=recipe.calibration)
+    teacher, batches = study.model(), (batch.inputs for batch in study.train_batches(task.seed))
+    started = time.process_time()
+    finetune(copy.deepcopy(prepared), teacher, batches, steps=TRIAL_STEPS, recipe=recipe)
+    spent = time.process_time() - started
+    task.notes["steps"] = steps = max(1, int((task.seconds - spent) / spent * TRIAL_STEPS))
+    finetune(prepared, teacher, batches, steps=steps, recipe=recipe)
     return prepared.eval()
 
 
 def trained(task: Task, learnable: bool) -> nn.Module:
     """Post-training quantization, then distillation; scales observed, or learned from where rounding errs least."""
-    prepared = post_training(task, HistogramObserver if learnable else None, learnable)
+    prepared = post_training(task, learnable=learnable)
     groups = parameter_groups(prepared, quantization_learning_rate=scale_learning_rate(task))
     task.notes["steps"] = distill(prepared.train(), task.study, task.seed, task.seconds, groups)
     return prepared.eval()
 
+
+TRIAL_STEPS = 4  # which tell how many steps the budget has
 
 _ours = partial(Method, OURS, distribution="mlframework-quantization")
 
@@ -51,6 +76,9 @@ RECIPES: dict[str, Method] = {
     "moving average": _ours(partial(post_training, observer=MovingAverageObserver)),
     "percentile": _ours(partial(post_training, observer=PercentileObserver)),
     "least squares": _ours(partial(post_training, observer=HistogramObserver)),
+    "bias correction": _ours(partial(post_training, method=("correct_bias",))),
+    "rounding, bias correction": _ours(partial(post_training, method=("round_weights", "correct_bias"))),
+    "recommended recipe": _ours(recommended, trains=True),
     "QAT observed": _ours(partial(trained, learnable=False), trains=True),
     "QAT learned": _ours(partial(trained, learnable=True), trains=True),
 }
