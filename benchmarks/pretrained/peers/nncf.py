@@ -1,13 +1,8 @@
 """NNCF's quantization of PyTorch models, after training and with training.
 
 ``nncf.quantize`` as in "Basic Quantization Flow" and "Quantization-aware Training" of OpenVINO's documentation
-<<<<<<< HEAD
 (https://docs.openvino.ai/2026/openvino-workflow/model-optimization.html). Its advice where accuracy suffers is the
 mixed preset, and a slower bias correction that its backend for PyTorch does not have; the faster one is always on.
-=======
-(https://docs.openvino.ai/2026/openvino-workflow/model-optimization.html). Its advice where accuracy suffers is
-the mixed preset, and a slower bias correction that its backend for PyTorch does not have; the faster is always on.
->>>>>>> d1c6e2842cdff621a7e4847be714bf11e7c102df
 """
 
 from __future__ import annotations
