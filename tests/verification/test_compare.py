@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from example_models import EXAMPLES, Example, train_briefly
-from mlframework.quantization import QATConfig, VerificationError, calibrate, compare_outputs, convert, prepare, verify
+from mlframework.quantization import (
+    QATConfig,
+    VerificationError,
+    calibrate,
+    compare_outputs,
+    convert,
+    export_onnx,
+    prepare,
+    verify,
+)
 from mlframework.quantization.qat.qat_module_wrapper import QATModuleWrapper
 
 EVERY_EXAMPLE = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
@@ -154,3 +164,16 @@ def test_what_changes_a_layers_output_in_place_does_not_change_what_was_recorded
     prepared = prepare(Changes(), None, (inputs,))
     calibrate(prepared, [inputs])
     verify(prepared, [inputs])
+
+
+def test_a_linear_layer_of_sequences_that_gives_floats_compares_with_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    prepared = prepare(model, None, (torch.randn(2, 5, 6),))
+    calibrate(prepared, [torch.randn(8, 5, 6)])
+    export_onnx(convert(prepared.eval()), (torch.randn(2, 5, 6),), tmp_path / "model.onnx")
+    report = compare_outputs(prepared, [(torch.randn(3, 5, 6),)], onnx_path=tmp_path / "model.onnx")
+    (layer,) = (layer for layer in report.layers if layer.name == "0")
+    assert layer.compared == "floats"
+    assert layer.onnx is not None
+    assert (layer.onnx.elements, layer.onnx.differing) == (3 * 5 * 8, 0)
