@@ -215,10 +215,7 @@ def _layer(
         kind,
         "floats" if node is None else "codes",
         _difference(name, expected, actual),
-        *(
-            None if value is None else _difference(name, actual[-1:], [in_shape(same_codes(value))])
-            for value in exported
-        ),
+        *(None if value is None else _difference(name, actual[-1:], [value]) for value in known),
     )
 
 
