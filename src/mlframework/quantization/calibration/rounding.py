@@ -17,7 +17,8 @@ from .report import MethodReport
 from .runs import evaluating, kept, nodes_of, nodes_off, run
 
 _ROWS = 4096  # of inputs that a layer's statistics are made of, about
-_DAMPING = 0.01  # as in GPTQ
+# Of the moments' damping, and whether to make up for the layers before: from what trusts the rows most to the least.
+_SETTINGS = ((0.01, True), (0.1, True), (1.0, True), (0.1, False))
 _SHARES = tuple(1 - index / 20 for index in range(14))  # of a weight's range that a grid may cover
 
 
@@ -133,12 +134,7 @@ def _round(layer: QuantizedLayer, rows: Tensor, float_rows: Tensor) -> None:
     has_offset = layer.batch_norm is not None or layer.bias is not None
     if has_offset:  # which takes up what the outputs have in common
         rows, float_rows = rows - mean, float_rows - float_mean
-    wanted = float_rows @ matrix.mT
-    moments = Moments(rows.mT @ rows / rows.shape[1], _DAMPING)
-    missing = (wanted - rows @ matrix.mT).mT @ rows / rows.shape[1]
-    target = matrix + moments.solved(missing)
-    scale = _best_scale(layer, target, moments.diagonal)
-    codes = round_with_feedback(target, moments, scale, node.scheme.quant_min, node.scheme.quant_max)
+    codes, scale = _rounded(layer, matrix, rows, float_rows)
     node.scale.copy_(scale.flatten()[: node.scale.numel()])
     rounded = codes * scale
     weight.copy_(weight_of(layer.layer, rounded, weight))
@@ -151,6 +147,34 @@ def _round(layer: QuantizedLayer, rows: Tensor, float_rows: Tensor) -> None:
             layer.batch_norm.running_mean.sub_(shift)
         elif layer.bias is not None:
             layer.bias.detach().add_(shift)
+
+
+def _rounded(layer: QuantizedLayer, matrix: Tensor, rows: Tensor, float_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scale by the settings that do best on the half of the rows that they are not fitted to: a layer with
+    more inputs than there are rows would make up for what is chance."""
+    half = rows.shape[1] // 2
+    settings = _SETTINGS[0]
+    if half:
+        errors = []
+        for candidate in _SETTINGS:
+            codes, scale = _fitted(layer, matrix, rows[:, :half], float_rows[:, :half], *candidate)
+            difference = float_rows[:, half:] @ matrix.mT - rows[:, half:] @ (codes * scale).mT
+            errors.append(float(difference.square().sum()))
+        settings = _SETTINGS[errors.index(min(errors))]
+    return _fitted(layer, matrix, rows, float_rows, *settings)
+
+
+def _fitted(
+    layer: QuantizedLayer, matrix: Tensor, rows: Tensor, float_rows: Tensor, damping: float, makes_up: bool
+) -> tuple[Tensor, Tensor]:
+    scheme, count = layer.weight_node.scheme, max(1, rows.shape[1])
+    moments = Moments(rows.mT @ rows / count, damping)
+    target = matrix
+    if makes_up:
+        missing = ((float_rows - rows) @ matrix.mT).mT @ rows / count
+        target = matrix + moments.solved(missing)
+    scale = _best_scale(layer, target, moments.diagonal)
+    return round_with_feedback(target, moments, scale, scheme.quant_min, scheme.quant_max), scale
 
 
 def _best_scale(layer: QuantizedLayer, target: Tensor, importance: Tensor) -> Tensor:
