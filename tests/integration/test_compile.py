@@ -75,7 +75,9 @@ def _train(
         pytest.param("mlp", QATConfig(activation_observer=HistogramObserver), "aot_eager", marks=pytest.mark.long),
     ],
     ids=lambda value: (
-        value if isinstance(value, str) else ("learned" if value.learnable else value.activation_observer.__name__)
+        value
+        if isinstance(value, str)
+        else ("learned" if value.learnable else getattr(value.activation_observer, "__name__", "default"))
     ),
 )
 def test_training_compiles_whole_and_settles(name: str, config: QATConfig, backend: str) -> None:

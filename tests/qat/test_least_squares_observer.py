@@ -56,7 +56,7 @@ def test_learned_scales_of_weights_start_there_and_stay_there_through_calibratio
 
 def test_a_weight_that_changed_is_measured_anew() -> None:
     scheme = QuantizationScheme(bits=3, narrow_range=True)
-    observer, weight = LeastSquaresObserver(scheme), torch.randn(3, 4)
+    observer, weight = LeastSquaresObserver(scheme).eval(), torch.randn(3, 4)
     before = observer.measure(weight).extremes
     assert observer.measure(weight).extremes is before
     weight.mul_(2)

@@ -10,9 +10,6 @@ from torch import nn
 
 from ..preparation.batches import arguments_of, iterated
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
-from ..qat.given_weight import GivenWeightWrapper
-from ..qat.qat_module_wrapper import QATModuleWrapper
-from ..qat.weight_range import hold_least_squares_scale
 from .runs import evaluating, nodes_of
 
 
@@ -37,10 +34,6 @@ def measure_ranges(model: nn.Module, batches: Iterable[Any]) -> None:
         for node in nodes:
             if bool(node.observer.batches > 0):
                 node.update_parameters()
-        for wrapper in [module for module in model.modules() if isinstance(module, QATModuleWrapper)]:
-            weight = wrapper.given_weight if isinstance(wrapper, GivenWeightWrapper) else wrapper.evaluated_weight()
-            if wrapper.weight_fake_quantize is not None and weight is not None:
-                hold_least_squares_scale(wrapper.weight_fake_quantize, weight)
 
 
 @contextmanager

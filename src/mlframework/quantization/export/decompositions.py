@@ -20,6 +20,9 @@ _TRANSLATED_WHOLE = {
     torch.ops.aten.reshape.default,
 }
 
+# One that is made up of others, and that torch.onnx knows by these alone.
+_TAKEN_APART = {torch.ops.aten.batch_norm.default}
+
 # Besides operators, what there is for the parts of a result, and for sizes.
 _PYTHON_FUNCTIONS = {
     operator.getitem,
@@ -53,7 +56,7 @@ def _stays(node: fx.Node, table: Mapping[Any, Any]) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return target in _PYTHON_FUNCTIONS
-    if target in table or target._schema.is_mutable:
+    if target in table or target in _TAKEN_APART or target._schema.is_mutable:
         return False
     # Those that are made up of others, PyTorch keeps if asked to; but not where they return views.
     composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)

@@ -1,4 +1,4 @@
-"""The range whose grid has the least squared error on a weight: where learned scales of weights start."""
+"""The range whose grid has the least squared error on a weight: of few bits, and where learned scales start."""
 
 from __future__ import annotations
 
@@ -67,6 +67,10 @@ class LeastSquaresObserver(MovingAverageObserver):
     """Sees of a weight not its extremes but the range that :func:`least_squares_scale` gives its grid; of the newest
     weight alone.
 
+    It searches in evaluation mode, once for each weight. In training, where the weight changes a little with every
+    step, the range is the share of the largest magnitude that the last search found. Of its statistics, ``minimum`` is
+    minus the largest magnitude and ``maximum`` the end of the range.
+
     Args:
         scheme: the weight's grid, symmetric and signed.
         num_channels: along the scheme's channel axis.
@@ -77,16 +81,26 @@ class LeastSquaresObserver(MovingAverageObserver):
         self.scheme = scheme
         self._known: tuple[int, BatchStatistics] | None = None
 
+    def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
+        _, end = super().range(scheme)
+        return -end, end
+
     def _measure(self, input: Tensor) -> BatchStatistics:
+        if self.training:
+            largest = super()._measure(input).extremes.amax(0)
+            share = self.statistics.maximum / -self.statistics.minimum
+            end = largest * torch.where(torch.isfinite(share), share, 1.0)
+            return BatchStatistics(torch.stack([largest, end]))
         fingerprint = None
         if not (kernels.is_traced() or input.is_meta):
             (fingerprint,) = kernels.fingerprints([input])
             if self._known is not None and self._known[0] == fingerprint:  # calibration shows it with every batch
                 return self._known[1]
-        rows = rows_of_channels(input.detach(), self.channel_axis)
+        rows = rows_of_channels(input, self.channel_axis)
+        is_finite = torch.isfinite(rows).all(dim=1)
         end = least_squares_scale(rows, self.scheme) * self.scheme.quant_max
-        end = torch.where(torch.isfinite(rows).all(dim=1), end, -torch.inf)
-        statistics = BatchStatistics(torch.stack([end, end]))
+        both = torch.stack([rows.abs().amax(dim=1), end])
+        statistics = BatchStatistics(torch.where(is_finite, both, -torch.inf))
         if fingerprint is not None:
             self._known = fingerprint, statistics
         return statistics

@@ -14,14 +14,15 @@ from .activation_observer import MovingAverageObserver
 from .computed_parameters import evaluated
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
-from .least_squares_observer import LeastSquaresObserver, least_squares_scale, rows_of_channels
+from .least_squares_observer import LeastSquaresObserver
 
 
 def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuantizeLayer:
     """The fake-quantize node of a layer's weight, on the range that the weight has now.
 
-    Its statistics follow the newest weight alone, and are the same on every rank. A learned scale starts where the
-    squared error is least: on digits, 98.0 % at 2 bits, for 97.6 from the extremes and from either paper's formula.
+    Its statistics follow the newest weight alone, and are the same on every rank. Below 8 bits, where the extremes
+    leave most codes unused, an observed scale has the least squared error, and so has the start of a learned one: on
+    digits with 2 bits (five seeds) 98.00 +- 0.15 %, for 97.64 +- 0.23 from the extremes.
     """
     axis = output_axis if config.per_channel_weights else None
     grid = config.weight_scheme
@@ -29,7 +30,7 @@ def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuan
     channels = 1 if axis is None else weight.shape[axis]
     observer = (
         LeastSquaresObserver(scheme, num_channels=channels)
-        if config.learnable
+        if config.learnable or scheme.bits < 8
         else MovingAverageObserver(momentum=1.0, channel_axis=axis, num_channels=channels)
     )
     node = FakeQuantizeLayer(
@@ -40,8 +41,9 @@ def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuan
         estimator=config.estimator,
     ).to(weight.device)
     node.reduces_over_ranks = False
+    node.eval()
     node.commit(node.observer.measure(weight))
-    return node
+    return node.train()
 
 
 def is_up_to_date(node: FakeQuantizeLayer, fingerprint: int) -> bool:
@@ -93,20 +95,10 @@ def _follows_newest(node: FakeQuantizeLayer) -> bool:
     return (
         not node.learnable
         and observer.enabled
-        and type(observer) is MovingAverageObserver
+        and type(observer) in (MovingAverageObserver, LeastSquaresObserver)
         and observer.statistics.momentum == 1
         and observer.update_every == 1
     )
-
-
-@torch.no_grad()
-def hold_least_squares_scale(node: FakeQuantizeLayer, weight: Tensor) -> None:
-    """Below 8 bits, where the extremes of a weight are a poor range, gives an observed scale the least squared error
-    on the weight at hand, and switches its observer off: training goes on with that scale."""
-    if not node.learnable and node.scheme.bits < 8 and not weight.is_meta:
-        rows = rows_of_channels(weight, node.scheme.channel_axis)
-        node.scale.copy_(least_squares_scale(rows, node.scheme))
-        node.observer.enabled = False
 
 
 def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor) -> None:
