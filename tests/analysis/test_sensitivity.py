@@ -90,7 +90,7 @@ def test_what_lies_outside_of_the_grid_is_clipped_and_not_rounded() -> None:
     assert split.cause == "clipped"
 
 
-@pytest.mark.parametrize(("network", "layers"), [("resnet20", ("conv1", "stages.1.2.conv1")), ("vit", ("head",))])
+@pytest.mark.parametrize(("network", "layers"), [("resnet20", ("stages.1.2.conv1",)), ("vit", ("head",))])
 def test_all_but_a_layer_is_the_model_that_skips_it(network: str, layers: tuple[str, ...]) -> None:
     made = NETWORKS[network]
     model = roughened(made.make())
@@ -202,28 +202,24 @@ def test_an_activation_alone_is_all_that_is_quantized() -> None:
 
 
 def test_the_activation_that_spoils_a_network_stands_out() -> None:
-    class Residual(nn.Module):
-        """A sum with a value that takes up all its codes."""
+    class Uneven(nn.Module):
+        """A layer that reads one channel with large values, and small weights for it."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second, self.norm, self.head = (
-                nn.Linear(8, 8),
-                nn.Linear(8, 8),
-                nn.LayerNorm(8),
-                nn.Linear(8, 4),
-            )
+            self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+            with torch.no_grad():
+                self.head.weight[:, 0] /= 500
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            x = self.second(x) * torch.tensor([500.0] + [1.0] * 7) + x
-            return self.head(self.norm(x * torch.tensor([1 / 500] + [1.0] * 7)))
+            return self.head(self.first(x) * torch.tensor([500.0] + [1.0] * 7))
 
     inputs = torch.randn(64, 8)
-    report = analyze_sensitivity(calibrated(Residual(), inputs), [inputs], bits=(8,))
+    report = analyze_sensitivity(calibrated(Uneven(), inputs), [inputs], bits=(8,))
     worst = min(report.activations, key=lambda activation: activation.alone.snr)
+    assert worst.name != "x"
     assert worst.alone.snr < min(layer.alone.snr for layer in report.layers if layer.name != "head") - 6
-    assert max(report.activations, key=lambda activation: activation.all_but.snr).all_but.snr > report.prepared.snr
+    assert max(report.activations, key=lambda activation: activation.all_but.snr).name == worst.name
 
 
 class Stopped(BaseException):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from mlframework.quantization import MinMaxObserver, QATConfig, calibrate, prepare
+from mlframework.quantization import MinMaxObserver, QATConfig, QuantizationScheme, calibrate, prepare
 from mlframework.quantization.analysis.calls import calls_of
 from mlframework.quantization.analysis.report.histograms import TensorHistogram, histograms_of
 from mlframework.quantization.analysis.switching import in_analysis
+from mlframework.quantization.qat.least_squares_observer import least_squares_scale
 
 
 def histograms(batches: list[torch.Tensor], calibration: torch.Tensor) -> tuple[dict[str, TensorHistogram], nn.Module]:
@@ -52,7 +53,7 @@ def test_a_weight_is_counted_in_steps_of_its_channel() -> None:
     tensor = found["0: weight"]
     assert (tensor.range_low, tensor.range_high) == (-7, 7)
     weight = model[0].weight.detach()
-    steps = weight / weight.abs().amax(1, keepdim=True) * 7
+    steps = weight / least_squares_scale(weight, QuantizationScheme(bits=4, narrow_range=True))[:, None]
     assert tensor.lowest == pytest.approx(float(steps.min()), rel=1e-5)
     assert sum(tensor.counts) == model[0].weight.numel()
-    assert tensor.clipped_share == 0
+    assert tensor.clipped_share == pytest.approx(float((steps.abs() > 7.5).double().mean()))

@@ -115,9 +115,8 @@ def test_a_click_on_a_header_sorts_and_another_one_turns_it_round(seen: dict[str
 
 
 def test_a_click_on_a_layer_shows_its_values(seen: dict[str, Any]) -> None:
-    assert seen["result"]["tensor"] == "blocks.1.mlp.2: output"
-    expected = r"uint8 \[0, 255\] affine, per tensor; (nothing|[\d.]+%) clipped"
-    assert re.fullmatch(expected, seen["result"]["title"])
+    assert seen["result"]["tensor"] == "blocks.1.mlp.2: weight"
+    assert re.fullmatch(r"int\d \[-\d+, \d+\] .*; (nothing|[\d.]+%) clipped", seen["result"]["title"])
 
 
 def test_nothing_is_loaded_from_anywhere(full_page: Path) -> None:
@@ -135,7 +134,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "</script><b>" not in text
     script = "return document.querySelector('#tensors select').options.length"
     found = run_in_page(page, script, tmp_path)
-    assert found == {"result": 5, "troubles": []}  # the input, a layer's output, the norm's, and two weights
+    assert found == {"result": 4, "troubles": []}  # the input, the norm's output, and two weights
 
 
 def test_it_says_what_explain_says(tmp_path: Path) -> None:

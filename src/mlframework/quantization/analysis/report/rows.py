@@ -45,9 +45,9 @@ def rows_of(data: ReportData) -> list[Row]:
 def _is_of(entry: ReportEntry, layer: LayerExplanation) -> bool:
     """Whether a module of the prepared model is what an entry tells of: its name with another number, or the node of
     its output; or what stands for the function that a module's code calls as a layer."""
-    has_grid = entry.quantized or ", output " in entry.detail
+    has_grid = entry.quantized or ", read as " in entry.detail
     base = re.sub(r"_\d+$", "", entry.name)
-    if has_grid and re.fullmatch(rf"{re.escape(base)}(_\d+)?(_fake_quantize)?", layer.name):
+    if has_grid and re.fullmatch(rf"{re.escape(base)}(_\d+)?(_fake_quantize(_\d+)?)?", layer.name):
         return True
     owner, _, _ = layer.name.rpartition(".")
     return entry.quantized and owner == entry.name and layer.kind == entry.kind
