@@ -21,6 +21,8 @@ OWN_VARIABLE = "MLFRAMEWORK_QUANTIZATION_INSTRUCTION_SET"
 LAYERS = ("test_integer_layer.py", "operators/test_layers.py")
 EVERYTHING = ("test_integer_layer.py", "operators")
 WITH_OTHER_LOOPS = ("avx2", "portable")
+# The microkernels of every row are tested by test_microkernels.py as well.
+EACH = [name if name in WITH_OTHER_LOOPS else pytest.param(name, marks=pytest.mark.long) for name in INSTRUCTION_SETS]
 
 
 def test_they_use_the_best_instructions_that_pytorch_uses() -> None:
@@ -45,7 +47,7 @@ def test_every_processor_runs_those_of_the_oldest() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_instruction_set_computes_the_same(name: str, record_property: Callable[[str, object], None]) -> None:
     assert used_under(**{OWN_VARIABLE: name}) == [name, *INSTRUCTION_SETS]
     if name == kernels.instruction_set():  # the tests run on it as they are

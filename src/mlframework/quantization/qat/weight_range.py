@@ -95,6 +95,7 @@ def _follows_newest(node: FakeQuantizeLayer) -> bool:
     return (
         not node.learnable
         and observer.enabled
+        and isinstance(observer, MovingAverageObserver)
         and type(observer) in (MovingAverageObserver, LeastSquaresObserver)
         and observer.statistics.momentum == 1
         and observer.update_every == 1
