@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..preparation.batches import iterated
 from ..preparation.report import preparation_report
+from ..progress import progress_bar
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from .calls import Calls, calls_of, run
@@ -20,7 +21,6 @@ from .checkpoint import Checkpoint, fingerprint_of_batches, fingerprint_of_model
 from .layer_groups import LayerGroup, activation_nodes, in_order, layer_groups, owner_of_activation
 from .local_errors import ErrorEnergies, ErrorSplit, add_layer_error
 from .measures import Comparison, Loss, Measure
-from .progress import progress_of
 from .sensitivity_report import ActivationSensitivity, LayerSensitivity, SensitivityReport
 from .switching import at_width, in_analysis, left_float, nodes_of_width, switch, with_weight_nodes
 
@@ -99,7 +99,7 @@ def analyze_sensitivity(
         analysis.run_reference()
         nodes = analysis.activations if activations else {}
         total = 1 + len(widths) * (1 + 2 * len(analysis.groups)) + 2 * len(nodes)
-        with progress_of("sensitivity", total, shown=progress) as analysis.advance:
+        with progress_bar("sensitivity", total, shown=progress) as analysis.advance:
             prepared = analysis.as_prepared()
             quantized = {width: analysis.everything(width) for width in widths}
             layers = tuple(analysis.layer(group, width) for group in analysis.groups for width in widths)

@@ -151,17 +151,23 @@ def _round(layer: QuantizedLayer, rows: Tensor, float_rows: Tensor) -> None:
 
 def _rounded(layer: QuantizedLayer, matrix: Tensor, rows: Tensor, float_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scale by the settings that do best on the half of the rows that they are not fitted to: a layer with
-    more inputs than there are rows would make up for what is chance."""
-    half = rows.shape[1] // 2
-    settings = _SETTINGS[0]
-    if half:
-        errors = []
-        for candidate in _SETTINGS:
-            codes, scale = _fitted(layer, matrix, rows[:, :half], float_rows[:, :half], *candidate)
-            difference = float_rows[:, half:] @ matrix.mT - rows[:, half:] @ (codes * scale).mT
-            errors.append(float(difference.square().sum()))
-        settings = _SETTINGS[errors.index(min(errors))]
-    return _fitted(layer, matrix, rows, float_rows, *settings)
+    more inputs than there are rows would make up for what is chance. Where the nearest codes do best, it keeps them."""
+    scheme, half = layer.weight_node.scheme, rows.shape[1] // 2
+    if not half:
+        return _fitted(layer, matrix, rows, float_rows, *_SETTINGS[0])
+
+    def error(codes: Tensor, scale: Tensor) -> float:
+        difference = float_rows[:, half:] @ matrix.mT - rows[:, half:] @ (codes * scale).mT
+        return float(difference.square().sum())
+
+    scale = layer.weight_node.scale.detach().to(matrix.dtype).expand(matrix.shape[0] * matrix.shape[1])
+    scale = scale.reshape(*matrix.shape[:2], 1)
+    nearest = (matrix / scale).round().clamp(scheme.quant_min, scheme.quant_max)
+    first_half = rows[:, :half], float_rows[:, :half]
+    errors = [error(*_fitted(layer, matrix, *first_half, *settings)) for settings in _SETTINGS]
+    if error(nearest, scale) <= min(errors):
+        return nearest, scale
+    return _fitted(layer, matrix, rows, float_rows, *_SETTINGS[errors.index(min(errors))])
 
 
 def _fitted(

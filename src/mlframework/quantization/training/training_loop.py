@@ -15,11 +15,11 @@ from ..graph.modes import in_evaluation
 from ..int8.folding import BATCH_NORMS
 from ..preparation.batches import arguments_of, iterated
 from ..preparation.parameter_groups import parameter_groups
+from ..progress import progress_bar
 from ..qat.schedule import QATSchedule
 from .distillation import FeatureMatching, distillation_loss
 from .modes import in_fine_tuning
 from .oscillation import OscillationFreezer, dampening_loss
-from .progress import progress_bar
 from .recipe import Recipe
 
 Loss = Callable[[Any, Any], Tensor]

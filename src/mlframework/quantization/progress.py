@@ -7,19 +7,22 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(description: str, total: int, *, done: int = 0, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A function that advances a bar by one, with a text beside it; without ``shown``, one that does nothing.
+def progress_bar(description: str, total: int, *, done: int = 0, shown: bool) -> Iterator[Callable[..., None]]:
+    """A function that advances a bar by one, with a text beside it where it is given one; without ``shown``, one that
+    does nothing.
 
     Raises:
         ImportError: rich is not installed.
     """
     if not shown:
-        yield lambda text: None
+        yield lambda text="": None
         return
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError as error:
-        raise ImportError("progress=True needs rich: pip install 'mlframework-quantization[demo]'") from error
+        raise ImportError(
+            "progress=True needs rich, which is not installed: pip install 'mlframework-quantization[analysis]'"
+        ) from error
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,4 +32,4 @@ def progress_bar(description: str, total: int, *, done: int = 0, shown: bool) ->
     )
     with Progress(*columns) as progress:
         task = progress.add_task(description, total=total, completed=done, text="")
-        yield lambda text: progress.update(task, advance=1, text=text)
+        yield lambda text="": progress.update(task, advance=1, text=text)
