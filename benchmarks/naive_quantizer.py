@@ -81,7 +81,6 @@ NETWORKS: dict[str, tuple[Make, tuple[int, ...]]] = {
         made("ResNetModel", "ResNetConfig", layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512]),
         (2, 3, 224, 224),
     ),
-    "MobileNetV2": (made("MobileNetV2Model", "MobileNetV2Config"), (2, 3, 224, 224)),
 }
 
 
@@ -98,7 +97,7 @@ def naive(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
 
     def rounded(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         low, high = ends[layer][0].clamp(max=0), ends[layer][1].clamp(min=0)
-        scale = (high - low) / 255
+        scale = ((high - low) / 255).clamp(min=1e-12)  # a tensor of zeros
         zero = (-low / scale).round()
         return ((args[0] / scale).round().add(zero).clamp(0, 255).sub(zero) * scale, *args[1:])
 
@@ -151,7 +150,7 @@ def main() -> None:
         "Post-training, beside a naive quantizer",
         (
             "`python benchmarks/naive_quantizer.py`: architectures with random weights at 8 bits, calibrated on four",
-            "batches of noise. The naive quantizer rounds the weight of each linear layer and convolution, per channel,",
+            "batches of noise. The naive quantizer rounds the weight of every Linear and convolution, per channel,",
             "and what enters it, between its extremes on the same batches, and computes everything else in float.",
             "Signal-to-noise of all outputs on two other batches, in dB.",
         ),
