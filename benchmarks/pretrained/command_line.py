@@ -44,9 +44,10 @@ def write(results: Iterable[Result]) -> None:
         "Pretrained networks",
         (
             "`make study`: networks with weights from packages, or trained here once, quantized by each method from",
-            "the same calibration batches, and trained for the same processor time by the same loss (distillation from",
-            "the float network). Data to train, to calibrate and to test on are apart. A cell gives the metrics of its",
-            "network, mean and standard deviation over seeds:",
+            "the same calibration batches, and trained for the same processor time by distillation from the float",
+            "network: by the task's own loss and learning rate, and the recommended recipe by its own. What is tested",
+            "on is neither trained nor calibrated on. A cell gives the metrics of its network, mean and standard",
+            "deviation over seeds:",
             "",
             *networks,
         ),

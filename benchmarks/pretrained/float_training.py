@@ -17,6 +17,8 @@ FOLDER = Path(__file__).resolve().parents[2] / ".study"
 def trained_once(name: str, make: Callable[[], nn.Module], train: Callable[[nn.Module], None]) -> nn.Module:
     """The network with the weights of ``.study/NAME.pt``, in evaluation mode; where there are none, it is trained.
 
+    Its dropouts drop nothing from then on: a student is to see what its teacher sees.
+
     Args:
         name: of the file. What is trained otherwise needs another name.
         make: makes the network, from the global random state.
@@ -34,6 +36,9 @@ def trained_once(name: str, make: Callable[[], nn.Module], train: Callable[[nn.M
             partial = path.with_suffix(".partial")
             torch.save(model.state_dict(), partial)
             partial.replace(path)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model.eval()
 
 

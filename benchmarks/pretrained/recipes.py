@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,15 +45,22 @@ def post_training(
 def recommended(task: Task) -> nn.Module:
     """What :func:`recommended_recipe` says, for as many steps as the budget has."""
     study = task.study
-    recipe = recommended_recipe(task.width, steps=1000, network=study.model())
-    prepared = prepare(study.model(), recipe.config, study.example_inputs)
-    calibrate(prepared, study.calibration_batches(), method=recipe.calibration)
-    teacher, batches = study.model(), (batch.inputs for batch in study.train_batches(task.seed))
-    started = time.process_time()
-    finetune(copy.deepcopy(prepared), teacher, batches, steps=TRIAL_STEPS, recipe=recipe)
-    spent = time.process_time() - started
-    task.notes["steps"] = steps = max(1, int((task.seconds - spent) / spent * TRIAL_STEPS))
-    finetune(prepared, teacher, batches, steps=steps, recipe=recipe)
+    teacher = study.model()
+
+    def run(steps: int) -> tuple[nn.Module, float]:
+        recipe = recommended_recipe(task.width, steps, study.model())
+        prepared = prepare(study.model(), recipe.config, study.example_inputs)
+        calibrate(prepared, study.calibration_batches(), method=recipe.calibration)
+        batches = (batch.inputs for batch in study.train_batches(task.seed))
+        started = time.process_time()
+        finetune(prepared, teacher, batches, steps=steps, recipe=recipe)
+        return prepared, time.process_time() - started
+
+    run(1)  # what the first step of a process plans
+    _, trial = run(TRIAL_STEPS)
+    steps = max(1, int(task.seconds / trial * TRIAL_STEPS))
+    prepared, spent = run(steps)
+    task.notes.update(steps=steps, seconds=spent)
     return prepared.eval()
 
 

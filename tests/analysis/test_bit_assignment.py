@@ -150,8 +150,19 @@ def test_overrides_keep_what_a_layer_was_prepared_with() -> None:
     assert (override.weight_bits, override.activation_bits, override.reduce_range) == (4, 6, True)
     assert (override.overrides, override.skip) == ({}, ())
     configured = assignment.configured(base)
-    assert set(configured.overrides) == {"x", "layer0"}
+    assert list(configured.overrides) == ["layer0", "x"]
     assert configured.skip == ("other",)
+
+
+def test_a_configuration_with_the_widths_is_in_all_else_as_it_is() -> None:
+    assignment = assign_bits(report_of([100, 100], [{4: 1e-3}, {4: 1e-3}]), average_bits=4)
+    narrow = QATConfig(activation_bits=5, weight_bits=8)
+    given = QATConfig(learnable=True, activation_bits=4, overrides={"layer1": narrow, nn.Linear: QATConfig()})
+    configured = assignment.configured(given)
+    first, second = configured.overrides["layer0"], configured.overrides["layer1"]
+    assert (first.learnable, first.activation_bits, first.weight_bits) == (True, 4, 4)
+    assert (second.learnable, second.activation_bits, second.weight_bits) == (False, 5, 4)
+    assert list(configured.overrides) == ["layer0", "layer1", nn.Linear]
 
 
 class Bracketed(nn.Module):

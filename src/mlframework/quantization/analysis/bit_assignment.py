@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from ..qat.config import QATConfig
+from ..qat.config import QATConfig, Selector
 from ..qat.targets import TARGETS
 from ..tables import html_table, text_table
 from .measures import decibels
@@ -65,7 +66,10 @@ class BitAssignment:
         return {name: choice.bits for name, choice in self.choices.items()}
 
     def configured(self, config: QATConfig) -> QATConfig:
-        """A configuration with these widths, ahead of its own overrides.
+        """A configuration with these widths for the layers measured, and in all else as it is.
+
+        What it says of a layer in ``overrides`` by name or pattern stays, but for the width; overrides by type are for
+        other layers.
 
         Example:
             >>> prepared = prepare(nn.Linear(8, 2), QATConfig(), (torch.randn(1, 8),))
@@ -74,7 +78,16 @@ class BitAssignment:
             >>> assignment.configured(QATConfig()).for_layer("", nn.Linear(8, 2)).weight_bits
             4
         """
-        return replace(config, overrides={**self.overrides, **config.overrides}, skip=(*config.skip, *self.skip))
+        overrides: dict[Selector, QATConfig] = {}
+        for name, bits in self.bits.items():
+            if bits is not None:
+                named = (
+                    own for key, own in config.overrides.items() if isinstance(key, str) and fnmatchcase(name, key)
+                )
+                base = next(named, config)
+                overrides[glob.escape(name)] = replace(base, weight_bits=bits, overrides={}, skip=())
+        others = {key: own for key, own in config.overrides.items() if key not in overrides}
+        return replace(config, overrides={**overrides, **others}, skip=(*config.skip, *self.skip))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as :mod:`json` writes it."""
