@@ -133,3 +133,18 @@ def test_the_scales_of_weights_of_8_bits_follow_the_weights() -> None:
         model.eval()(batches()[0])
     wrapper = model[0]
     torch.testing.assert_close(wrapper.weight_fake_quantize.scale, wrapper.weight.detach().abs().amax(1) / 127)
+
+
+def test_methods_are_refused_where_ranks_would_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepare(network(), QATConfig(), (batches()[0],))
+    monkeypatch.setattr("mlframework.quantization.calibration.calibrate.is_distributed", lambda: True)
+    with pytest.raises(RuntimeError, match=r"method must be empty under torch.distributed, got \('correct_bias',\)"):
+        calibrate(model, batches(), method="correct_bias")
+
+
+def test_a_held_scale_of_a_weight_is_held() -> None:
+    model = prepare(network(), QATConfig(weight_bits=4), (batches()[0],))
+    calibrate(model, batches(), method="round_weights")
+    before = [model[index].weight_fake_quantize.scale.clone() for index in (0, 2)]
+    calibrate(model, batches())
+    assert all(map(torch.equal, before, [model[index].weight_fake_quantize.scale for index in (0, 2)]))

@@ -202,6 +202,24 @@ def test_only_who_computes_on_integers_reads_a_grid() -> None:
         assert torch.equal(convert(prepared)(x), prepared(x))
 
 
+@pytest.mark.parametrize(
+    "between", [nn.Dropout(), nn.Identity(), nn.Flatten(1)], ids=lambda module: type(module).__name__
+)
+def test_what_lies_between_a_value_and_its_readers_does_not_put_a_sum_on_a_grid(between: nn.Module) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.between(self.norm(x))
+        return y + self.last(y)
+
+    model = Runs(forward, norm=nn.LayerNorm(6), between=between, last=nn.Linear(6, 6))
+    prepared = prepare(model, None, (torch.randn(4, 6),)).eval()
+    calibrate(prepared, [torch.randn(64, 6)])
+    x = torch.randn(8, 6)
+    with torch.no_grad():
+        value = model.eval().norm(x)
+        assert torch.equal(prepared(x), value + prepared.last(value))
+        assert torch.equal(convert(prepared)(x), prepared(x))
+
+
 def test_a_part_of_a_value_has_a_grid_of_its_own() -> None:
     """The range of what is left out does not count."""
     model = placed(lambda self, x: self.last(torch.cat([x.cumsum(1), 100 * x], 1)[:, :3]), last=conv(3, 2))

@@ -271,4 +271,4 @@ def test_its_float_output_is_that_of_the_modules_by_themselves() -> None:
 
 def test_it_keeps_what_it_was_made_with() -> None:
     config = QATConfig(weight_bits=3)
-    assert QATModuleWrapper(nn.Linear(3, 2), config).config is config
+    assert QATModuleWrapper(nn.Linear(3, 2), config).quantization_config is config

@@ -43,7 +43,7 @@ class LayerGroup:
     @property
     def config(self) -> QATConfig:
         """What the layer was prepared with."""
-        return self.first.config
+        return self.first.quantization_config
 
     @property
     def weight_nodes(self) -> tuple[FakeQuantizeLayer, ...]:

@@ -54,7 +54,7 @@ def nodes_of_width(group: LayerGroup, weights: Mapping[str, Tensor], bits: int) 
 
 
 def _node_of_width(wrapper: QATModuleWrapper, weight: Tensor, bits: int) -> FakeQuantizeLayer:
-    config = replace(wrapper.config, weight_bits=bits, learnable=False)
+    config = replace(wrapper.quantization_config, weight_bits=bits, learnable=False)
     node = weight_node(weight.detach(), config, output_axis(wrapper)).eval()
     node.observer.enabled = False  # the weight stays what it is
     return node

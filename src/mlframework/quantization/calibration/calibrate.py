@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..qat.observer_synchronizer import is_distributed
 from .batch_norm import reestimate_batch_norm
 from .bias_correction import correct_bias
 from .equalization import equalized
@@ -50,9 +51,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequenc
         - :func:`reestimate_batch_norm`: statistics of batch normalization, with quantized weights.
 
     Raises:
+        RuntimeError: a method under ``torch.distributed``, whose ranks would part: none of them communicates.
         TypeError: a batch does not fit the model's forward, or ``batches`` is itself a batch.
         ValueError: there are no nodes in the model (it is not prepared, or nothing in it could be quantized), or no
-            batches; a method is unknown, or finds nothing in the model that it could change.
+            batches; a method is unknown, or ``"reestimate_batch_norm"`` finds no batch normalization.
 
     Example:
         >>> prepared = prepare(nn.Linear(4, 2), QATConfig(), (torch.randn(1, 4),))
@@ -67,6 +69,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequenc
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise ValueError(f"method must be among {', '.join(METHODS)}, got {unknown[0]!r}")
+    if methods and is_distributed():
+        raise RuntimeError(
+            f"method must be empty under torch.distributed, got {methods}: calibrate in one process, and load the state"
+        )
     with unchanged_on_error(model):
         if methods:
             batches = kept(batches)

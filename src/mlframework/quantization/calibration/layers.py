@@ -135,14 +135,16 @@ def _obstacle(model: nn.Module, layer: QuantizedLayer) -> str | None:
     if layer.wrapper.weight_fake_quantize is None:
         return "its weight is not quantized"
     holders = {
-        id(module._parameters)
+        id(module._parameters): module
         for module in model.modules()
         for parameter in module._parameters.values()
         if parameter is layer.weight
     }
-    own = {id(wrapper._parameters) for wrapper in layer.wrappers}
+    others = [holder for key, holder in holders.items() if key not in {id(own._parameters) for own in layer.wrappers}]
+    # A function is given the weight of a module that does not compute with it otherwise.
     is_given = any(isinstance(wrapper, GivenWeightWrapper) for wrapper in layer.wrappers)
-    if len(holders - own) > (1 if is_given else 0):
+    computes = any(isinstance(holder, (QATModuleWrapper, nn.Embedding)) for holder in others)
+    if computes or len(others) > is_given:
         return "other modules share its weight"
     return None
 

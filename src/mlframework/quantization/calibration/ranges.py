@@ -15,12 +15,12 @@ from .runs import evaluating, nodes_of
 
 def measure_ranges(model: nn.Module, batches: Iterable[Any]) -> None:
     """Sets every node's scale and zero point from what its observer sees of the batches; earlier statistics are
-    forgotten.
+    forgotten. The scale of a weight whose observer is switched off is held.
 
     Raises:
         TypeError, ValueError: as :func:`.calibrate`.
     """
-    nodes = nodes_of(model)
+    nodes = [node for node in nodes_of(model) if node.reduces_over_ranks or node.observer.enabled]
     with _calibrating(nodes), evaluating(model):
         for node in nodes:
             node.observer.reset()

@@ -161,7 +161,7 @@ def _rounded(layer: QuantizedLayer, matrix: Tensor, rows: Tensor, float_rows: Te
         return float(difference.square().sum())
 
     scale = layer.weight_node.scale.detach().to(matrix.dtype).expand(matrix.shape[0] * matrix.shape[1])
-    scale = scale.reshape(*matrix.shape[:2], 1)
+    scale = scale.reshape(*matrix.shape[:2], 1).clone()  # since it is written to the node that it comes from
     nearest = (matrix / scale).round().clamp(scheme.quant_min, scheme.quant_max)
     first_half = rows[:, :half], float_rows[:, :half]
     errors = [error(*_fitted(layer, matrix, *first_half, *settings)) for settings in _SETTINGS]

@@ -267,22 +267,26 @@ class _Placer:
     def _demand_inputs(self) -> None:
         """Quantizes what layers read: where integers of it are at hand; of floats, the part that all of them read."""
         paths: dict[fx.Node, list[list[fx.Node]]] = {}
+        leading = {chain.node for chain in self.placement.chains}
         for chain in self.placement.chains:
             if chain.input is not None:
                 path = self._path(chain.input)
                 paths.setdefault(path[-1], []).append(path[::-1])
+                leading.update(path)
         self.on_grid |= self.chain_of_end.keys() & paths.keys()
         for base in [node for node in self.graph.nodes if node in paths and node not in self.on_grid]:
             if self._entry(base) is not None:
                 self.on_grid.add(base)
                 continue
-            place, selects = base, False
+            place, has_left = base, False
             for steps in zip(*(path[1:] for path in paths[base]), strict=False):
-                if len(set(steps)) > 1 or self._is_dropout(steps[0]):
+                if len(set(steps)) > 1:
                     break
-                selects = selects or operations.takes_a_part(steps[0])
-                if selects and operations.is_float_tensor(steps[0]):
-                    place, selects = steps[0], False
+                # Others read more than the layers do, or read it as well: to them it stays as it is.
+                is_read = any(reader not in leading for reader in readers(steps[0]))
+                has_left = has_left or operations.takes_a_part(steps[0]) or is_read
+                if has_left and operations.is_float_tensor(steps[0]):
+                    place, has_left = steps[0], False
             self.late.add(place)
             self.on_grid.add(place)
 

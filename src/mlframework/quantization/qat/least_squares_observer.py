@@ -11,6 +11,7 @@ from .activation_observer import BatchStatistics, MovingAverageObserver
 
 # Of the largest magnitude: the ends that are tried first. The best of them is then improved on.
 _SMALLEST_SHARE, _SHARES, _IMPROVEMENTS = 0.2, 24, 4
+_LARGEST_SHARE = 2.0  # which no search comes to: statistics with a larger one are of another observer
 
 
 def rows_of_channels(weight: Tensor, channel_axis: int | None) -> Tensor:
@@ -27,6 +28,8 @@ def least_squares_scale(rows: Tensor, scheme: QuantizationScheme) -> Tensor:
     From the best of several shares of the largest magnitude, in turns: the codes for a scale, and the scale that has
     the least error for these codes, :math:`s = \sum w q / \sum q^2`. Neither step can raise the error.
 
+    Sums are of float64, so that another order of summing changes no float32 scale but by the rarest chance.
+
     Args:
         rows: float32 (C, N), finite.
         scheme: symmetric and signed.
@@ -34,6 +37,7 @@ def least_squares_scale(rows: Tensor, scheme: QuantizationScheme) -> Tensor:
     Returns:
         float32 (C,); 1 where a row is all zeros.
     """
+    rows = rows.double()
     largest = rows.abs().amax(dim=1)
     best = torch.where(largest > 0, largest / scheme.quant_max, 1.0)
     error = _squared_error(rows, best, scheme)
@@ -43,7 +47,7 @@ def least_squares_scale(rows: Tensor, scheme: QuantizationScheme) -> Tensor:
         codes = _codes(rows, best, scheme)
         scale = (rows * codes).sum(dim=1) / codes.square().sum(dim=1)
         best, error = _better(rows, scale, best, error, scheme)
-    return best
+    return best.float()
 
 
 def _codes(rows: Tensor, scale: Tensor, scheme: QuantizationScheme) -> Tensor:
@@ -89,7 +93,7 @@ class LeastSquaresObserver(MovingAverageObserver):
         if self.training:
             largest = super()._measure(input).extremes.amax(0)
             share = self.statistics.maximum / -self.statistics.minimum
-            end = largest * torch.where(torch.isfinite(share), share, 1.0)
+            end = largest * torch.where((share > 0) & (share < _LARGEST_SHARE), share, 1.0)  # if it is one at all
             return BatchStatistics(torch.stack([largest, end]))
         fingerprint = None
         if not (kernels.is_traced() or input.is_meta):

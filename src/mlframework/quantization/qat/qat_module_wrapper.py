@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .integer_evaluation import IntegerEvaluation
 from .layer_types import LAYER_TYPES, clip_of, layer_type_of, obstacle_of, takes_batch_norm
 from .recomputation import as_in_forward, is_recomputing
 from .training_forward import TrainingForward
-from .weight_range import keep_loaded_scale, require_finite, weight_node
+from .weight_range import keep_loaded_scale, require_finite, set_range, weight_node
 
 
 class QATModuleWrapper(TrainingForward, IntegerEvaluation):
@@ -99,7 +100,7 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
             raise TypeError(f"activation must only clip (ReLU, ReLU6, Hardtanh), got {type(activation).__name__}")
         # The layer is no submodule, which would rename its parameters: the wrapper shares its registries instead.
         self.__dict__["layer"] = layer
-        self.config = config
+        self.quantization_config = config  # for analyses, which try other widths
         self.__dict__["_parameters"] = layer._parameters
         self.__dict__["_buffers"] = layer._buffers
         self.__dict__["_non_persistent_buffers_set"] = layer._non_persistent_buffers_set
@@ -161,7 +162,7 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
         comes = any(f"{prefix}{name}" in state_dict for name in self._parameters if name.startswith("weight"))
         if node is not None and comes and f"{prefix}weight_fake_quantize.scale" not in state_dict:
             # A float checkpoint: a learned or frozen scale does not follow by itself.
-            node.commit(node.observer.measure(self.evaluated_weight()))
+            set_range(node, self.evaluated_weight())
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -172,7 +173,9 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
             return getattr(self.__dict__["layer"], name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        # What makes observers may be a lambda, which does not pickle, and has made them.
+        config = replace(self.quantization_config, activation_observer=None, overrides={}, skip=())
+        return {**self.__dict__, "_cached": None, "quantization_config": config}
 
     def extra_repr(self) -> str:
         bias = None if isinstance(self.layer, nn.Embedding) else self._evaluated_bias()

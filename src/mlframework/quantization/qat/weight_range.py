@@ -41,9 +41,17 @@ def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuan
         estimator=config.estimator,
     ).to(weight.device)
     node.reduces_over_ranks = False
-    node.eval()
-    node.commit(node.observer.measure(weight))
-    return node.train()
+    set_range(node, weight)
+    return node
+
+
+def set_range(node: FakeQuantizeLayer, weight: Tensor) -> None:
+    """Sets statistics and scale, a learned one too, to those of a weight, whatever the mode."""
+    training = node.observer.training
+    try:
+        node.commit(node.observer.eval().measure(weight))
+    finally:
+        node.observer.train(training)
 
 
 def is_up_to_date(node: FakeQuantizeLayer, fingerprint: int) -> bool:
@@ -69,8 +77,10 @@ def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | Non
     if not _follows_newest(node):
         return
     if kernels.is_traced() or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
-        _observe(node, weight)  # where no value can be compared on the host
-        node.range_of = None
+        # No value can be compared on the host. A search in every call would cost more than the layer.
+        if not isinstance(node.observer, LeastSquaresObserver):
+            _observe(node, weight)
+            node.range_of = None
         return
     if torch._C._are_functorch_transforms_active():  # which allow no update in place
         return
@@ -103,11 +113,11 @@ def _follows_newest(node: FakeQuantizeLayer) -> bool:
 
 
 def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor) -> None:
-    """Takes a scale that its own statistics do not give (learned, or set by hand, before it was saved) for that of the
-    weight which was loaded with it."""
+    """Takes a scale that its own statistics do not give (learned, or set by hand, before it was saved), or that another
+    machine may have found by a search, for that of the weight which was loaded with it."""
     if _follows_newest(node) and node.is_initialized and not weight.is_meta:
         scale, _ = arithmetic.range_to_scale_and_zero_point(*node.observer.range(node.scheme), node.scheme)
-        if not torch.equal(scale, node.scale):
+        if isinstance(node.observer, LeastSquaresObserver) or not torch.equal(scale, node.scale):
             (node.range_of,) = kernels.fingerprints([weight])
 
 
