@@ -52,7 +52,7 @@ def test_the_student_comes_closer_to_its_teacher(learnable: bool) -> None:
     student, teacher, batches = student_and_teacher(learnable=learnable)
     before = distance(student, teacher, batches)
     history = finetune(student, teacher, batches, steps=40, lr=3e-3)
-    assert distance(student, teacher, batches) < (0.6 if learnable else 0.95) * before  # scales that learn help most
+    assert distance(student, teacher, batches) < 0.6 * before
     assert len(history.losses) == len(history.learning_rates) == 40
     int8 = convert(student)
     with torch.no_grad():

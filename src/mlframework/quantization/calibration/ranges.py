@@ -10,6 +10,7 @@ from torch import nn
 
 from ..preparation.batches import arguments_of, iterated
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.weight_range import searching
 from .runs import evaluating, nodes_of
 
 
@@ -21,7 +22,7 @@ def measure_ranges(model: nn.Module, batches: Iterable[Any]) -> None:
         TypeError, ValueError: as :func:`.calibrate`.
     """
     nodes = [node for node in nodes_of(model) if node.reduces_over_ranks or node.observer.enabled]
-    with _calibrating(nodes), evaluating(model):
+    with _calibrating(nodes), searching(nodes), evaluating(model):
         for node in nodes:
             node.observer.reset()
         seen = 0

@@ -71,18 +71,23 @@ class LeastSquaresObserver(MovingAverageObserver):
     """Sees of a weight not its extremes but the range that :func:`least_squares_scale` gives its grid; of the newest
     weight alone.
 
-    It searches in evaluation mode, once for each weight. In training, where the weight changes a little with every
-    step, the range is the share of the largest magnitude that the last search found. Of its statistics, ``minimum`` is
+    It searches where it is told to: when a model is prepared, calibrated or given a float checkpoint. Otherwise, in
+    training as in evaluation, the range is the share of the largest magnitude that the last search found: searching
+    again for an evaluation would round weights otherwise than they were trained. Of its statistics, ``minimum`` is
     minus the largest magnitude and ``maximum`` the end of the range.
 
     Args:
         scheme: the weight's grid, symmetric and signed.
         num_channels: along the scheme's channel axis.
+
+    Attributes:
+        searches: whether the next weight is searched for its range.
     """
 
     def __init__(self, scheme: QuantizationScheme, *, num_channels: int = 1) -> None:
         super().__init__(momentum=1.0, channel_axis=scheme.channel_axis, num_channels=num_channels)
         self.scheme = scheme
+        self.searches = False
         self._known: tuple[int, BatchStatistics] | None = None
 
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
@@ -90,7 +95,7 @@ class LeastSquaresObserver(MovingAverageObserver):
         return -end, end
 
     def _measure(self, input: Tensor) -> BatchStatistics:
-        if self.training:
+        if not self.searches:
             largest = super()._measure(input).extremes.amax(0)
             share = self.statistics.maximum / -self.statistics.minimum
             end = largest * torch.where((share > 0) & (share < _LARGEST_SHARE), share, 1.0)  # if it is one at all

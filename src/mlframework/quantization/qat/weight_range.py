@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -46,12 +46,22 @@ def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuan
 
 
 def set_range(node: FakeQuantizeLayer, weight: Tensor) -> None:
-    """Sets statistics and scale, a learned one too, to those of a weight, whatever the mode."""
-    training = node.observer.training
+    """Sets statistics and scale, a learned one too, to those of a weight: where it searches, by a search."""
+    with searching([node]):
+        node.commit(node.observer.measure(weight))
+
+
+@contextmanager
+def searching(nodes: Iterable[FakeQuantizeLayer]) -> Iterator[None]:
+    """Has the observers of weights that can search for their range."""
+    observers = [node.observer for node in nodes if isinstance(node.observer, LeastSquaresObserver)]
     try:
-        node.commit(node.observer.eval().measure(weight))
+        for observer in observers:
+            observer.searches = True
+        yield
     finally:
-        node.observer.train(training)
+        for observer in observers:
+            observer.searches = False
 
 
 def is_up_to_date(node: FakeQuantizeLayer, fingerprint: int) -> bool:
@@ -77,10 +87,8 @@ def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | Non
     if not _follows_newest(node):
         return
     if kernels.is_traced() or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
-        # No value can be compared on the host. A search in every call would cost more than the layer.
-        if not isinstance(node.observer, LeastSquaresObserver):
-            _observe(node, weight)
-            node.range_of = None
+        _observe(node, weight)  # where no value can be compared on the host
+        node.range_of = None
         return
     if torch._C._are_functorch_transforms_active():  # which allow no update in place
         return
