@@ -38,7 +38,7 @@ def write(results: Iterable[Result]) -> None:
     section = ColumnsByKind("pretrained", ("network", "width", "method", "library"))
     for row in rows(results):
         cell = f"{' / '.join(row.figures)}{' (' if row.figures else ''}{row.remarks}{')' if row.figures else ''}"
-        section.set((study(row.network).title, row.width, row.method, row.library), cell.replace("|", "/"))
+        section.set((study(row.network).title, row.width, row.method, row.package), cell.replace("|", "/"))
     networks = (f"- {study(name).title}: {' / '.join(study(name).metrics)}" for name in STUDIES)
     section.write(
         "Pretrained networks",
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list:
         console.print(f"networks: {', '.join(STUDIES)}\nwidths: {', '.join(WIDTHS)}")
         for name, method in METHODS.items():
-            remarks = [method.library] + ["trains"] * method.trains + ["not installed"] * (method.version is None)
+            remarks = [method.package] + ["trains"] * method.trains + ["not installed"] * (method.version is None)
             console.print(f"  {name} ({', '.join(remarks)})")
         console.print(f"{len(runs) - len(left)} runs are done, {len(left)} are left")
         return

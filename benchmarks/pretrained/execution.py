@@ -60,7 +60,7 @@ def execute_all(runs: Sequence[Run], threads: int, console: Console) -> None:
             for run in runs:
                 progress.update(bar, description=str(run))
                 method = METHODS.get(run.method)
-                library = method.library if method else OURS
+                library = method.package if method else OURS
                 if (run.network, library) != place:
                     # Some libraries patch PyTorch, and some crash: each network and library has its own process.
                     if executor is not None:

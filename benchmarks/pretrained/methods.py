@@ -49,13 +49,13 @@ class Method:
     """One way to quantize.
 
     Attributes:
-        library: whose, ``OURS`` or a peer's name; every library runs in a process of its own.
+        package: whose, ``OURS`` or a peer's name; every library runs in a process of its own.
         quantize: makes a callable that takes the network's arguments; of this library, a prepared model.
         trains: whether it uses the budget, and comes out otherwise from another seed.
         distribution: the installed package whose version is recorded.
     """
 
-    library: str
+    package: str
     quantize: Callable[[Task], Model]
     trains: bool = False
     distribution: str = "torch"

@@ -56,7 +56,7 @@ class Result:
 
     Attributes:
         run: which.
-        library: a name and its version.
+        package: a name and its version.
         metrics: of the study; empty after a failure.
         notes: what else the method recorded.
         wall_seconds: to quantize, without the evaluation.
@@ -66,7 +66,7 @@ class Result:
     """
 
     run: Run
-    library: str
+    package: str
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
     wall_seconds: float = 0.0
@@ -93,12 +93,12 @@ def execute(run: Run, width: Width | None, method: Method | None, threads: int =
     network = _study(run.network, run.seed)
     if width is None or method is None:
         return Result(run, FLOAT, network.evaluate(network.model()))
-    library = f"{method.library} {method.version}"
+    library = f"{method.package} {method.version}"
     task = Task(network, width, run.seed, run.seconds)
     started = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            if method.library != OURS:
+            if method.package != OURS:
                 warnings.simplefilter("ignore")
             model = method.quantize(task)
             seconds = time.perf_counter() - started
@@ -106,12 +106,12 @@ def execute(run: Run, width: Width | None, method: Method | None, threads: int =
     except Unsupported as error:
         return Result(run, library, failure=str(error))
     except Exception as error:  # a library may fail in any way, and the study goes on
-        if method.library == OURS:
+        if method.package == OURS:
             raise
         reason = str(error).strip().splitlines() or [""]
         return Result(run, library, failure=f"{type(error).__name__}: {reason[0][:200]}")
     exact = share = None
-    if method.library == OURS:
+    if method.package == OURS:
         assert isinstance(model, nn.Module)
         exact, share = converts_exactly(model, network), preparation_report(model).multiply_adds.fraction
     return Result(run, library, metrics, task.notes, seconds, exact, share)

@@ -22,7 +22,7 @@ class Row(NamedTuple):
     network: str
     width: str
     method: str
-    library: str
+    package: str
     figures: tuple[str, ...]
     remarks: str
 
@@ -40,7 +40,7 @@ def rows(results: Iterable[Result]) -> Iterator[Row]:
         done = [result for result in group if not result.failure]
         metrics = study(network).metrics
         figures = tuple(_figure([result.metrics[metric] for result in done]) for metric in metrics) if done else ()
-        yield Row(network, width, method, group[0].library, figures, ", ".join(_remarks(group, seconds)))
+        yield Row(network, width, method, group[0].package, figures, ", ".join(_remarks(group, seconds)))
 
 
 def _figure(values: list[float]) -> str:
