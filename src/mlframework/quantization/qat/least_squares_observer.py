@@ -97,8 +97,10 @@ class LeastSquaresObserver(MovingAverageObserver):
     def _measure(self, input: Tensor) -> BatchStatistics:
         if not self.searches:
             largest = super()._measure(input).extremes.amax(0)
-            share = self.statistics.maximum / -self.statistics.minimum
+            largest_then, end_then = -self.statistics.minimum, self.statistics.maximum
+            share = end_then / largest_then
             end = largest * torch.where((share > 0) & (share < _LARGEST_SHARE), share, 1.0)  # if it is one at all
+            end = torch.where((largest == largest_then) & (end_then > 0), end_then, end)  # the quotient is rounded
             return BatchStatistics(torch.stack([largest, end]))
         fingerprint = None
         if not (kernels.is_traced() or input.is_meta):
