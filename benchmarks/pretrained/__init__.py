@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from .crepe import CrepeTiny
 from .denoiser import PhotographDenoiser
 from .efficientnet import EfficientNetLite0
@@ -20,15 +18,8 @@ from .text_model import CharacterGPT
 
 __all__ = ["SIGNAL_TO_NOISE", "STUDIES", "Batch", "Inputs", "Study", "study"]
 
-# From a seed: the digits have a split and a float network for each, all others the same.
-STUDIES: dict[str, Callable[[int], Study]] = {
-    EfficientNetLite0.name: lambda seed: EfficientNetLite0(),
-    CrepeTiny.name: lambda seed: CrepeTiny(),
-    PNet.name: lambda seed: PNet(),
-    MiniLM.name: lambda seed: MiniLM(),
-    CharacterGPT.name: lambda seed: CharacterGPT(),
-    PhotographDenoiser.name: lambda seed: PhotographDenoiser(),
-    Digits.name: Digits,
+STUDIES: dict[str, type[Study]] = {
+    kind.name: kind for kind in (EfficientNetLite0, CrepeTiny, PNet, MiniLM, CharacterGPT, PhotographDenoiser, Digits)
 }
 
 

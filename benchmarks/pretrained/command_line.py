@@ -1,7 +1,8 @@
 """The study: pretrained networks at several widths by this library's methods and by others', on the same data.
 
-Every run is a line of ``.study/results.jsonl`` as soon as it is done, and is not run again: an interrupted study goes
-on where it stopped. What the packages ship is all that it needs (``benchmarks/pretrained/requirements.txt``).
+Every run is a line of ``.study/results.jsonl`` as soon as it is done, and is not run again until the code that it
+rests on changes: an interrupted study goes on where it stopped. What the packages ship is all that it needs
+(``benchmarks/pretrained/requirements.txt``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import STUDIES, study
-from .execution import METHODS, WIDTHS, execute_all, planned
+from .execution import METHODS, WIDTHS, execute_all, is_current, planned
 from .runs import Result, read
 from .summary import rows
 
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     runs = list(planned(options.network, options.width, options.method, options.seeds, options.budget_seconds))
     results = read()
-    left = [run for run in runs if options.again or run not in results]
+    left = [run for run in runs if options.again or not is_current(run, results)]
     if options.list:
         console.print(f"networks: {', '.join(STUDIES)}\nwidths: {', '.join(WIDTHS)}")
         for name, method in METHODS.items():
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.table:
         execute_all(left, options.threads, console)
         results = read()
-    chosen = [results[run] for run in runs if run in results]
+    chosen = [results[run] for run in runs if is_current(run, results)]
     print_tables(chosen, console)
     if options.write:
         write(chosen)

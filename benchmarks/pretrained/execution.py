@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from . import study
+from .fingerprints import fingerprint
 from .methods import OURS, Method, Width
 from .peers import PEERS
 from .recipes import RECIPES
@@ -45,9 +46,14 @@ def planned(
         for name in methods:
             trains = METHODS[name].trains
             budget = (own.training_seconds if budget_seconds is None else budget_seconds) * trains
-            for width in widths:
-                if width not in ONLY_DIGITS or network == "digits":
+            for width in own.trained_widths if trains else WIDTHS:
+                if width in widths and (width not in ONLY_DIGITS or network == "digits"):
                     yield from (Run(network, width, name, seed, budget) for seed in (all_seeds if trains else splits))
+
+
+def is_current(run: Run, results: Mapping[Run, Result]) -> bool:
+    """Whether there is a result of a run that need not be made again."""
+    return run in results and results[run].is_final(fingerprint(run.network, METHODS.get(run.method)))
 
 
 def execute_all(runs: Sequence[Run], threads: int, console: Console) -> None:

@@ -38,10 +38,8 @@ class Digits(Study):
     title: ClassVar = "digits"
     metrics: ClassVar = ("accuracy", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = digits.LEARNING_RATE
-    training_seconds: ClassVar = 20
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    training_seconds: ClassVar = 15
+    trained_widths: ClassVar = ("W4A4", "W3A3", "W2A2")
 
     def model(self) -> nn.Module:
         return trained_once(f"digits-{self.seed}", digits.DigitsNet, self._train_float)

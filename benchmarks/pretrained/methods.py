@@ -5,9 +5,12 @@ A method of this library is a function from a :class:`Task` to a prepared model,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple
 
 from .protocol import Model, Study
@@ -59,6 +62,12 @@ class Method:
     quantize: Callable[[Task], Model]
     trains: bool = False
     distribution: str = "torch"
+
+    @property
+    def file(self) -> Path:
+        """Where ``quantize`` is defined."""
+        function = self.quantize.func if isinstance(self.quantize, partial) else self.quantize
+        return Path(inspect.getfile(function))
 
     @property
     def version(self) -> str | None:

@@ -82,8 +82,9 @@ class MiniLM(Study):
     name: ClassVar = "minilm"
     title: ClassVar = "all-MiniLM-L6-v2"
     metrics: ClassVar = ("accuracy", SIGNAL_TO_NOISE)
-    learning_rate: ClassVar = 2e-5
-    training_seconds: ClassVar = 300
+    learning_rate: ClassVar = 1e-4
+    training_seconds: ClassVar = 90
+    trained_widths: ClassVar = ("W8A8", "W4A8", "W4A4")
 
     def model(self) -> nn.Module:
         return trained_once("minilm", _make, self._train_float)

@@ -31,12 +31,16 @@ class Study(ABC):
     Everything is the same for the same seed, on every call. Of every metric more is better; each is ``1``, infinite or
     the task's own figure for the float model itself.
 
+    Args:
+        seed: of the split and of the float network, where there is one for each (the digits).
+
     Attributes:
         name: as the command line knows it.
         title: as a table shows it.
         metrics: the keys of what :meth:`evaluate` returns; the first is the headline.
-        learning_rate: of Adam, for fine-tuning the float weights under quantization.
+        learning_rate: of Adam, for fine-tuning the float weights under quantization of few bits.
         training_seconds: how long every method may train, in seconds of processor time.
+        trained_widths: those at which methods that train are run: where post-training quantization loses something.
     """
 
     name: ClassVar[str]
@@ -44,6 +48,10 @@ class Study(ABC):
     metrics: ClassVar[tuple[str, ...]]
     learning_rate: ClassVar[float]
     training_seconds: ClassVar[float]
+    trained_widths: ClassVar[tuple[str, ...]] = ("W4A8", "W4A4")
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
 
     @abstractmethod
     def model(self) -> nn.Module:

@@ -10,7 +10,6 @@ from torch import nn
 
 from mlframework.quantization import (
     ActivationObserver,
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageObserver,
     PercentileObserver,
@@ -64,11 +63,11 @@ def recommended(task: Task) -> nn.Module:
     return prepared.eval()
 
 
-def trained(task: Task, learnable: bool) -> nn.Module:
-    """Post-training quantization, then distillation; scales observed, or learned from where rounding errs least."""
-    prepared = post_training(task, learnable=learnable)
+def trained(task: Task) -> nn.Module:
+    """Post-training quantization, then training as every other library's; scales start where rounding errs least."""
+    prepared = post_training(task, learnable=True)
     groups = parameter_groups(prepared, quantization_learning_rate=scale_learning_rate(task))
-    task.notes["steps"] = distill(prepared.train(), task.study, task.seed, task.seconds, groups)
+    task.notes["steps"] = distill(prepared.train(), task, groups)
     return prepared.eval()
 
 
@@ -81,10 +80,10 @@ RECIPES: dict[str, Method] = {
     "minmax": _ours(partial(post_training, observer=MinMaxObserver)),
     "moving average": _ours(partial(post_training, observer=MovingAverageObserver)),
     "percentile": _ours(partial(post_training, observer=PercentileObserver)),
-    "least squares": _ours(partial(post_training, observer=HistogramObserver)),
+    "equalization": _ours(partial(post_training, method=("equalize",))),
+    "smoothing": _ours(partial(post_training, method=("smooth_activations",))),
     "bias correction": _ours(partial(post_training, method=("correct_bias",))),
     "rounding, bias correction": _ours(partial(post_training, method=("round_weights", "correct_bias"))),
     "recommended recipe": _ours(recommended, trains=True),
-    "QAT observed": _ours(partial(trained, learnable=False), trains=True),
-    "QAT learned": _ours(partial(trained, learnable=True), trains=True),
+    "QAT learned": _ours(trained, trains=True),
 }

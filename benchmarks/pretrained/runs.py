@@ -18,6 +18,7 @@ from mlframework.quantization import convert, preparation_report
 from mlframework.quantization.kernels import instruction_set
 
 from . import study
+from .fingerprints import fingerprint
 from .float_training import FOLDER
 from .methods import OURS, Method, Task, Unsupported, Width
 from .protocol import Study
@@ -63,6 +64,8 @@ class Result:
         exact: whether converted outputs equal prepared ones; None for other libraries.
         integer_share: of the multiply-adds, between 0 and 1; None for other libraries.
         failure: why there are no metrics.
+        is_unsupported: whether it failed because the library does not offer what was asked for.
+        code: what was run (:func:`.fingerprint`).
     """
 
     run: Run
@@ -73,6 +76,12 @@ class Result:
     exact: bool | None = None
     integer_share: float | None = None
     failure: str | None = None
+    is_unsupported: bool = False
+    code: str = ""
+
+    def is_final(self, code: str) -> bool:
+        """Whether it need not be run again: it was this code, and if it failed, not by an accident."""
+        return self.code == code and (self.failure is None or self.is_unsupported)
 
 
 @cache
@@ -91,8 +100,9 @@ def execute(run: Run, width: Width | None, method: Method | None, threads: int =
     """
     torch.set_num_threads(threads)
     network = _study(run.network, run.seed)
+    code = fingerprint(run.network, method)
     if width is None or method is None:
-        return Result(run, FLOAT, network.evaluate(network.model()))
+        return Result(run, FLOAT, network.evaluate(network.model()), code=code)
     library = f"{method.package} {method.version}"
     task = Task(network, width, run.seed, run.seconds)
     started = time.perf_counter()
@@ -104,17 +114,17 @@ def execute(run: Run, width: Width | None, method: Method | None, threads: int =
             seconds = time.perf_counter() - started
             metrics = network.evaluate(model)
     except Unsupported as error:
-        return Result(run, library, failure=str(error))
+        return Result(run, library, failure=str(error), is_unsupported=True, code=code)
     except Exception as error:  # a library may fail in any way, and the study goes on
         if method.package == OURS:
             raise
         reason = str(error).strip().splitlines() or [""]
-        return Result(run, library, failure=f"{type(error).__name__}: {reason[0][:200]}")
+        return Result(run, library, failure=f"{type(error).__name__}: {reason[0][:200]}", code=code)
     exact = share = None
     if method.package == OURS:
         assert isinstance(model, nn.Module)
         exact, share = converts_exactly(model, network), preparation_report(model).multiply_adds.fraction
-    return Result(run, library, metrics, task.notes, seconds, exact, share)
+    return Result(run, library, metrics, task.notes, seconds, exact, share, code=code)
 
 
 def converts_exactly(prepared: nn.Module, network: Study) -> bool:

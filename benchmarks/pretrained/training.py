@@ -11,21 +11,23 @@ import torch
 from torch import nn
 
 from .methods import Task
-from .protocol import Study
 
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
+def learning_rate(task: Task) -> float:
+    """Of weights, in any library: a fifth at eight bits, where little is to be repaired and much can be lost."""
+    return task.study.learning_rate * (0.2 if task.width == (8, 8) else 1.0)
+
+
 def scale_learning_rate(task: Task) -> float:
     """Of learned scales, in any library: a scale halves with every bit of the activations, and Adam's steps do not."""
-    return task.study.learning_rate * min(1.0, 2.0 ** (4 - task.width.activation_bits))
+    return learning_rate(task) * min(1.0, 2.0 ** (4 - task.width.activation_bits))
 
 
 def distill(
     model: nn.Module,
-    study: Study,
-    seed: int,
-    seconds: float,
+    task: Task,
     parameters: Groups | None = None,
     after_step: Callable[[int, float], object] = lambda step, progress: None,
 ) -> int:
@@ -36,19 +38,19 @@ def distill(
 
     Args:
         model: as its library makes it for training.
-        study: gives the teacher, the batches, the loss and the learning rate.
-        seed: of the batches and of whatever draws.
-        seconds: the budget, the teacher's passes included.
+        task: the network, the teacher, the batches and the loss; the seed of the batches and of whatever draws; and
+            the budget, the teacher's passes included.
         parameters: what the optimizer trains; all parameters of the model where not given.
         after_step: is called with the number of steps taken and the part of the budget that is spent.
     """
+    study = task.study
     teacher = study.model()
-    optimizer = torch.optim.Adam(model.parameters() if parameters is None else parameters, lr=study.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters() if parameters is None else parameters, lr=learning_rate(task))
     rates = [group["lr"] for group in optimizer.param_groups]
-    batches = study.train_batches(seed)
+    batches = study.train_batches(task.seed)
     steps, progress, started = 0, 0.0, time.process_time()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(task.seed)
         while progress < 1:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
@@ -60,6 +62,6 @@ def distill(
             loss.backward()
             optimizer.step()
             steps += 1
-            progress = (time.process_time() - started) / seconds
+            progress = (time.process_time() - started) / task.seconds
             after_step(steps, progress)
     return steps

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.pretrained import SIGNAL_TO_NOISE, execution, runs, study, summary
+from benchmarks.pretrained import SIGNAL_TO_NOISE, execution, fingerprints, runs, study, summary
 from benchmarks.pretrained.methods import OURS, Method, Width
 from benchmarks.pretrained.recipes import RECIPES
 from benchmarks.pretrained.runs import Result, Run
@@ -75,9 +75,25 @@ def test_a_later_result_replaces_an_earlier_one(tmp_path: Path) -> None:
 
 def test_what_is_planned() -> None:
     planned = list(execution.planned(["pnet", "digits"], ["W8A8", "W2A2"], ["minmax", "QAT learned"], budget_seconds=7))
-    assert len(planned) == len(set(planned)) == (1 + 1 + 3) + (5 + 2 * 5 + 2 * 5)
+    # Float, minmax and training: of pnet at one width, of digits at two, of which only W2A2 is trained at.
+    assert len(planned) == len(set(planned)) == (1 + 1 + 3) + (5 + 2 * 5 + 5)
     assert {run.seconds for run in planned if run.method == "QAT learned"} == {7}
     assert {run.seconds for run in planned if run.method != "QAT learned"} == {0}
+
+
+def test_a_result_lasts_as_long_as_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, method = Run("digits", "W8A8", "minmax", 0, 0), RECIPES["minmax"]
+    code = fingerprints.fingerprint("digits", method)
+    assert execution.is_current(run, {run: Result(run, OURS, code=code)})
+    assert execution.is_current(run, {run: Result(run, OURS, code=code, failure="no", is_unsupported=True)})
+    assert not execution.is_current(run, {run: Result(run, OURS, code=code, failure="out of memory")})
+    assert not execution.is_current(run, {run: Result(run, OURS, code="another")})
+    assert not execution.is_current(run, {})
+    # What a result rests on is its network, its method, and the library.
+    assert fingerprints.fingerprint("pnet", method) != code
+    assert fingerprints.fingerprint("digits", None) != code
+    monkeypatch.setattr(fingerprints, "_library", lambda: "another library")
+    assert fingerprints.fingerprint("digits", method) != code
 
 
 def test_rows_give_mean_and_spread() -> None:
@@ -119,9 +135,9 @@ def test_a_peer_that_fails_is_recorded() -> None:
 @needs_pnet
 def test_training_within_a_budget_brings_the_network_nearer() -> None:
     network = study("pnet")
-    method = RECIPES["QAT observed"]
+    method = RECIPES["QAT learned"]
     before = runs.execute(Run("pnet", "W4A8", "minmax", 0, 0), Width(4, 8), RECIPES["minmax"])
-    after = runs.execute(Run("pnet", "W4A8", "QAT observed", 0, 3), Width(4, 8), method)
+    after = runs.execute(Run("pnet", "W4A8", "QAT learned", 0, 3), Width(4, 8), method)
     assert after.notes["steps"] > 5
     assert after.metrics[SIGNAL_TO_NOISE] > before.metrics[SIGNAL_TO_NOISE]
     assert torch.equal(*(network.model().conv1.weight for _ in range(2)))  # the float network is as it was

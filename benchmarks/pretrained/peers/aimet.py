@@ -75,7 +75,7 @@ def post_training(task: Task, equalize: bool = False) -> nn.Module:
 def trained(task: Task) -> nn.Module:
     """The simulation, trained on."""
     model = post_training(task)
-    task.notes["steps"] = distill(model.train(), task.study, task.seed, task.seconds)
+    task.notes["steps"] = distill(model.train(), task)
     return model.eval()
 
 

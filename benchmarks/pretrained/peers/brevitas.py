@@ -68,7 +68,7 @@ def trained(task: Task) -> nn.Module:
         {"params": [parameter for parameter in is_scale if not is_scale[parameter]]},
         {"params": [parameter for parameter in is_scale if is_scale[parameter]], "lr": scale_learning_rate(task)},
     ]
-    task.notes["steps"] = distill(model.train(), task.study, task.seed, task.seconds, groups)
+    task.notes["steps"] = distill(model.train(), task, groups)
     return model.eval()
 
 

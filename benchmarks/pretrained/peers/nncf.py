@@ -49,7 +49,7 @@ def post_training(task: Task, mixed: bool = False) -> nn.Module:
 def trained(task: Task) -> nn.Module:
     """The result of post-training quantization, trained on: its scales are Parameters."""
     model = post_training(task)
-    task.notes["steps"] = distill(model.train(), task.study, task.seed, task.seconds)
+    task.notes["steps"] = distill(model.train(), task)
     return model.eval()
 
 

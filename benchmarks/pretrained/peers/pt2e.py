@@ -80,7 +80,7 @@ def trained(task: Task) -> nn.Module:
                     node.args = (*node.args[:5], False, *node.args[6:])
             prepared.recompile()
 
-    task.notes["steps"] = distill(prepared, task.study, task.seed, task.seconds, after_step=freeze)
+    task.notes["steps"] = distill(prepared, task, after_step=freeze)
     return _converted(prepared)
 
 

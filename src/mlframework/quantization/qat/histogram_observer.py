@@ -26,6 +26,10 @@ _BINS = 2 * _FINITE
 # percentile of a batch to about 1 in 100,000 and costs about as much as the minimum and maximum, which stay exact.
 _SAMPLE = 2**17
 
+# Ends of a range that HistogramObserver tries: of the extremes, down to 1/4096; then about the best of those.
+_SHRUNK = torch.exp2(-torch.arange(37, dtype=torch.float64) / 3)
+_NEARBY = torch.exp2(torch.linspace(-1 / 3, 1 / 3, 17, dtype=torch.float64))
+
 
 class _DistributionObserver(ActivationObserver):
     """Keeps the histogram and the exact extremes of everything seen. Per tensor only."""
@@ -115,8 +119,7 @@ class HistogramObserver(_DistributionObserver):
         minimum, maximum = arithmetic.finite_range(-self.extremes[0], self.extremes[1])
         minimum, maximum = minimum.clamp(max=0).double(), maximum.clamp(min=0).double()
         moments = _moments(self.counts)
-        shrunk = torch.exp2(-torch.arange(96, device=minimum.device) / 8.0).double()
-        nearby = torch.linspace(0.92, 1.08, 33, device=minimum.device).double()
+        shrunk, nearby = (shares.to(minimum.device) for shares in (_SHRUNK, _NEARBY))
 
         def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
             lows, highs = lows.clamp(min=minimum), highs.clamp(max=maximum)
@@ -157,6 +160,13 @@ def _bin_edges(device: torch.device) -> Tensor:
     return torch.cat([-positive.flip(0), positive[1:]])
 
 
+def _bin_of(values: Tensor) -> Tensor:
+    """The bin, in ascending order, that a float32 lies in; of infinity the last on its side."""
+    bits = values.view(torch.int32)
+    magnitude = (bits & 0x7FFFFFFF) >> _SHIFT
+    return torch.where(bits < 0, _FINITE - 1 - magnitude, _FINITE + magnitude).clamp_(0, _BINS - 1)
+
+
 def _prefix_sums(values: Tensor) -> Tensor:
     return torch.cat([values.new_zeros(1), values.cumsum(0)])
 
@@ -175,7 +185,7 @@ def _moments_below(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """n, sum x and sum x squared over the values below each limit."""
     edges, count, zeroth, first, second = moments
-    bin = (torch.searchsorted(edges, limits, right=True) - 1).clamp(0, _BINS - 1)
+    bin = _bin_of(limits.float())
     low = edges[bin]
     share = count[bin] * ((limits - low) / (edges[bin + 1] - low)).clamp(0, 1)
     return (
