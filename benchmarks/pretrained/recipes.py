@@ -83,7 +83,7 @@ RECIPES: dict[str, Method] = {
     "equalization": _ours(partial(post_training, method=("equalize",))),
     "smoothing": _ours(partial(post_training, method=("smooth_activations",))),
     "bias correction": _ours(partial(post_training, method=("correct_bias",))),
-    "rounding, bias correction": _ours(partial(post_training, method=("round_weights", "correct_bias"))),
+    "rounding": _ours(partial(post_training, method=("round_weights",))),
     "recommended recipe": _ours(recommended, trains=True),
     "QAT learned": _ours(trained, trains=True),
 }

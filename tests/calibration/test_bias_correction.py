@@ -107,3 +107,17 @@ def test_an_unknown_method_is_refused() -> None:
     prepared = prepare(chain(), QATConfig(), (torch.randn(2, 3, 8, 8),))
     with pytest.raises(ValueError, match=r"method must be among .*, got 'magic'"):
         calibrate(prepared, [torch.randn(2, 3, 8, 8)], method=("correct_bias", "magic"))
+
+
+def test_beside_rounding_it_is_refused_or_leaves_the_layers_out() -> None:
+    batch = torch.randn(32, 3, 8, 8)
+    prepared = prepare(chain(), QATConfig(weight_bits=4), (batch,))
+    for methods in (("correct_bias", "round_weights"), ("round_weights", "correct_bias")):
+        with pytest.raises(ValueError, match="must not have correct_bias beside round_weights"):
+            calibrate(prepared, [batch], method=methods)
+    calibrate(prepared, [batch], method="round_weights")
+    state = copy.deepcopy(prepared.state_dict())
+    report = correct_bias(prepared, [batch])
+    assert report.changed == []
+    assert set(report.left_out.values()) == {"its weight is rounded"}
+    assert all(torch.equal(value, state[name]) for name, value in prepared.state_dict().items())

@@ -50,6 +50,20 @@ def test_a_learning_rate_of_their_own() -> None:
     assert [group["lr"] for group in groups] == [1e-2, 1e-4]
 
 
+def test_learning_rates_relative_to_what_they_change() -> None:
+    prepared = prepared_model()
+    own, *learned = parameter_groups(prepared, relative_quantization_learning_rate=1e-3, lr=1e-2, weight_decay=0.1)
+    assert own["lr"] == 1e-2
+    assert [id(*group["params"]) for group in learned] == ids(quantization_parameters(prepared))
+    rates = {id(*group["params"]): group["lr"] for group in learned}
+    node = prepared.stem.weight_fake_quantize
+    assert rates[id(node.scale)] == pytest.approx(1e-3 * node.scale.mean().item())
+    assert rates[id(prepared.x_fake_quantize.zero_point)] == pytest.approx(0.255)  # of the 255 codes above the lowest
+    assert {group["weight_decay"] for group in learned} == {0}
+    with pytest.raises(ValueError, match=r"must not both be given, got 0\.1 and 0\.2"):
+        parameter_groups(prepared, quantization_learning_rate=0.1, relative_quantization_learning_rate=0.2)
+
+
 @pytest.mark.parametrize(("target", "zero_points"), [("onnxruntime", True), ("tensorrt", False)])
 def test_zero_points_are_learned_on_affine_grids_only(target: str, zero_points: bool) -> None:
     prepared = prepared_model(target=target)

@@ -27,7 +27,8 @@ def correct_bias(model: nn.Module, batches: Iterable[Any]) -> MethodReport:
     are corrected. For every batch that is found in one pass, layer by layer; corrections are averaged over batches.
 
     The correction goes into the bias. Where batch normalization follows, it goes into the running mean, which is where
-    training would put it; a layer with neither is left out.
+    training would put it; a layer with neither is left out. So are layers that :func:`round_weights` rounded: it fitted
+    their biases, and what the float weights computed is not known any more.
 
     Args:
         model: prepared and calibrated; changed in place. Biases that change become the model's own Parameters, and the
@@ -80,6 +81,9 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
         return "its weight is not quantized"
     if len(layer.wrappers) > 1:
         return "it is called at several places"
+    weight, node = layer.float_weight, layer.weight_node
+    if not node.observer.enabled and torch.equal(node.to_values(node.to_codes(weight)).to(weight), weight):
+        return "its weight is rounded"
     if layer.batch_norm is None and layer.bias is None:
         return "its bias is computed" if layer.has_computed_bias else "it has no bias"
     return None

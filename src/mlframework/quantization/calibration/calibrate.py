@@ -54,7 +54,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequenc
         RuntimeError: a method under ``torch.distributed``, whose ranks would part: none of them communicates.
         TypeError: a batch does not fit the model's forward, or ``batches`` is itself a batch.
         ValueError: there are no nodes in the model (it is not prepared, or nothing in it could be quantized), or no
-            batches; a method is unknown, or ``"reestimate_batch_norm"`` finds no batch normalization.
+            batches; a method is unknown; ``"correct_bias"`` beside ``"round_weights"``, which fits biases itself and
+            leaves no float weights to correct them by; or ``"reestimate_batch_norm"`` finds no batch normalization.
 
     Example:
         >>> prepared = prepare(nn.Linear(4, 2), QATConfig(), (torch.randn(1, 4),))
@@ -69,6 +70,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequenc
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise ValueError(f"method must be among {', '.join(METHODS)}, got {unknown[0]!r}")
+    if {correct_bias.__name__, round_weights.__name__} <= set(methods):
+        raise ValueError(f"method must not have correct_bias beside round_weights, which fits biases, got {methods}")
     if methods and is_distributed():
         raise RuntimeError(
             f"method must be empty under torch.distributed, got {methods}: calibrate in one process, and load the state"

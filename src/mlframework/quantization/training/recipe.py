@@ -15,7 +15,7 @@ class Recipe:
         config: for :func:`prepare`.
         calibration: names of the methods for :func:`calibrate`, in their order; none for ranges alone.
         lr: AdamW's learning rate, at the end of the warm-up. The default is for 8 bits; fewer take more.
-        quantization_lr: of learned scales and zero points; ``lr`` where None.
+        quantization_lr: of learned scales and zero points, relative to each (:func:`parameter_groups`).
         weight_decay: of all but scales and zero points.
         warmup: the share of the steps in which the learning rates rise in a line; they fall along a cosine after.
         max_gradient_norm: gradients are scaled down to this norm; None leaves them.
@@ -40,7 +40,7 @@ class Recipe:
     config: QATConfig = field(default_factory=QATConfig)
     calibration: tuple[str, ...] = ()
     lr: float = 2e-5
-    quantization_lr: float | None = None
+    quantization_lr: float = 1e-3
     weight_decay: float = 0.0
     warmup: float = 0.1
     max_gradient_norm: float | None = 1.0
@@ -56,7 +56,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("lr", "quantization_lr", "max_gradient_norm", "temperature"):
             value = getattr(self, name)
-            if not (value is None and name != "lr") and not value > 0:
+            if not (value is None and name in ("max_gradient_norm", "temperature")) and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
         for name in ("weight_decay", "dampening", "feature_weight"):
             if not getattr(self, name) >= 0:

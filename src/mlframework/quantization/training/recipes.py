@@ -58,8 +58,6 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
     traits = network_traits(network)
     learns = min(weight_bits, activation_bits) < 8
     lr = 3e-4 if learns and not traits.is_transformer else 2e-5
-    # AdamW's steps have the size of the rate, whatever the gradient, and scales are smaller than weights.
-    quantization_lr = lr / 3 if learns else None
     reasons = []
     if learns:
         config = QATConfig(
@@ -74,8 +72,15 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
     else:
         config = QATConfig(weight_bits=weight_bits, activation_bits=activation_bits)
         reasons.append(f"8 bits: scales follow what is observed, at a learning rate of {lr}")
+    calibration: tuple[str, ...] = ()
+    if weight_bits < 8:
+        calibration = ("round_weights",)
+        reasons.append("weights of few bits: rounded so that outputs change little, before training")
+    elif traits.has_batch_norm:
+        calibration = ("correct_bias",)
+        reasons.append("8-bit weights in a network with batch normalization: its biases are corrected")
     if traits.has_batch_norm:
-        reasons.append("batch normalization: keeps the statistics that the network came with, its biases are corrected")
+        reasons.append("batch normalization: keeps the statistics that the network came with")
     if traits.blocks:
         reasons.append(f"{len(traits.blocks)} blocks: their outputs are compared with the teacher's, too")
     freezes = traits.is_depthwise and weight_bits <= 4 and steps >= _STEPS_THAT_SHOW_OSCILLATIONS
@@ -83,9 +88,8 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
         reasons.append("depthwise convolutions of few bits: weights that oscillate are frozen")
     return Recipe(
         config=config,
-        calibration=("correct_bias",) if traits.has_batch_norm else (),
+        calibration=calibration,
         lr=lr,
-        quantization_lr=quantization_lr,
         features=traits.blocks,
         freeze_oscillations=freezes,
         reasons=tuple(reasons),

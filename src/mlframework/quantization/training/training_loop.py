@@ -49,7 +49,7 @@ class TrainingLoop:
         self.recipe = recipe
         self.steps = steps
         groups = parameter_groups(
-            model, quantization_learning_rate=recipe.quantization_lr, weight_decay=recipe.weight_decay
+            model, relative_quantization_learning_rate=recipe.quantization_lr, weight_decay=recipe.weight_decay
         )
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
