@@ -110,14 +110,15 @@ class _Correction:
         self.target.copy_(self.start)
 
     def see_float(self, input: Tensor) -> None:
-        self.means.append(self._mean_output(input, self.layer.float_weight))
+        self.means.append(self.layer.mean_output(self.layer.mean_input(input), self.layer.float_weight))
 
     def apply(self, input: Tensor) -> None:
         """Corrects the layer for this batch, before it computes."""
         if not self.means:  # a call that the float model did not make
             return
         weight, node = self.layer.float_weight, self.layer.weight_node
-        shift = self.means.popleft() - self._mean_output(input, node.to_values(node.to_codes(weight)).to(weight))
+        rounded = node.to_values(node.to_codes(weight)).to(weight)
+        shift = self.means.popleft() - self.layer.mean_output(self.layer.mean_input(input), rounded)
         self.total += shift
         self.calls += 1
         self._set(shift)
@@ -128,15 +129,6 @@ class _Correction:
 
     def _set(self, shift: Tensor) -> None:
         self.target.copy_(self.start + self.sign * shift)
-
-    def _mean_output(self, input: Tensor, weight: Tensor) -> Tensor:
-        """The mean of each output channel, without bias: that of the mean input, since the layer is linear."""
-        input = input.detach().to(weight.dtype)
-        if self.layer.kind.batch_norm is None or isinstance(self.layer.layer, nn.Linear):
-            return self.layer.apply(input.reshape(-1, input.shape[-1]).mean(0), weight)
-        if input.dim() == weight.dim():
-            input = input.mean(0)
-        return self.layer.apply(input, weight).flatten(1).mean(1)
 
 
 def _each(

@@ -84,6 +84,22 @@ class QuantizedLayer:
         with self.wrapper._in_registry(weight, zeros if registry.get("bias") is not None else bias):
             return self.layer.forward(input)  # type: ignore[no-any-return]
 
+    def mean_input(self, input: Tensor) -> Tensor:
+        """The mean over samples, of linear layers over all positions, too; in the weight's dtype."""
+        input = input.detach().to(self.float_weight.dtype)
+        if self._is_linear:
+            return input.reshape(-1, input.shape[-1]).mean(0)
+        return input.mean(0) if input.dim() == self.float_weight.dim() else input
+
+    def mean_output(self, mean_input: Tensor, weight: Tensor) -> Tensor:
+        """The mean of each output channel, without bias: what comes of the mean input, since the layer is linear."""
+        output = self.apply(mean_input, weight)
+        return output if self._is_linear else output.flatten(1).mean(1)
+
+    @property
+    def _is_linear(self) -> bool:
+        return self.kind.batch_norm is None or isinstance(self.layer, nn.Linear)
+
 
 def quantized_layers(model: nn.Module, batch: Any) -> list[QuantizedLayer]:
     """The layers that a batch reaches, in the order in which they run."""

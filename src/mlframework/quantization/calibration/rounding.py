@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ def round_weights(model: nn.Module, batches: Iterable[Any]) -> MethodReport:
             layers.append(layer)
     with unchanged_on_error(model), evaluating(model):
         with nodes_off(model):
-            float_rows = _rows(model, layers, batches)
+            seen = _inputs(model, layers, batches)
+            reference = {layer: (inputs.rows, inputs.mean_output(layer)) for layer, inputs in seen.items()}
+            seen.clear()
         biases = [layer.bias for layer in layers if layer.bias is not None and layer.batch_norm is None]
         own = own_parameters(model, [*(layer.weight for layer in layers if layer.weight is not None), *biases])
         for layer in layers:
@@ -81,8 +84,9 @@ def round_weights(model: nn.Module, batches: Iterable[Any]) -> MethodReport:
             layer.weight = own[layer.weight]
             layer.bias = None if layer.bias is None else own.get(layer.bias)
         for together in _reading_one_value(layers):
-            for layer, rows in _rows(model, together, batches).items():
-                _round(layer, rows, float_rows.pop(layer, rows))
+            for layer, inputs in _inputs(model, together, batches).items():
+                if layer in reference:
+                    _round(layer, inputs, *reference.pop(layer))
     return report
 
 
@@ -102,14 +106,35 @@ class _Enough(BaseException):
     """Ends a run of the model whose rest is of no interest; no code of the model's takes it for an error."""
 
 
-def _rows(model: nn.Module, layers: Sequence[QuantizedLayer], batches: Sequence[Any]) -> dict[QuantizedLayer, Tensor]:
-    """What each of the layers is given in the present model, (groups, rows, inputs of an output)."""
+@dataclass
+class _Inputs:
+    """What a layer is given.
+
+    Attributes:
+        rows: (groups, rows, inputs of an output), of some positions.
+        means: of every call, over samples; of all positions (:meth:`QuantizedLayer.mean_input`).
+    """
+
+    rows: Tensor
+    means: list[Tensor]
+
+    def mean_output(self, layer: QuantizedLayer) -> Tensor:
+        """The mean of each output channel, with the weight that the layer has now and without its bias."""
+        return torch.stack([layer.mean_output(mean, layer.float_weight) for mean in self.means]).mean(0)
+
+
+def _inputs(
+    model: nn.Module, layers: Sequence[QuantizedLayer], batches: Sequence[Any]
+) -> dict[QuantizedLayer, _Inputs]:
+    """Of each of the layers that the present model calls."""
     found: dict[QuantizedLayer, list[Tensor]] = {layer: [] for layer in layers}
+    means: dict[QuantizedLayer, list[Tensor]] = {layer: [] for layer in layers}
     waiting: list[QuantizedLayer] = []
 
     def watch(layer: QuantizedLayer, input: Tensor) -> None:
         rows = rows_of(layer.layer, input.detach().to(layer.float_weight.dtype), max(1, _ROWS // len(batches)))
         found[layer].append(rows.clone())
+        means[layer].append(layer.mean_input(input))
         if layer in waiting:
             waiting.remove(layer)
         if not waiting:
@@ -121,31 +146,27 @@ def _rows(model: nn.Module, layers: Sequence[QuantizedLayer], batches: Sequence[
             with suppress(_Enough):
                 run(model, batch)
             waiting.clear()
-    return {layer: torch.cat(rows, dim=1) for layer, rows in found.items() if rows}
+    return {layer: _Inputs(torch.cat(rows, dim=1), means[layer]) for layer, rows in found.items() if rows}
 
 
-def _round(layer: QuantizedLayer, rows: Tensor, float_rows: Tensor) -> None:
-    """Rounds one layer, given (G, N, D) inputs of it and of the float model's."""
+def _round(layer: QuantizedLayer, inputs: _Inputs, float_rows: Tensor, expected: Tensor) -> None:
+    """Rounds one layer, given the float model's rows and mean output, too."""
+    rows = inputs.rows
     if rows.shape != float_rows.shape:  # a model that does something else with quantized values
         float_rows = rows
     node, weight = layer.weight_node, layer.float_weight
     matrix = matrix_of(layer.layer, weight.clone())
-    mean, float_mean = rows.mean(1, keepdim=True), float_rows.mean(1, keepdim=True)
-    has_offset = (
-        layer.batch_norm is not None or layer.bias is not None
-    )  # which takes up what the outputs have in common
+    has_offset = layer.batch_norm is not None or layer.bias is not None
     codes, scale = _rounded(layer, matrix, rows, float_rows, has_offset)
-    rounded = codes * scale
-    weight.copy_(weight_of(layer.layer, rounded, weight))
+    weight.copy_(weight_of(layer.layer, codes * scale, weight))
     # The scale is held; the statistics tell so to whoever loads this state, since they do not give the scale.
     node.observer.update(node.observer.measure(weight))
     node.observer.enabled = False
-    if has_offset:
-        shift = (matrix @ float_mean.mT - rounded @ mean.mT).flatten()
-        if layer.batch_norm is not None:
-            layer.batch_norm.running_mean.sub_(shift)
-        elif layer.bias is not None:
-            layer.bias.detach().add_(shift)
+    shift = expected - inputs.mean_output(layer)
+    if layer.batch_norm is not None:
+        layer.batch_norm.running_mean.sub_(shift)
+    elif layer.bias is not None:
+        layer.bias.detach().add_(shift)
 
 
 def _rounded(
