@@ -74,10 +74,13 @@ def finetune(
     Raises:
         ValueError: the teacher shares Parameters with the model, there is neither teacher nor loss, ``steps`` is not
             positive, ``batches`` end too soon, or can be gone through only once where running statistics are
-            re-estimated from them at the end (``batch_norm="batch"``).
+            re-estimated from them at the end (``batch_norm="batch"``); or no module of ``recipe.features`` is called.
         TypeError: a batch does not fit the model's forward.
         ImportError: ``progress`` without rich.
         KeyboardInterrupt: when interrupted; the model is as the last step left it, and usable.
+
+    Warns:
+        UserWarning: the first batch reaches only some of ``recipe.features``; the others are left out.
 
     Example:
         >>> float_model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -57,6 +58,7 @@ class TrainingLoop:
         self.freezer = OscillationFreezer(model, steps=steps) if recipe.freeze_oscillations else None
         self.losses: list[Tensor] = []
         self.learning_rates: list[float] = []
+        self._knows_features = False
 
     @property
     def done(self) -> int:
@@ -133,10 +135,22 @@ class TrainingLoop:
                 expected = self.teacher(*args, **kwargs)
             losses.append(distillation_loss(outputs, expected, temperature=self.recipe.temperature))
         if features is not None:
+            self._leave_out_idle(features)
             losses.append(self.recipe.feature_weight * features.loss())
         if self.loss is not None:
             losses.append(self.loss(outputs, batch[1]))
         return torch.stack(losses).sum()
+
+    def _leave_out_idle(self, features: FeatureMatching) -> None:
+        """Once: what a network's structure names as blocks may be what its forward never calls."""
+        idle = () if self._knows_features else features.leave_out_idle()
+        self._knows_features = True
+        if idle:
+            warnings.warn(
+                f"features are compared of modules that both models call, which these are not: {', '.join(idle)}",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _inputs(self, batch: Any) -> Any:
         return batch if self.loss is None else batch[0]
