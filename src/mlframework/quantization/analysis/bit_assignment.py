@@ -153,7 +153,8 @@ def assign_bits(
         average_bits: at most so many bits to a weight, on average over all weights of the layers measured; float
             counts as 32.
         model_bytes: at most so many bytes for all parameters and buffers, as the target's file stores them; its
-            description of the graph comes on top. An engine without kernels for narrow codes stores these as int8.
+            description of the graph comes on top. An engine without kernels for narrow codes stores these as int8. A
+            weight that several layers share counts for each: its codes are stored with the scales of each.
         max_loss: the expected loss at most: what the analysis' loss may be, or without one the relative squared error
             of the outputs (0.01 are 20 dB).
 

@@ -15,6 +15,7 @@ from ..preparation.batches import iterated
 from ..preparation.report import preparation_report
 from ..progress import progress_bar
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.layer_types import layer_type_of
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from .calls import Calls, calls_of, run
 from .checkpoint import Checkpoint, fingerprint_of_model, fingerprint_of_values, qualified_name
@@ -290,9 +291,17 @@ def _checked(bits: Iterable[int]) -> tuple[int, ...]:
 
 
 def _other_bytes(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
-    """Of parameters and buffers that are no weight of a quantized layer, and no state of quantization."""
+    """Of parameters and buffers that are no weight of a quantized layer, and no state of quantization.
+
+    A weight that a quantized layer shares with a float one is stored for each: as codes, and as it is.
+    """
+    held_by_float = {
+        id(module._parameters.get("weight"))
+        for module in model.modules()
+        if layer_type_of(module) is not None and not isinstance(module, QATModuleWrapper)
+    }
     nodes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FakeQuantizeLayer))
-    counted = {id(tensor) for tensor in weights.values()}
+    counted = {id(tensor) for tensor in weights.values()} - held_by_float
     total = 0
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in counted and not name.startswith(nodes):

@@ -13,7 +13,7 @@ _OF_THE_SOLVER = b"HighsMipSolverData::"
 
 @contextmanager
 def without_solver_output() -> Iterator[None]:
-    """Leaves out of standard output the lines that HiGHS, the solver inside SciPy's ``milp``, prints for its developers.
+    """Leaves out of standard output what HiGHS, the solver inside SciPy's ``milp``, prints for its developers.
 
     HiGHS 1.12 prints the name of a function where a solution has to be repaired, whatever ``disp`` is. It writes to the
     file descriptor, past ``sys.stdout``; so that is a file meanwhile. All else that the process writes there comes out
