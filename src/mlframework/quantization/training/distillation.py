@@ -192,18 +192,19 @@ def _keep_output(module: nn.Module, outputs: dict[str, Any], name: str) -> Remov
 
 def _keep_clips(module: nn.Module, clips: dict[str, list[Clip]], name: str) -> list[RemovableHandle]:
     """Notes, for every tensor that a student's module returns, what the layer or operation that made it clips it to."""
+    none: Clip = (-math.inf, math.inf)
     made: list[tuple[weakref.ref[Tensor], Clip]] = []
 
     def note(producer: QATModuleWrapper | QATOperation, args: Any, output: Tensor) -> None:
         made.append((weakref.ref(output), producer._clip))
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        none = (-math.inf, math.inf)
         clips[name] = [next((clip for ref, clip in made if ref() is tensor), none) for tensor in _tensors(output)]
         made.clear()
 
     producers = [each for each in module.modules() if isinstance(each, (QATModuleWrapper, QATOperation))]
-    return [*(each.register_forward_hook(note) for each in producers), module.register_forward_hook(keep)]
+    clipping = [each for each in producers if each._clip != none]
+    return [*(each.register_forward_hook(note) for each in clipping), module.register_forward_hook(keep)]
 
 
 def _modules_to_compare(student: nn.Module, teacher: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
