@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlframework.quantization import QATConfig, QuantizationHistory, calibrate, prepare
+from mlframework.quantization import OscillationFreezer, QATConfig, QuantizationHistory, calibrate, prepare
 
 
 def prepared_layer() -> nn.Module:
@@ -20,7 +20,7 @@ def prepared_layer() -> nn.Module:
     return prepared
 
 
-def test_flips_and_returns_are_counted() -> None:
+def test_flips_and_oscillations_are_counted() -> None:
     prepared = prepared_layer()
     history = QuantizationHistory(prepared)
     weight = prepared.weight
@@ -30,8 +30,28 @@ def test_flips_and_returns_are_counted() -> None:
         history.step()
     assert history.steps == [1, 2, 3, 4, 5]
     assert history.flips == {"": [0, 0.25, 0.5, 0.25, 0]}
-    assert history.returns == {"": [0, 0, 0.25, 0.25, 0]}
-    assert history.oscillation == {"": pytest.approx(0.1)}
+    assert history.oscillating == {"": [0, 0, 0.25, 0.25, 0.25]}  # the third only ever rose
+    assert history.oscillation == {"": 0.25}
+
+
+def test_oscillations_are_those_that_a_freezer_counts() -> None:
+    inputs = torch.randn(64, 8)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    prepared = prepare(model, QATConfig(weight_bits=3), (inputs,))
+    calibrate(prepared, [inputs])
+    history = QuantizationHistory(prepared)
+    freezer = OscillationFreezer(prepared, steps=60, threshold=(2.0, 2.0))  # counts, and freezes nothing
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.3)
+    shares = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        (prepared(inputs) - inputs[:, :4]).square().mean().backward()
+        optimizer.step()
+        history.step()
+        freezer.step()
+        shares.append(freezer.oscillating())
+    assert all(0 < share < 1 for share in history.oscillation.values())
+    assert history.oscillating == {name: [each[name] for each in shares] for name in ("0", "2")}
 
 
 def test_ranges_and_scales_are_recorded_every_so_often() -> None:

@@ -45,3 +45,13 @@ def test_plain_data_and_back() -> None:
     measure = Measure(0.01, 0.5, None)
     assert measure.to_dict()["snr"] == 20
     assert Measure.from_dict(measure.to_dict()) == measure
+
+
+def test_the_same_infinity_is_no_error_and_another_one_is_infinite() -> None:
+    infinity = float("inf")
+    expected = torch.tensor([[1.0, -infinity, 2.0]])
+    same, other = Comparison(), Comparison()
+    same.add(torch.tensor([[1.5, -infinity, 2.0]]), expected, None)
+    assert same.result().relative_error == 0.25 / 5
+    other.add(torch.tensor([[1.0, 0.0, 2.0]]), expected, None)
+    assert other.result().relative_error == infinity

@@ -22,6 +22,7 @@ from mlframework.quantization import (
     calibrate,
     prepare,
 )
+from mlframework.quantization.analysis.checkpoint import fingerprint_of_values
 from zoo import NETWORKS, roughen_batch_norms
 
 CONFIG = QATConfig(activation_observer=MinMaxObserver)
@@ -296,15 +297,41 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     prepared = calibrated(mlp(), inputs)
     analyze_sensitivity(prepared, [inputs], bits=(8,), checkpoint=path)
     other = calibrated(mlp(), inputs)
-    with pytest.raises(ValueError, match=r"sensitivity\.json' is of a Sequential and has another state than"):
+    with pytest.raises(
+        ValueError, match=r"sensitivity\.json' is of a Sequential with other state than a Sequential here"
+    ):
         analyze_sensitivity(other, [inputs], bits=(8,), checkpoint=path)
-    with pytest.raises(ValueError, match="another batches than"):
+    with pytest.raises(ValueError, match="with other batches, inputs than"):
         analyze_sensitivity(prepared, [inputs + 1], bits=(8,), checkpoint=path)
-    with pytest.raises(ValueError, match="another loss than"):
+    with pytest.raises(ValueError, match="with other inputs than"):
+        analyze_sensitivity(prepared, [inputs], bits=(8,), checkpoint=path, inputs=lambda batch: batch.flip(0))
+    with pytest.raises(ValueError, match="with other loss than"):
         analyze_sensitivity(prepared, [inputs], bits=(8,), checkpoint=path, loss=lambda outputs, batch: 0.0)
+    data = json.loads(path.read_text())
+    data["subject"]["version"] = "0.0.1"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="with other version than"):
+        analyze_sensitivity(prepared, [inputs], bits=(8,), checkpoint=path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="must be a file of this analysis"):
         analyze_sensitivity(prepared, [inputs], bits=(8,), checkpoint=path)
+
+
+def test_losses_of_one_name_are_told_apart_by_what_they_return(tmp_path: Path) -> None:
+    inputs, path = torch.randn(16, 8), tmp_path / "sensitivity.json"
+    prepared = calibrated(mlp(), inputs)
+    power, size = (lambda outputs, batch: outputs.square().sum()), (lambda outputs, batch: outputs.abs().sum())
+    first = analyze_sensitivity(prepared, [inputs], bits=(8,), checkpoint=path, loss=power)
+    assert analyze_sensitivity(prepared, [inputs], bits=(8,), checkpoint=path, loss=power) == first
+    with pytest.raises(ValueError, match="with other loss than"):
+        analyze_sensitivity(prepared, [inputs], bits=(8,), checkpoint=path, loss=size)
+
+
+def test_arrays_in_batches_count_with_all_their_values() -> None:
+    arrays = [torch.zeros(2000).numpy() for _ in range(2)]
+    arrays[1][1000] = 1.0
+    assert str(arrays[0]) == str(arrays[1])
+    assert fingerprint_of_values([arrays[0]]) != fingerprint_of_values([arrays[1]])
 
 
 def test_a_loss_sees_labels() -> None:

@@ -131,10 +131,62 @@ def test_features_need_both_models_to_run_anew() -> None:
     assert not features._handles
 
 
-def test_layers_that_took_in_a_function_are_refused() -> None:
-    student, teacher, _ = models(activation=False)
-    with pytest.raises(ValueError, match=r"'0.conv'.*ReLU.*no module of the teacher"):
-        FeatureMatching(student, teacher, ("0.conv",))
+class Convolution(nn.Module):
+    def __init__(self, adds: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.adds = adds
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.conv(input) + input if self.adds else self.conv(input)  # type: ignore[no-any-return]
+
+
+class Followed(nn.Module):
+    """Containers that end before what is taken into their last layer or operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function, self.sum, self.norm, self.module = (Convolution(adds) for adds in (False, True, False, False))
+        self.after = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)  # called twice: what it returned last is not what each block returned
+        self.last = Convolution()
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = F.relu(self.sum(F.relu(self.function(input))))
+        return self.last(self.relu(self.module(self.relu(self.after(self.norm(hidden))))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["function", "function.conv", "sum", "norm", "norm.conv", "module", "last"])
+def test_what_follows_a_container_in_the_teacher_is_compared_where_the_student_took_it_in(name: str) -> None:
+    teacher, images = Followed().eval(), torch.randn(8, 3, 6, 6)
+    teacher.after.running_mean.copy_(torch.tensor([-0.3, 0.0, 0.3]))
+    student = prepare(copy.deepcopy(teacher), QATConfig(), (images,))
+    calibrate(student, [images])
+    with FeatureMatching(student, teacher, (name,)) as features:
+        student(images), teacher(images)
+        assert 0 < features.loss() < 2e-3  # at 8 bits; on two sides of the activation it is about 0.5
+    with FeatureMatching(student, teacher, (name,)) as features:
+        teacher(images), student(images + 1)
+        assert features.loss() > 2e-3
+
+
+def test_modules_that_do_not_run_can_be_left_out() -> None:
+    teacher, images = Followed().eval(), torch.randn(8, 3, 6, 6)
+    teacher.spare = nn.Linear(2, 2)
+    student = prepare(copy.deepcopy(teacher), QATConfig(), (images,))
+    calibrate(student, [images])
+    with FeatureMatching(student, teacher, ("sum", "spare")) as features:
+        student(images), teacher(images)
+        assert features.leave_out_idle() == ("spare",)
+        assert features.loss() > 0
+    with FeatureMatching(student, teacher, ("spare",)) as features:
+        student(images), teacher(images)
+        with pytest.raises(ValueError, match="modules that both models call, got spare"):
+            features.leave_out_idle()
+
+
+def test_names_are_checked() -> None:
+    student, teacher, _ = models()
     with pytest.raises(ValueError, match=r"'1\.head', which the student does not have"):
         FeatureMatching(student, teacher, ("1.head",))
     with pytest.raises(ValueError, match="sequence of at least one"):

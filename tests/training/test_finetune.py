@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from mlframework.quantization import QATConfig, Recipe, calibrate, convert, finetune, prepare
 from mlframework.quantization.qat.fake_quantize_layer import FakeQuantizeLayer
@@ -144,7 +145,7 @@ def test_an_interrupted_training_goes_on_where_it_stood(tmp_path: Path) -> None:
             def forward(*args: Any) -> Tensor:
                 nonlocal calls
                 calls += 1
-                if calls == 5:
+                if calls == 6:  # in the middle of the batches: the others of them are next
                     raise KeyboardInterrupt
                 return original(*args)  # type: ignore[no-any-return]
 
@@ -164,6 +165,44 @@ def test_an_interrupted_training_goes_on_where_it_stood(tmp_path: Path) -> None:
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert not (tmp_path / "tuning.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "seeded loader"])
+def test_what_was_trained_on_is_skipped_after_an_interruption(kind: str, tmp_path: Path) -> None:
+    student, teacher, batches = student_and_teacher()
+    seen: list[int] = []
+
+    def stream() -> Any:
+        if kind == "seeded loader":
+            shuffled = torch.Generator().manual_seed(3)
+            return DataLoader(batches, batch_size=None, shuffle=True, generator=shuffled)  # type: ignore[arg-type]
+        return batches if kind == "list" else (batch for _ in range(3) for batch in batches)
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(next(index for index, batch in enumerate(batches) if torch.equal(batch, args[0])))
+
+    teacher.register_forward_pre_hook(note)
+    stop = 10
+    finetune(student, teacher, stream(), steps=10)
+    expected = list(seen)
+    seen.clear()
+    stop = 6
+    with pytest.raises(KeyboardInterrupt):
+        finetune(student, teacher, stream(), steps=10, checkpoint=tmp_path / "tuning.pt")
+    stop = 10
+    finetune(student, teacher, stream(), steps=10, checkpoint=tmp_path / "tuning.pt")
+    assert seen == expected
+
+
+def test_batches_that_end_are_refused_before_training_where_statistics_need_them_again() -> None:
+    student, teacher, batches = student_and_teacher()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match=r"starts anew.*got a list_iterator"):
+        finetune(student, teacher, iter(batches), steps=4, recipe=Recipe(batch_norm="batch"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    finetune(student, teacher, iter(batches), steps=4)
 
 
 def test_oscillations_are_reported_where_they_are_counted() -> None:

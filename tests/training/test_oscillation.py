@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlframework.quantization import OscillationFreezer, QATConfig, convert, dampening_loss, prepare
+from mlframework.quantization import OscillationFreezer, QATConfig, calibrate, convert, dampening_loss, prepare
 from mlframework.quantization.training.latent_weights import latent_weights
 
 
@@ -244,3 +244,52 @@ def test_a_weight_that_the_models_code_hands_to_a_function_counts() -> None:
     other.model(inputs)
     other.step()
     assert list(other.frozen()) == [weight.name]
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(F.linear(x, self.weight)))  # type: ignore[no-any-return]
+
+
+def test_weights_given_to_functions_are_those_of_the_prepared_model_after_it_got_its_own() -> None:
+    model, inputs = Functional(), torch.randn(32, 8)
+    before = copy.deepcopy(model.state_dict())
+    prepared = prepare(model, QATConfig(weight_bits=2), (inputs,))
+    calibrate(prepared, [inputs], method="round_weights")
+    assert prepared.weight is not model.weight
+    freezer = OscillationFreezer(prepared, steps=40, threshold=(1e-3, 1e-3), momentum=0.5)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1.0)
+    for step in range(40):
+        optimizer.zero_grad()
+        prepared(inputs)
+        for parameter in prepared.parameters():  # to and fro across a boundary
+            parameter.grad = torch.full_like(parameter, -1.0 if step % 2 else 1.0)
+        optimizer.step()
+        freezer.step()
+    assert freezer.frozen()["linear"] > 0.5
+    codes = prepared.linear.weight_fake_quantize.to_codes
+    is_frozen, held = freezer._trackers["linear"].is_frozen.clone(), codes(prepared.weight)
+    for direction in (1.0, -1.0):
+        prepared(inputs)
+        prepared.weight.grad = torch.full_like(prepared.weight, direction)
+        optimizer.step()
+        assert not torch.equal(codes(prepared.weight)[is_frozen], held[is_frozen])
+        freezer.step()
+        assert torch.equal(codes(prepared.weight)[is_frozen], held[is_frozen])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_parameter_that_a_model_no_longer_has_is_no_weight_of_it() -> None:
+    model, inputs = Functional(), torch.randn(4, 8)
+    prepared = prepare(model, QATConfig(weight_bits=4), (inputs,))
+    prepared(inputs)
+    assert [weight.name for weight in latent_weights(prepared)] == ["last", "linear"]
+    prepared.weight = nn.Parameter(prepared.weight.detach().clone())
+    assert [weight.name for weight in latent_weights(prepared)] == ["last"]
+    prepared(inputs)
+    assert latent_weights(prepared)[1].weight is prepared.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,42 @@ def test_bits_and_steps_decide() -> None:
         recommended_recipe(8, 0, network)
     with pytest.raises(ValueError, match="weight_bits must be"):
         recommended_recipe(9, 10, network)
+
+
+class Branches(nn.Module):
+    """Blocks in a dictionary of lists, one of which its forward never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict({name: nn.ModuleList([Block(8), Block(8)]) for name in ("used", "spare")})
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for block in self.branches["used"]:
+            inputs = block(inputs)
+        return inputs
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.layer(inputs))
+
+
+def test_blocks_that_a_forward_never_calls_are_left_out() -> None:
+    model, inputs = Branches(), torch.randn(8, 8)
+    teacher = copy.deepcopy(model)
+    recipe = recommended_recipe(4, 4, model)
+    assert len(recipe.features) == 4
+    prepared = prepare(model, recipe.config, (inputs,))
+    calibrate(prepared, [inputs], method=recipe.calibration)
+    with pytest.warns(UserWarning, match=r"which these are not: branches\.spare\.0, branches\.spare\.1"):
+        history = finetune(prepared, teacher, [inputs], steps=4, recipe=recipe)
+    assert len(history.losses) == 4
+    with pytest.raises(ValueError, match=r"modules that both models call, got branches\.spare\.0"):
+        finetune(prepared, teacher, [inputs], steps=1, recipe=replace(recipe, features=("branches.spare.0",)))
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "vit"])

@@ -57,3 +57,43 @@ def test_a_weight_is_counted_in_steps_of_its_channel() -> None:
     assert tensor.lowest == pytest.approx(float(steps.min()), rel=1e-5)
     assert sum(tensor.counts) == model[0].weight.numel()
     assert tensor.clipped_share == pytest.approx(float((steps.abs() > 7.5).double().mean()))
+
+
+def test_infinite_values_are_clipped_and_in_no_bin() -> None:
+    inputs = torch.randn(32, 8)
+    infinite = inputs.clone()
+    infinite[0, :2] = torch.tensor([float("inf"), float("-inf")])
+    found, _ = histograms([infinite], inputs)
+    tensor = found["input_1: output"]
+    finite = infinite[infinite.isfinite()]
+    assert (tensor.lowest, tensor.highest) == (float(finite.min()), float(finite.max()))
+    assert sum(tensor.counts) == finite.numel()
+    assert tensor.clipped_share == 2 / inputs.numel()
+
+
+class Computing(nn.Module):
+    """Layers whose weights are computed, handed to a function, and (once the test has it so) left float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.plain = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plain(nn.functional.linear(torch.relu(self.normalized(x)), self.weight))
+
+
+def test_weights_that_are_computed_or_given_are_counted_and_those_without_a_node_are_not() -> None:
+    model, inputs = Computing(), torch.randn(16, 8)
+    weight = model.weight.detach().clone()
+    prepared = prepare(model, QATConfig(activation_observer=MinMaxObserver), (inputs,))
+    calibrate(prepared, [inputs])
+    prepared.plain.weight_fake_quantize = None
+    with in_analysis(prepared):
+        found = {tensor.label: tensor for tensor in histograms_of(prepared, calls_of(prepared, [inputs]))}
+    weights = {label: tensor for label, tensor in found.items() if tensor.role == "weight"}
+    assert list(weights) == ["normalized: weight", "linear: weight"]
+    steps = weight / (weight.abs().amax(1, keepdim=True) / 127)
+    assert weights["linear: weight"].lowest == pytest.approx(float(steps.min()), rel=1e-5)
+    assert all(sum(tensor.counts) == 64 for tensor in weights.values())

@@ -21,6 +21,7 @@ from mlframework.quantization import (
     analyze_sensitivity,
     calibrate,
     explain,
+    plots,
     prepare,
     report,
 )
@@ -200,6 +201,28 @@ def test_labels_beside_inputs_are_left_out(tmp_path: Path) -> None:
     inputs = torch.randn(16, 8)
     batches = [(inputs, torch.zeros(16))]
     assert report(prepared_named(inputs), batches, tmp_path / "r.html", inputs=lambda batch: batch[0]).exists()
+
+
+def test_infinite_outputs_and_errors_are_drawn(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return torch.where(y > 0, y, float("-inf"))
+
+    inputs = torch.randn(64, 8)
+    prepared = prepare(Masked(), QATConfig(), (inputs,))
+    calibrate(prepared, [inputs])
+    sensitivity = analyze_sensitivity(prepared, [inputs], bits=(2,))
+    assert any(layer.alone.relative_error == float("inf") for layer in sensitivity.layers)  # masked at other places
+    data = collected(prepared, [inputs], None, sensitivity, None, None, None, None)
+    assert data.outputs
+    assert all(abs(value) < float("inf") for pair in data.outputs for value in pair)
+    assert report(prepared, [inputs], tmp_path / "page.html", sensitivity=sensitivity).exists()
+    assert plots(prepared, [inputs], tmp_path, sensitivity=sensitivity)
 
 
 def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

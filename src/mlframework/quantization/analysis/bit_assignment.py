@@ -14,6 +14,7 @@ from ..tables import html_table, text_table
 from .measures import decibels
 from .optional import required
 from .sensitivity_report import SensitivityReport
+from .solver_output import without_solver_output
 
 FLOAT_BITS = 32
 _SCALE_BYTES = 4  # float32
@@ -152,7 +153,8 @@ def assign_bits(
         average_bits: at most so many bits to a weight, on average over all weights of the layers measured; float
             counts as 32.
         model_bytes: at most so many bytes for all parameters and buffers, as the target's file stores them; its
-            description of the graph comes on top. An engine without kernels for narrow codes stores these as int8.
+            description of the graph comes on top. An engine without kernels for narrow codes stores these as int8. A
+            weight that several layers share counts for each: its codes are stored with the scales of each.
         max_loss: the expected loss at most: what the analysis' loss may be, or without one the relative squared error
             of the outputs (0.01 are 20 dB).
 
@@ -238,16 +240,17 @@ def _solved(
     one_each = sparse.csr_array(
         ([1.0] * len(options), (layer_of, range(len(options)))), shape=(len(choices), len(options))
     )
-    solution = optimize.milp(
-        goals,
-        integrality=[1] * len(options),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint([amounts], -float("inf"), limit * factor),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with without_solver_output():
+        solution = optimize.milp(
+            goals,
+            integrality=[1] * len(options),
+            bounds=optimize.Bounds(0, 1),
+            constraints=[
+                optimize.LinearConstraint(one_each, 1, 1),
+                optimize.LinearConstraint([amounts], -float("inf"), limit * factor),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if solution.x is None:
         raise ValueError(f"{what} could not be solved: {solution.message}")
     picked = [choice for choice, taken in zip(options, solution.x, strict=True) if taken > 0.5]

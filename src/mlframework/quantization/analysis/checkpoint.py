@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,8 @@ from ..qat.fake_quantize_layer import FakeQuantizeLayer
 class Checkpoint:
     """A JSON file of results by key; without a path, they are kept in memory alone.
 
-    The file also holds what the results are of, hashed, and is refused where that is something else.
+    The file also holds what the results are of, hashed, and the version that made them; it is refused where either is
+    another.
 
     Args:
         path: of the file, which may not exist yet.
@@ -32,7 +34,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str] | None, subject: Mapping[str, str], title: str) -> None:
         self.path = None if path is None else Path(path)
-        self.subject = dict(subject)
+        self.subject = {**subject, "version": importlib.metadata.version("mlframework-quantization")}
         self.title = title
         self.results: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
@@ -47,8 +49,8 @@ class Checkpoint:
         differing = [part for part in self.subject if subject.get(part) != self.subject[part]]
         if differing:
             raise ValueError(
-                f"checkpoint {str(path)!r} is of {title} and has another {' and another '.join(differing)} than "
-                f"{self.title} here: give another path, or remove the file"
+                f"checkpoint {str(path)!r} is of {title} with other {', '.join(differing)} than {self.title} here: "
+                "give another path, or remove the file"
             )
         return dict(results)
 
@@ -72,15 +74,22 @@ class Checkpoint:
 
 
 def fingerprint_of_model(model: nn.Module) -> str:
-    """A hash of a prepared model: its class, its state, and the grids of its nodes."""
+    """A hash of a prepared model: the classes of its modules, its state, and the grids of its nodes."""
+    modules = [f"{name} {type(module).__qualname__}" for name, module in model.named_modules()]
     grids = [f"{name} {node.scheme}" for name, node in model.named_modules() if isinstance(node, FakeQuantizeLayer)]
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return _hash([type(model).__qualname__, *grids, state])
+    return _hash([*modules, *grids, state])
 
 
-def fingerprint_of_batches(batches: Iterable[Any]) -> str:
-    """A hash of what batches hold."""
-    return _hash(list(batches))
+def fingerprint_of_values(values: Iterable[Any]) -> str:
+    """A hash of tensors, arrays and plain values, in whatever containers."""
+    return _hash(list(values))
+
+
+def qualified_name(function: Any) -> str:
+    """Module and name of a function, or of the class of a callable."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _hash(value: Any) -> str:
@@ -92,6 +101,9 @@ def _hash(value: Any) -> str:
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             bytes_of = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(bytes_of.numpy().tobytes())
+        elif hasattr(leaf, "tobytes"):  # NumPy's: of a large array, repr() leaves out most
+            digest.update(f"{leaf.dtype} {leaf.shape}".encode())
+            digest.update(leaf.tobytes())
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from .calls import Call, Calls, calls_of, run
 from .explanation import LARGEST, Explanation, LayerExplanation
 from .float_reference import was_trained_since, with_state_of
 from .layer_groups import layer_groups
-from .measures import Comparison, relative, squared_sum
+from .measures import Comparison, energies_of, relative
 from .own_errors import OwnErrors, output_node
 from .switching import in_analysis, switch
 
@@ -147,7 +147,8 @@ class _LayerComparison:
             return
         expected = waiting.pop(0)
         error, signal = self.energies.get(name, (0.0, 0.0))
-        self.energies[name] = (error + squared_sum(output - expected), signal + squared_sum(expected))
+        more_error, more_signal = energies_of(output, expected)
+        self.energies[name] = (error + more_error, signal + more_signal)
 
     @contextmanager
     def _noting(self, note: Callable[[str, tuple[Any, ...], Tensor], None]) -> Iterator[None]:

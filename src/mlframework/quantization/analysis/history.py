@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from ..training.oscillation import OscillationFrequency
 from .local_errors import grid_ends
 
 
@@ -25,9 +26,11 @@ class QuantizationHistory:
         steps: of the records, counted from 1.
         scales: of each node by name, the scale at each record: its median over channels.
         ranges: of each node that is not a weight's by name, the lowest and the highest value on its grid.
-        flips: of each layer by name, the share of its weights whose integer code is another than at the record before.
-        returns: of each layer by name, the share of its weights that are back at the code of two records ago and had
-            left it in between: they oscillate (Nagel et al. 2022).
+        flips: of each layer by name, the share of its weights whose integer code is another than at the record before
+            (than at the beginning, for the first).
+        oscillating: of each layer by name, the share of its weights that oscillate at each record, as an
+            :class:`OscillationFreezer` counts it (Nagel et al. 2022): a moving average of how often their codes turned
+            round is above 0.005. Records stand for steps where ``every`` spaces them.
 
     Raises:
         ValueError: ``every`` is no positive number of steps, or the model is not prepared.
@@ -65,9 +68,13 @@ class QuantizationHistory:
             name: [] for name, node in self._nodes.items() if id(node) not in self._weight_nodes
         }
         self.flips: dict[str, list[float]] = {name: [] for name in self._wrappers}
-        self.returns: dict[str, list[float]] = {name: [] for name in self._wrappers}
+        self.oscillating: dict[str, list[float]] = {name: [] for name in self._wrappers}
         self._steps_taken = 0
-        self._codes: dict[str, tuple[Tensor, Tensor]] = {}  # of the last two records
+        self._frequencies: dict[str, OscillationFrequency] = {}
+        for name in self._wrappers:
+            codes = self._codes_of(name)
+            if codes is not None:
+                self._frequencies[name] = OscillationFrequency(codes)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -81,27 +88,31 @@ class QuantizationHistory:
             if name in self.ranges:
                 lowest, highest = grid_ends(node)
                 self.ranges[name].append((float(lowest), float(highest)))
-        for name, wrapper in self._wrappers.items():
-            self._record_codes(name, wrapper)
+        for name in self._wrappers:
+            self._record_codes(name)
 
-    def _record_codes(self, name: str, wrapper: QATModuleWrapper) -> None:
+    def _codes_of(self, name: str) -> Tensor | None:
+        wrapper = self._wrappers[name]
         node = wrapper.weight_fake_quantize
         if node is None or not node.is_initialized:
+            return None
+        return node.to_codes(wrapper.evaluated_weight().detach())
+
+    def _record_codes(self, name: str) -> None:
+        codes = self._codes_of(name)
+        if codes is None:
             self.flips[name].append(0.0)
-            self.returns[name].append(0.0)
+            self.oscillating[name].append(0.0)
             return
-        codes = node.to_codes(wrapper.evaluated_weight().detach())
-        last, before = self._codes.get(name, (codes, codes))
-        changed = codes != last
-        returned = changed & (codes == before)
-        self.flips[name].append(float(changed.float().mean()))
-        self.returns[name].append(float(returned.float().mean()))
-        self._codes[name] = (codes, last)
+        frequency = self._frequencies.setdefault(name, OscillationFrequency(codes))
+        self.flips[name].append(float((codes != frequency.last_codes).float().mean()))
+        frequency.update(codes)
+        self.oscillating[name].append(float(frequency.oscillating.float().mean()))
 
     @property
     def oscillation(self) -> dict[str, float]:
-        """The mean share of each layer's weights that oscillate, over all records."""
-        return {name: sum(shares) / len(shares) if shares else 0.0 for name, shares in self.returns.items()}
+        """The share of each layer's weights that oscillate at the last record."""
+        return {name: shares[-1] if shares else 0.0 for name, shares in self.oscillating.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as :mod:`json` writes it."""
@@ -110,5 +121,5 @@ class QuantizationHistory:
             "scales": {name: list(values) for name, values in self.scales.items()},
             "ranges": {name: [list(ends) for ends in values] for name, values in self.ranges.items()},
             "flips": {name: list(values) for name, values in self.flips.items()},
-            "returns": {name: list(values) for name, values in self.returns.items()},
+            "oscillating": {name: list(values) for name, values in self.oscillating.items()},
         }

@@ -32,7 +32,8 @@ class Measure:
 
     Attributes:
         relative_error: :math:`\sum (y - \hat y)^2 / \sum y^2`, with sums over a tensor in all batches; the mean over
-            the floating-point tensors that the model returns, so that none drowns the others.
+            the floating-point tensors that the model returns, so that none drowns the others. Where both are the same
+            infinity, nothing is lost.
         agreement: the share of positions with the same argmax, where the outputs look like logits; else None.
         loss: the mean of the user's loss over the batches; None without one.
     """
@@ -77,7 +78,7 @@ class Comparison:
             ValueError: the loss is not one number.
         """
         pairs = list(zip(float_tensors(outputs), float_tensors(reference), strict=True))
-        energies = [(squared_sum(one - other), squared_sum(other)) for one, other in pairs]
+        energies = [energies_of(one, other) for one, other in pairs]
         before = self._energies or [(0.0, 0.0)] * len(energies)
         self._energies = [(a + c, b + d) for (a, b), (c, d) in zip(before, energies, strict=True)]
         logits, expected = logits_of(outputs), logits_of(reference)
@@ -118,6 +119,13 @@ def logits_of(outputs: Any) -> Tensor | None:
 def squared_sum(tensor: Tensor) -> float:
     """The sum of squares, in float64."""
     return float(tensor.detach().double().square().sum())
+
+
+def energies_of(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The energy of an error and that of the signal, in float64: infinities that are the same differ by nothing, and
+    are no signal that an error could be a share of."""
+    error = torch.where(actual == expected, 0, actual - expected)
+    return squared_sum(error), squared_sum(expected.masked_fill(expected.isinf(), 0))
 
 
 def relative(error: float, signal: float) -> float:

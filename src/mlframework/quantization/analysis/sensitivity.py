@@ -15,9 +15,10 @@ from ..preparation.batches import iterated
 from ..preparation.report import preparation_report
 from ..progress import progress_bar
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.layer_types import layer_type_of
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from .calls import Calls, calls_of, run
-from .checkpoint import Checkpoint, fingerprint_of_batches, fingerprint_of_model
+from .checkpoint import Checkpoint, fingerprint_of_model, fingerprint_of_values, qualified_name
 from .layer_groups import LayerGroup, activation_nodes, in_order, layer_groups, owner_of_activation
 from .local_errors import ErrorEnergies, ErrorSplit, add_layer_error
 from .measures import Comparison, Loss, Measure
@@ -59,7 +60,9 @@ def analyze_sensitivity(
             labels: ``inputs=lambda batch: batch[0]``); the batch itself by default.
         progress: show a bar (with rich).
         checkpoint: a JSON file that measurements are kept in, and that a later call goes on from. It is written after
-            each of them, atomically.
+            each of them, atomically. One of something else is refused: of another model or state of it, of other
+            batches or inputs, of a loss of another name or value on the float outputs, or of another version of this
+            package.
 
     Returns:
         The report. Errors are relative squared errors of the outputs, ratios of them in dB; where the outputs look
@@ -68,7 +71,7 @@ def analyze_sensitivity(
     Raises:
         TypeError: ``batches`` is itself a batch, or a batch does not fit the model's forward.
         ValueError: the model is not prepared, or has seen no data; no batches; ``bits`` are out of range; the
-            checkpoint is of another model, other batches or another loss.
+            checkpoint is of something else.
         ImportError: ``progress`` without rich.
 
     Example:
@@ -90,13 +93,15 @@ def analyze_sensitivity(
     calls = calls_of(model, kept, inputs)
     subject = {
         "state": fingerprint_of_model(model),
-        "batches": fingerprint_of_batches(kept),
-        "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
+        "batches": fingerprint_of_values(kept),
+        "inputs": fingerprint_of_values(calls),
     }
-    results = Checkpoint(checkpoint, subject, f"a {type(model).__qualname__}")
     with in_analysis(model):
-        analysis = _Analysis(model, groups, kept, calls, loss, results)
+        analysis = _Analysis(model, groups, kept, calls, loss)
         analysis.run_reference()
+        # A name does not tell what a function computes; what it makes of the float outputs does.
+        subject["loss"] = f"{qualified_name(loss)} {analysis.reference_loss:.5g}" if loss is not None else "none"
+        analysis.results = Checkpoint(checkpoint, subject, f"a {type(model).__qualname__}")
         nodes = analysis.activations if activations else {}
         total = 1 + len(widths) * (1 + 2 * len(analysis.groups)) + 2 * len(nodes)
         with progress_bar("sensitivity", total, shown=progress) as analysis.advance:
@@ -126,14 +131,13 @@ class _Analysis:
         batches: list[Any],
         calls: Calls,
         loss: Loss | None,
-        results: Checkpoint,
     ) -> None:
         self.model = model
         self.groups = groups
         self.batches = batches
         self.calls = calls
         self.loss = loss
-        self.results = results
+        self.results = Checkpoint(None, {}, "")
         self.advance: Callable[[], None] = lambda: None
         self.reference: list[Any] = []
         self.reference_loss: float | None = None
@@ -287,9 +291,17 @@ def _checked(bits: Iterable[int]) -> tuple[int, ...]:
 
 
 def _other_bytes(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
-    """Of parameters and buffers that are no weight of a quantized layer, and no state of quantization."""
+    """Of parameters and buffers that are no weight of a quantized layer, and no state of quantization.
+
+    A weight that a quantized layer shares with a float one is stored for each: as codes, and as it is.
+    """
+    held_by_float = {
+        id(module._parameters.get("weight"))
+        for module in model.modules()
+        if layer_type_of(module) is not None and not isinstance(module, QATModuleWrapper)
+    }
     nodes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FakeQuantizeLayer))
-    counted = {id(tensor) for tensor in weights.values()}
+    counted = {id(tensor) for tensor in weights.values()} - held_by_float
     total = 0
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in counted and not name.startswith(nodes):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from ..qat.layer_types import Clip, clip_of
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from ..qat.qat_operation import QATOperation
 
 
 def distillation_loss(student_outputs: Any, teacher_outputs: Any, *, temperature: float | None = None) -> Tensor:
@@ -92,9 +96,10 @@ class FeatureMatching:
     Both models run first; then :meth:`loss` compares what they computed last, and forgets it. As a context manager, it
     takes its hooks off at the end.
 
-    A layer of a prepared model returns what the batch normalization and the activation that it took in return. So its
-    output is compared with that of the teacher's module that comes last among them; where that is a function call in
-    the teacher's code, name the container around it.
+    A layer of a prepared model returns what the batch normalization and the activation that it took in return, and so
+    does a container that ends in it, also where these come after the container in the teacher. The output is then
+    compared with that of the teacher's batch normalization, and an activation that only clips (ReLU, ReLU6, Hardtanh)
+    is applied to the teacher's output; one that was clipped already stays as it is.
 
     Args:
         student: the model in training.
@@ -102,7 +107,8 @@ class FeatureMatching:
         names: of modules in both, as ``named_modules()`` has them.
 
     Raises:
-        ValueError: a name is not in both models, or the student's module takes in what is no module of the teacher.
+        ValueError: a name is not in both models, or the student's layer takes in a batch normalization that is no
+            module of the teacher.
 
     Example:
         >>> teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -119,9 +125,26 @@ class FeatureMatching:
         self._names = tuple(names)
         self._student: dict[str, Any] = {}
         self._teacher: dict[str, Any] = {}
+        self._clips: dict[str, list[Clip]] = {}
         self._handles: list[RemovableHandle] = []
         for name, (own, other) in zip(names, pairs, strict=True):
+            self._handles += _keep_clips(own, self._clips, name)
             self._handles += [_keep_output(own, self._student, name), _keep_output(other, self._teacher, name)]
+
+    def leave_out_idle(self) -> tuple[str, ...]:
+        """Goes on without the modules that did not run in both models since the last :meth:`loss`.
+
+        Returns:
+            Their names.
+
+        Raises:
+            ValueError: none did.
+        """
+        idle = tuple(name for name in self._names if name not in self._student or name not in self._teacher)
+        if len(idle) == len(self._names):
+            raise ValueError(f"names must be of modules that both models call, got {', '.join(idle)}")
+        self._names = tuple(name for name in self._names if name not in idle)
+        return idle
 
     def loss(self) -> Tensor:
         """The mean over the modules of the squared error relative to the teacher's power.
@@ -132,10 +155,18 @@ class FeatureMatching:
         missing = [name for name in self._names if name not in self._student or name not in self._teacher]
         if missing:
             raise RuntimeError(f"run both models before loss(): {', '.join(missing)} did not run in both")
-        losses = [distillation_loss(self._student[name], self._teacher[name]) for name in self._names]
+        losses = [distillation_loss(self._student[name], self._expected(name)) for name in self._names]
         self._student.clear()
         self._teacher.clear()
         return torch.stack(losses).mean()
+
+    def _expected(self, name: str) -> Any:
+        """The teacher's output, clipped as the student's is."""
+        outputs, clips = self._teacher[name], self._clips[name]
+        tensors = _tensors(outputs)
+        if len(tensors) != len(clips):
+            return outputs
+        return [tensor.clamp(*clip) for tensor, clip in zip(tensors, clips, strict=True)]
 
     def remove(self) -> None:
         """Takes the hooks off both models."""
@@ -159,8 +190,25 @@ def _keep_output(module: nn.Module, outputs: dict[str, Any], name: str) -> Remov
     return module.register_forward_hook(keep)
 
 
+def _keep_clips(module: nn.Module, clips: dict[str, list[Clip]], name: str) -> list[RemovableHandle]:
+    """Notes, for every tensor that a student's module returns, what the layer or operation that made it clips it to."""
+    none: Clip = (-math.inf, math.inf)
+    made: list[tuple[weakref.ref[Tensor], Clip]] = []
+
+    def note(producer: QATModuleWrapper | QATOperation, args: Any, output: Tensor) -> None:
+        made.append((weakref.ref(output), producer._clip))
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        clips[name] = [next((clip for ref, clip in made if ref() is tensor), none) for tensor in _tensors(output)]
+        made.clear()
+
+    producers = [each for each in module.modules() if isinstance(each, (QATModuleWrapper, QATOperation))]
+    clipping = [each for each in producers if each._clip != none]
+    return [*(each.register_forward_hook(note) for each in clipping), module.register_forward_hook(keep)]
+
+
 def _modules_to_compare(student: nn.Module, teacher: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
-    """The modules of both models whose outputs are to be the same."""
+    """The modules of both models whose outputs are to be the same, but for clipping."""
     own, other = (
         dict(student.named_modules(remove_duplicate=False)),
         dict(teacher.named_modules(remove_duplicate=False)),
@@ -168,14 +216,18 @@ def _modules_to_compare(student: nn.Module, teacher: nn.Module, name: str) -> tu
     for modules, which in ((own, "student"), (other, "teacher")):
         if name not in modules:
             raise ValueError(f"names must be of modules in both models, got {name!r}, which the {which} does not have")
-    module = own[name]
-    if not isinstance(module, QATModuleWrapper) or not module.following:
-        return module, other[name]
-    last = module.following[-1]
-    for other_name, candidate in own.items():
-        if candidate is last and other_name in other:
-            return module, other[other_name]
-    raise ValueError(
-        f"names must be of modules that compute the same in both models, got {name!r}: the student takes in the "
-        f"{type(last).__name__} that follows it, which is no module of the teacher; name the container of both"
-    )
+    module, inside = own[name], f"{name}." if name else ""
+    for wrapper in module.modules():
+        for norm in wrapper.following if isinstance(wrapper, QATModuleWrapper) else ():
+            if clip_of(norm) is not None:
+                continue
+            found = [path for path, each in own.items() if each is norm and path in other]
+            if found and not any(path.startswith(inside) for path in found):
+                return module, other[found[0]]
+            if not found and wrapper is module:
+                raise ValueError(
+                    f"names must be of modules that compute the same in both models, got {name!r}: the student takes "
+                    f"in the {type(norm).__name__} that follows it, which is no module of the teacher; name the "
+                    "container of both"
+                )
+    return module, other[name]

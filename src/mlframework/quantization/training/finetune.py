@@ -62,7 +62,10 @@ def finetune(
         recipe: everything else (:class:`Recipe`); the defaults where not given.
         loss: of the model's outputs and the second of a pair; added to the distance from the teacher.
         checkpoint: a file. An interruption (Ctrl-C) saves there what it takes to go on, which the same call does when
-            the file exists; it is removed at the end.
+            the file exists; it is removed at the end. ``batches`` then start from the beginning, and as many as were
+            trained on are skipped. With a list, or a loader that shuffles by a seed, training goes on as if it had not
+            been interrupted; a loader that shuffles anew skips other batches than it trained on. A generator must be a
+            new one.
         progress: shows a bar, through rich.
 
     Returns:
@@ -70,10 +73,14 @@ def finetune(
 
     Raises:
         ValueError: the teacher shares Parameters with the model, there is neither teacher nor loss, ``steps`` is not
-            positive, or ``batches`` end too soon.
+            positive, ``batches`` end too soon, or can be gone through only once where running statistics are
+            re-estimated from them at the end (``batch_norm="batch"``); or no module of ``recipe.features`` is called.
         TypeError: a batch does not fit the model's forward.
         ImportError: ``progress`` without rich.
         KeyboardInterrupt: when interrupted; the model is as the last step left it, and usable.
+
+    Warns:
+        UserWarning: the first batch reaches only some of ``recipe.features``; the others are left out.
 
     Example:
         >>> float_model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -94,6 +101,7 @@ def finetune(
     recipe = Recipe() if recipe is None else recipe
     recipe = recipe if lr is None else replace(recipe, lr=lr)
     loop = TrainingLoop(model, teacher, loss, recipe, steps)
+    loop.require_batches(batches)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         loop.load_state_dict(torch.load(path, weights_only=True))

@@ -55,8 +55,10 @@ def latent_weights(model: nn.Module) -> list[LatentWeight]:
     """The weights that are Parameters in training and are quantized, each once, whatever shares it.
 
     Weights that are computed for every forward (by a parametrization, or by a hook) are none. What a model's code hands
-    to a function (``F.conv2d(x, self.weight)``) is known after a first forward.
+    to a function (``F.conv2d(x, self.weight)``) is known after a first forward with the Parameters that the model has
+    now.
     """
+    own = {id(parameter) for parameter in model.parameters()}
     seen: set[int] = set()
     weights: list[LatentWeight] = []
     for name, module in model.named_modules():
@@ -65,6 +67,8 @@ def latent_weights(model: nn.Module) -> list[LatentWeight]:
         given = isinstance(module, GivenWeightWrapper)
         weight = module.given_weight if given else module._parameters.get("weight")
         if weight is None or not weight.requires_grad or id(weight) in seen:
+            continue
+        if id(weight) not in own:  # the model got another since; this one may be the float model's
             continue
         seen.add(id(weight))
         weights.append(LatentWeight(name, weight, module.weight_fake_quantize))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .latent_weights import LatentWeight, latent_weights, require_quantized_layers
 
 OSCILLATES = 0.005  # the frequency from which a weight counts as oscillating (the paper's table 2)
+MOMENTUM = 0.01  # of the averages of frequencies
 
 
 def dampening_loss(model: nn.Module) -> Tensor:
@@ -93,7 +94,7 @@ class OscillationFreezer:
         *,
         steps: int,
         threshold: tuple[float, float] = (0.04, 0.01),
-        momentum: float = 0.01,
+        momentum: float = MOMENTUM,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a positive int, got {steps!r}")
@@ -122,7 +123,7 @@ class OscillationFreezer:
     def step(self) -> None:
         """Counts what the optimizer's step changed, freezes, and puts frozen weights back."""
         for tracker in self._trackers.values():
-            tracker.update(self.momentum, self.threshold)
+            tracker.freeze(self.momentum, self.threshold)
         self._track()
         self.steps_taken += 1
 
@@ -170,30 +171,57 @@ def _shares(selected: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(selected, shares, strict=True))
 
 
-class _Tracker:
-    """One layer's integers: where they were, which way they went last, and how often they turn round."""
+class OscillationFrequency:
+    """How often the integers of a layer's weights turn round (equations 6 and 7 of the paper).
 
-    def __init__(self, weight: LatentWeight) -> None:
-        self.weight = weight
-        codes = weight.codes
+    Args:
+        codes: the integers at the start.
+
+    Attributes:
+        last_codes: int16, as of the last update.
+        last_direction: int8, which way each went when it last changed.
+        frequency: float32, the moving average of how often it changed against that.
+    """
+
+    def __init__(self, codes: Tensor) -> None:
         self.last_codes = codes.to(torch.int16)  # int8 and uint8 alike
         self.last_direction = torch.zeros_like(codes, dtype=torch.int8)
-        self.frequency = torch.zeros_like(codes)
+        self.frequency = torch.zeros_like(codes, dtype=torch.float32)
+
+    @property
+    def oscillating(self) -> Tensor:
+        """Which of the weights oscillate: bool, of their shape."""
+        return self.frequency > OSCILLATES
+
+    def update(self, codes: Tensor, momentum: float = MOMENTUM) -> None:
+        """Counts a step that led to these integers."""
+        codes = codes.to(torch.int16)
+        direction = torch.sign(codes - self.last_codes).to(torch.int8)
+        turned = direction * self.last_direction < 0
+        self.frequency.lerp_(turned.float(), momentum)
+        self.last_direction = torch.where(direction != 0, direction, self.last_direction)
+        self.last_codes.copy_(codes)
+
+
+class _Tracker(OscillationFrequency):
+    """One layer's integers: where they were most of the time, and which of them are frozen."""
+
+    def __init__(self, weight: LatentWeight) -> None:
+        codes = weight.codes
+        super().__init__(codes)
+        self.weight = weight
         self.average = codes
         self.is_frozen = torch.zeros_like(codes, dtype=torch.bool)
 
     @property
     def oscillating(self) -> Tensor:
-        return (self.frequency > OSCILLATES) & ~self.is_frozen
+        return super().oscillating & ~self.is_frozen
 
-    def update(self, momentum: float, threshold: float) -> None:
-        codes = self.weight.codes
-        codes = torch.where(self.is_frozen, self.last_codes.float(), codes)
-        direction = torch.sign(codes - self.last_codes).to(torch.int8)
-        turned = direction * self.last_direction < 0
-        self.frequency.lerp_(turned.float(), momentum)
+    def freeze(self, momentum: float, threshold: float) -> None:
+        """Counts a step, freezes what oscillates more often than the threshold, and puts frozen weights back."""
+        codes = torch.where(self.is_frozen, self.last_codes.float(), self.weight.codes)
+        self.update(codes, momentum)
         self.average.lerp_(codes, momentum)
-        self.last_direction = torch.where(direction != 0, direction, self.last_direction)
         freezing = (self.frequency > threshold) & ~self.is_frozen
         codes = torch.where(freezing, self.average.round(), codes)
         self.is_frozen |= freezing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -57,16 +58,35 @@ class TrainingLoop:
         self.freezer = OscillationFreezer(model, steps=steps) if recipe.freeze_oscillations else None
         self.losses: list[Tensor] = []
         self.learning_rates: list[float] = []
+        self._knows_features = False
 
     @property
     def done(self) -> int:
         """How many steps have been taken."""
         return len(self.learning_rates)
 
-    def run(self, batches: Iterable[Any], progress: bool) -> None:
-        """The steps that are left, and what follows on the last."""
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether batch normalization trains by the statistics of each batch, and is re-estimated at the end."""
         has_batch_norm = any(isinstance(module, BATCH_NORMS) for module in self.model.modules())
-        batch_statistics = has_batch_norm and self.recipe.batch_norm == "batch"
+        return has_batch_norm and self.recipe.batch_norm == "batch"
+
+    def require_batches(self, batches: Iterable[Any]) -> None:
+        """Refuses batches that would be found not to do when much has been trained.
+
+        Raises:
+            TypeError: they are a single batch.
+            ValueError: they can be gone through only once, and are needed again.
+        """
+        if isinstance(iterated(batches), Iterator) and self.batch_statistics:
+            raise ValueError(
+                "batches must be a list or a loader that starts anew, for running statistics to be re-estimated from "
+                f"at the end (batch_norm='batch'), got a {type(batches).__name__}, which has ended by then"
+            )
+
+    def run(self, batches: Iterable[Any], progress: bool) -> None:
+        """The steps that are left, and what follows on the last. Batches of the steps taken are skipped."""
+        batch_statistics = self.batch_statistics
         with ExitStack() as stack:
             modes = {"regularizes": self.teacher is None, "batch_statistics": batch_statistics}
             stack.enter_context(in_fine_tuning(self.model, **modes))
@@ -78,7 +98,7 @@ class TrainingLoop:
                 features = stack.enter_context(FeatureMatching(self.model, self.teacher, self.recipe.features))
             schedule = QATSchedule(self.model, observe_until=max(1, round(self.steps * self.recipe.observe_until)))
             schedule.load_state_dict({"steps": self.done})
-            for batch in islice(_repeated(batches), self.steps - self.done):
+            for batch in islice(_repeated(batches), self.done, self.steps) if self.done < self.steps else ():
                 self._step(batch, features)
                 schedule.step()
                 advance(f"loss {self.losses[-1].item():.4g}" if progress else "")
@@ -115,10 +135,22 @@ class TrainingLoop:
                 expected = self.teacher(*args, **kwargs)
             losses.append(distillation_loss(outputs, expected, temperature=self.recipe.temperature))
         if features is not None:
+            self._leave_out_idle(features)
             losses.append(self.recipe.feature_weight * features.loss())
         if self.loss is not None:
             losses.append(self.loss(outputs, batch[1]))
         return torch.stack(losses).sum()
+
+    def _leave_out_idle(self, features: FeatureMatching) -> None:
+        """Once: what a network's structure names as blocks may be what its forward never calls."""
+        idle = () if self._knows_features else features.leave_out_idle()
+        self._knows_features = True
+        if idle:
+            warnings.warn(
+                f"features are compared of modules that both models call, which these are not: {', '.join(idle)}",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _inputs(self, batch: Any) -> Any:
         return batch if self.loss is None else batch[0]
@@ -158,7 +190,6 @@ def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
     Raises:
         ValueError: there are none, or they can be gone through only once and have ended.
     """
-    iterated(batches)
     count = 0
     while True:
         before = count

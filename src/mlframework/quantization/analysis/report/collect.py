@@ -33,7 +33,7 @@ class ReportData:
         preparation: what is quantized.
         explanation: layer by layer, the error.
         histograms: of weights and activations.
-        outputs: pairs of an output in float and quantized, sampled evenly.
+        outputs: pairs of a finite output in float and quantized, sampled evenly.
         sensitivity, history: where given.
         oscillation: the share of each layer's weights that oscillate, where known.
     """
@@ -106,7 +106,9 @@ def _outputs(model: nn.Module, calls: Calls, float_model: nn.Module | None) -> t
     if not pairs:
         return ()
     ones, others = (torch.cat(part) for part in zip(*pairs, strict=True))
-    picked = torch.linspace(0, len(ones) - 1, min(_POINTS, len(ones))).long()
+    finite = ones.isfinite() & others.isfinite()
+    ones, others = ones[finite], others[finite]
+    picked = torch.linspace(0, max(len(ones) - 1, 0), min(_POINTS, len(ones))).long()
     return tuple(zip(ones[picked].tolist(), others[picked].tolist(), strict=True))
 
 

@@ -15,8 +15,8 @@ from .histograms import TensorHistogram
 INTEGER, FLOAT, BAD, OWN = "#2563eb", "#d97706", "#dc2626", "#0d9488"
 WIDTHS = ("#1e3a8a", "#2563eb", "#0891b2", "#0d9488", "#d97706", "#dc2626", "#9333ea")
 _GRID = "#e5e7eb"
-_LEAST_ERROR = 1e-12
-MOST_DECIBELS = 80.0  # an output without any error is drawn here
+_LEAST_ERROR, _MOST_ERROR = 1e-12, 1e2  # none at all, and an infinite one, are drawn here
+_MOST_DECIBELS = 80.0
 
 
 def signal_to_noise(explanation: Explanation) -> Any:
@@ -33,7 +33,7 @@ def signal_to_noise(explanation: Explanation) -> Any:
         figure.add_trace(
             graph.Scatter(
                 x=places,
-                y=[_drawn(value) for value in values],
+                y=[drawn_decibels(value) for value in values],
                 mode="lines+markers",
                 name=label,
                 text=names,
@@ -47,7 +47,7 @@ def signal_to_noise(explanation: Explanation) -> Any:
         figure.add_trace(
             graph.Scatter(
                 x=[place for place, _ in bad],
-                y=[_drawn(layer.snr) for _, layer in bad],
+                y=[drawn_decibels(layer.snr) for _, layer in bad],
                 mode="markers",
                 name="breaks",
                 text=[layer.name for _, layer in bad],
@@ -81,7 +81,7 @@ def _error_bars(names: list[str], bars: list[tuple[str, list[tuple[Measure, Meas
     figure = _figure(height=110 + (8 + 10 * len(bars)) * len(names))
     errors = []
     for index, (label, measures) in enumerate(bars):
-        drawn = [max(alone.relative_error, _LEAST_ERROR) for alone, _ in measures]
+        drawn = [drawn_error(alone.relative_error) for alone, _ in measures]
         errors += drawn
         figure.add_trace(
             graph.Bar(
@@ -89,7 +89,7 @@ def _error_bars(names: list[str], bars: list[tuple[str, list[tuple[Measure, Meas
                 y=names,
                 orientation="h",
                 name=label,
-                customdata=[[_drawn(alone.snr), _drawn(all_but.snr)] for alone, all_but in measures],
+                customdata=[[drawn_decibels(alone.snr), drawn_decibels(all_but.snr)] for alone, all_but in measures],
                 hovertemplate="%{y}<br>alone %{customdata[0]:.1f} dB<br>all but it %{customdata[1]:.1f} dB"
                 f"<extra>{label}</extra>",
                 marker={"color": WIDTHS[index % len(WIDTHS)]},
@@ -247,5 +247,11 @@ def _figure(height: int) -> Any:
     )
 
 
-def _drawn(decibels: float) -> float:
-    return min(decibels, MOST_DECIBELS)
+def drawn_error(relative_error: float) -> float:
+    """Within the ends of an axis; what is no number is drawn as infinite."""
+    return _MOST_ERROR if math.isnan(relative_error) else min(max(relative_error, _LEAST_ERROR), _MOST_ERROR)
+
+
+def drawn_decibels(decibels: float) -> float:
+    """Within the ends of an axis; what is no number is drawn as an infinite error."""
+    return -_MOST_DECIBELS if math.isnan(decibels) else min(max(decibels, -_MOST_DECIBELS), _MOST_DECIBELS)

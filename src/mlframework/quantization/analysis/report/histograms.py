@@ -24,16 +24,16 @@ _BINS = 96
 
 @dataclass(frozen=True)
 class TensorHistogram:
-    """Counts of a tensor's values in bins of one width.
+    """Counts of a tensor's finite values in bins of one width.
 
     Attributes:
         name: of the layer, operation or node.
         role: ``"output"``, ``"input"`` or ``"weight"``.
         grid: in words.
-        lowest, highest: of the values: the ends of the outermost bins. A weight's are in steps of its channel.
+        lowest, highest: of the finite values: the ends of the outermost bins. A weight's are in steps of its channel.
         counts: of each bin.
         range_low, range_high: the ends of the grid, in the same unit.
-        clipped_share: the share of the values outside of it.
+        clipped_share: the share of the values outside of it, infinite ones among them.
     """
 
     name: str
@@ -59,29 +59,38 @@ class TensorHistogram:
 
 
 def histograms_of(model: nn.Module, calls: Calls) -> tuple[TensorHistogram, ...]:
-    """Of float values on these calls, and of weights; inside :func:`.in_analysis`, in the order in which they run."""
+    """Of float values on these calls, and of weights; inside :func:`.in_analysis`, in the order in which they run.
+
+    A weight that is computed, or that code hands to a function, is that of the first call. A tensor without any finite
+    value has no histogram.
+    """
     switch(model, on=False)
     modules = {name: model.get_submodule(name) for name in quantized_layers(model)}
+    weights: dict[str, Tensor] = {}
     extremes: dict[tuple[str, str], tuple[float, float]] = {}
     counts: dict[tuple[str, str], Tensor] = {}
     outside: dict[tuple[str, str], int] = {}
+    elements: dict[tuple[str, str], int] = {}
 
     def measure(key: tuple[str, str], values: Tensor, node: FakeQuantizeLayer) -> None:
-        low, high = extremes.get(key, (float("inf"), float("-inf")))
-        extremes[key] = (min(low, float(values.min())), max(high, float(values.max())))
         outside[key] = outside.get(key, 0) + saturated(node, values)
+        elements[key] = elements.get(key, 0) + values.numel()
+        finite = values[values.isfinite()]
+        if finite.numel():
+            low, high = extremes.get(key, (float("inf"), float("-inf")))
+            extremes[key] = (min(low, float(finite.min())), max(high, float(finite.max())))
 
     def count(key: tuple[str, str], values: Tensor, node: FakeQuantizeLayer) -> None:
-        new = _counted(values, *extremes[key])
-        counts[key] = counts[key] + new if key in counts else new
+        if key in extremes:
+            new = _counted(values[values.isfinite()], *extremes[key])
+            counts[key] = counts[key] + new if key in counts else new
 
     for note in (measure, count):
-        _observe(model, modules, calls, note)
+        _observe(model, modules, calls, weights, note)
     found: list[TensorHistogram] = []
     for (name, role), values in counts.items():
         node = _nodes_of(modules[name])[role]
         low, high = (float(end) for end in grid_ends(node))
-        total = int(values.sum())
         found.append(
             TensorHistogram(
                 name,
@@ -91,13 +100,13 @@ def histograms_of(model: nn.Module, calls: Calls) -> tuple[TensorHistogram, ...]
                 tuple(int(value) for value in values),
                 low,
                 high,
-                outside[name, role] / total if total else 0.0,
+                outside[name, role] / elements[name, role],
             )
         )
-    for name in dict.fromkeys(name for name in modules):
-        module = modules[name]
-        if isinstance(module, QATModuleWrapper) and isinstance(module._parameters.get("weight"), Tensor):
-            found.append(_of_weight(name, module))
+    for name, module in modules.items():
+        weight_node = module.weight_fake_quantize if isinstance(module, QATModuleWrapper) else None
+        if weight_node is not None and name in weights:
+            found.append(_of_weight(name, weight_node, weights[name]))
     return tuple(found)
 
 
@@ -113,10 +122,13 @@ def _observe(
     model: nn.Module,
     modules: dict[str, nn.Module],
     calls: Calls,
+    weights: dict[str, Tensor],
     note: Callable[[tuple[str, str], Tensor, FakeQuantizeLayer], None],
 ) -> None:
     def hook(name: str) -> Any:
         def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(module, QATModuleWrapper) and name not in weights:
+                weights[name] = module.parameters_of_call(*args[1:])[0].detach()
             for role, node in _nodes_of(module).items():
                 values = output if role == "output" else args[0]
                 if isinstance(values, Tensor) and values.is_floating_point() and values.numel():
@@ -137,10 +149,8 @@ def _counted(values: Tensor, lowest: float, highest: float) -> Tensor:
     return torch.histc(values.float(), _BINS, lowest, highest).cpu().double()
 
 
-def _of_weight(name: str, wrapper: QATModuleWrapper) -> TensorHistogram:
+def _of_weight(name: str, node: FakeQuantizeLayer, weight: Tensor) -> TensorHistogram:
     """In steps, so that channels with scales of their own share an axis."""
-    node, weight = wrapper.weight_fake_quantize, wrapper.evaluated_weight().detach()
-    assert node is not None
     update_range(node, weight)
     axis = node.scheme.resolve_channel_axis(weight.dim())
     steps = weight.float() / arithmetic.along_axis(node.scale.detach(), weight.dim(), axis)

@@ -93,8 +93,8 @@ _TENSORS = (
 )
 _RANGES = "How ranges of activations and scales of weights moved while the model trained."
 _OSCILLATION = (
-    "The share of each layer's weights whose integer went to and fro. Such weights stand at a boundary between two "
-    "integers; training leaves them on either side by chance."
+    "The share of each layer's weights whose integer still goes to and fro at the end. Such weights stand at a "
+    "boundary between two integers; training leaves them on either side by chance."
 )
 _FLIPS = "The share of each layer's weights whose integer changed from one record to the next."
 _OUTPUTS = "A sample of the network's outputs, in float and quantized. Without error all would lie on the line."

@@ -14,7 +14,7 @@ from ..history import QuantizationHistory
 from ..optional import required
 from ..sensitivity_report import SensitivityReport
 from .collect import ReportData, collected
-from .figures import BAD, FLOAT, INTEGER, MOST_DECIBELS, OWN, WIDTHS
+from .figures import BAD, FLOAT, INTEGER, OWN, WIDTHS, drawn_decibels, drawn_error
 from .histograms import TensorHistogram
 
 _MOST_TENSORS = 24
@@ -101,9 +101,7 @@ def _signal_to_noise(explanation: Explanation) -> Any:
         ("in the quantized network", [layer.snr for layer in layers], INTEGER),
         ("by itself, of a float input", [layer.own_snr for layer in layers], OWN),
     ):
-        axes.plot(
-            places, [min(value, MOST_DECIBELS) for value in values], "o-", ms=3, lw=1.2, color=colour, label=label
-        )
+        axes.plot(places, [drawn_decibels(value) for value in values], "o-", ms=3, lw=1.2, color=colour, label=label)
     axes.axhline(explanation.threshold, color=BAD, lw=0.8, ls=":")
     axes.set_xlabel("place in the network")
     axes.set_ylabel("signal to noise, dB")
@@ -144,7 +142,7 @@ def _sensitivity(report: SensitivityReport) -> Any:
     figure, axes = _axes(7, 0.8 + 0.26 * len(names))
     height = 0.8 / len(report.bits)
     for index, bits in enumerate(report.bits):
-        errors = [max(layer.alone.relative_error, 1e-12) for layer in report.at(bits)]
+        errors = [drawn_error(layer.alone.relative_error) for layer in report.at(bits)]
         places = [place + index * height for place in range(len(names))]
         axes.barh(places, errors, height, color=WIDTHS[index % len(WIDTHS)], label=f"{bits} bits")
     axes.set_xscale("log")
