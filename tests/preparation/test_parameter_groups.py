@@ -84,6 +84,13 @@ def test_a_frozen_scale_is_left_out() -> None:
     assert id(prepared.x_fake_quantize.scale) not in ids(quantization_parameters(prepared))
 
 
+def test_listing_parameters_reads_no_value() -> None:
+    prepared = prepared_model().to("meta")  # which has none
+    count = len(list(quantization_parameters(prepared)))
+    assert count > 0
+    assert len(parameter_groups(prepared)[1]["params"]) == count
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_optimizer_moves_scales(optimizer: type[torch.optim.Optimizer]) -> None:
     prepared = prepared_model()

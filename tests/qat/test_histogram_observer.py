@@ -18,6 +18,7 @@ from mlframework.quantization import (
     QuantizationScheme,
     fake_quantize,
 )
+from mlframework.quantization.qat import histogram_observer
 
 SCHEME = QuantizationScheme()
 # A bin is 1/64 of its value wide at most, and the true percentile and the one found lie in the same bin.
@@ -236,3 +237,17 @@ def test_the_range_stays_within_the_extremes(make: Any) -> None:
         observer(values)
         low, high = observer.range(QuantizationScheme(symmetric=False))
         assert values.min() <= low <= high <= values.max()
+
+
+def test_bits_tell_the_bin() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-(2**31), 2**31, (10_000,), generator=generator).to(torch.int32).view(torch.float32)
+    values = torch.cat([values[torch.isfinite(values)], torch.tensor([0.0, 1.0, -1.0 - 2**-7, 3e38, -3e38])])
+    # A value on an edge belongs to the bin that it is the smaller end of, in magnitude.
+    edges = histogram_observer._bin_edges(values.device)
+    bins = histogram_observer._bin_of(values)
+    magnitudes = values.abs().double()
+    inner = torch.minimum(edges[bins].abs(), edges[bins + 1].abs())
+    outer = torch.maximum(edges[bins].abs(), edges[bins + 1].abs())
+    assert ((inner <= magnitudes) & (magnitudes < outer)).all()
+    assert ((edges[bins] + edges[bins + 1]).sign() == torch.where(values < 0, -1, 1)).all()

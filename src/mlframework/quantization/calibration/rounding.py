@@ -162,11 +162,10 @@ def _round(layer: QuantizedLayer, inputs: _Inputs, float_rows: Tensor, expected:
     # The scale is held; the statistics tell so to whoever loads this state, since they do not give the scale.
     node.observer.update(node.observer.measure(weight))
     node.observer.enabled = False
-    shift = expected - inputs.mean_output(layer)
     if layer.batch_norm is not None:
-        layer.batch_norm.running_mean.sub_(shift)
+        layer.batch_norm.running_mean.sub_(expected - inputs.mean_output(layer))
     elif layer.bias is not None:
-        layer.bias.detach().add_(shift)
+        layer.bias.detach().add_(expected - inputs.mean_output(layer))
 
 
 def _rounded(

@@ -18,21 +18,20 @@ def quantization_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         >>> [tuple(parameter.shape) for parameter in quantization_parameters(prepared)]
         [(1,), (1,), (2,), (1,), (1,)]
     """
-    for parameter, _ in _with_sizes(model):
+    for parameter, _ in _with_codes(model):
         yield parameter
 
 
-def _with_sizes(model: nn.Module) -> Iterator[tuple[nn.Parameter, float]]:
-    """Each learned parameter, and a change of it that changes the ends of the range by about as much as they are: a
-    scale as it is, and a zero point by the number of codes."""
+def _with_codes(model: nn.Module) -> Iterator[tuple[nn.Parameter, int | None]]:
+    """Each learned parameter, with the number of codes above the lowest where it is a zero point; reads no value."""
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, FakeQuantizeLayer):
-            codes = float(module.scheme.quant_max - module.scheme.quant_min)
-            for parameter, size in ((module.scale, None), (module.zero_point, codes)):
+            codes = module.scheme.quant_max - module.scheme.quant_min
+            for parameter, count in ((module.scale, None), (module.zero_point, codes)):
                 if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield parameter, float(parameter.detach().mean()) if size is None else size
+                    yield parameter, count
 
 
 def parameter_groups(
@@ -55,6 +54,7 @@ def parameter_groups(
         quantization_learning_rate: of scales and zero points; the optimizer's own where not given.
         relative_quantization_learning_rate: in its place, the share by which a step of Adam changes a range: of a scale
             its present mean times this, of a zero point the number of codes times this. Each has a group of its own.
+            Reads the scales back from their device.
         options: of the model's own parameters (``lr``, ``weight_decay``, ...).
 
     Raises:
@@ -72,14 +72,15 @@ def parameter_groups(
             "quantization_learning_rate and relative_quantization_learning_rate must not both be given, got "
             f"{quantization_learning_rate} and {relative_quantization_learning_rate}"
         )
-    learned = dict(_with_sizes(model))
+    learned = dict(_with_codes(model))
     ids = {id(parameter) for parameter in learned}
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in model.parameters() if id(parameter) not in ids], **options}
     ]
     own = {**options, "weight_decay": 0}
     if relative_quantization_learning_rate is not None:
-        for parameter, size in learned.items():
+        for parameter, codes in learned.items():
+            size = float(parameter.detach().mean()) if codes is None else codes
             groups.append({"params": [parameter], **own, "lr": size * relative_quantization_learning_rate})
     elif learned:
         group: dict[str, Any] = {"params": list(learned), **own}
