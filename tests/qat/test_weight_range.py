@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -333,6 +334,41 @@ def test_a_learned_scale_loads_into_an_observed_model() -> None:
     observed.load_state_dict(learned.state_dict())
     step(observed, optimizer)
     check(observed)
+
+
+class Functions(nn.Module):
+    """Its own code hands the weights over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 8, 3)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        values = F.conv1d(self.embedding(input).transpose(1, 2), self.conv.weight, self.conv.bias).relu()
+        return F.linear(values.mean(2), self.fc.weight, self.fc.bias)
+
+
+@pytest.mark.parametrize("config", [QATConfig(learnable=True), QATConfig(), QATConfig(weight_bits=4)])
+def test_weights_that_code_hands_over_load_with_their_scales(config: QATConfig) -> None:
+    """Into a model that has run and into one that has not; observed scales follow the weight when it changes."""
+    saved = prepare(Functions(), config, (INPUTS,))
+    saved(INPUTS)
+    with torch.no_grad():
+        output = saved.eval()(INPUTS)
+    for runs in (False, True):
+        loaded = prepare(Functions(), QATConfig(weight_bits=config.weight_bits), (INPUTS,))
+        if runs:
+            loaded(INPUTS)
+        loaded.load_state_dict(saved.state_dict())
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(INPUTS), output)
+            assert torch.equal(convert(loaded)(INPUTS), output)
+            loaded.conv.weight.mul_(2)
+            changed = copy.deepcopy(saved)
+            changed.conv.weight.mul_(2)
+            assert config.learnable or torch.equal(loaded(INPUTS), changed(INPUTS))
 
 
 def test_comparing_leaves_stale_scales_as_they_are() -> None:

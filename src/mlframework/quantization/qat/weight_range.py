@@ -17,6 +17,9 @@ from .fake_quantize_layer import FakeQuantizeLayer
 from .least_squares_observer import LeastSquaresObserver
 
 
+_LOADED = "loaded"  # in the place of a fingerprint: of the weight that comes next
+
+
 def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuantizeLayer:
     """The fake-quantize node of a layer's weight, on the range that the weight has now.
 
@@ -94,6 +97,8 @@ def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | Non
         return
     if fingerprint is None:
         (fingerprint,) = kernels.fingerprints([weight])
+    if node.range_of == _LOADED and not node.training:
+        node.range_of = fingerprint
     if not is_up_to_date(node, fingerprint):
         _observe(node, weight)
         node.range_of = None if node.training else fingerprint
@@ -120,13 +125,18 @@ def _follows_newest(node: FakeQuantizeLayer) -> bool:
     )
 
 
-def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor) -> None:
+def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor | None) -> None:
     """Takes a scale that its own statistics do not give (learned, or set by hand, before it was saved), or that another
-    machine may have found by a search, for that of the weight which was loaded with it."""
-    if _follows_newest(node) and node.is_initialized and not weight.is_meta:
+    machine may have found by a search, for that of the weight which was loaded with it.
+
+    Args:
+        node: of the weight.
+        weight: None where the model's code hands it over: then it is the next one that comes.
+    """
+    if _follows_newest(node) and node.is_initialized and not (weight is not None and weight.is_meta):
         scale, _ = arithmetic.range_to_scale_and_zero_point(*node.observer.range(node.scheme), node.scheme)
         if isinstance(node.observer, LeastSquaresObserver) or not torch.equal(scale, node.scale):
-            (node.range_of,) = kernels.fingerprints([weight])
+            node.range_of = _LOADED if weight is None else kernels.fingerprints([weight])[0]
 
 
 @contextmanager
