@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -15,8 +16,6 @@ from .protocol import Study
 _HERE = Path(__file__).parent
 _LIBRARY = _HERE.parents[1] / "src" / "mlframework"
 _SOURCES = (".py", ".cpp", ".h", ".inc")
-# These choose, keep and show what others measure.
-_NOT_MEASURING = ("__init__.py", "command_line.py", "execution.py", "fingerprints.py", "runs.py", "summary.py")
 
 
 def fingerprint(network: str, method: Method | None) -> str:
@@ -26,20 +25,36 @@ def fingerprint(network: str, method: Method | None) -> str:
         network: a key of ``STUDIES``.
         method: None for the float network.
     """
-    files = {path for path in _HERE.glob("*.py") if path.name not in (*_NOT_MEASURING, "recipes.py")}
-    files -= {_module_of(kind) for name, kind in STUDIES.items() if name != network}
+    files = with_imported(_module_of(STUDIES[network]))
     version = ""
     if method is not None:
-        files.add(method.file)
+        files |= with_imported(method.file)
         version = str(method.version)
         if method.package == OURS:
             version = _library()
     return _digest(files) + version
 
 
+def with_imported(file: Path) -> set[Path]:
+    """A module of the study, and those that it imports from, those that these import from, and so on."""
+    files, left = set(), [file]
+    while left:
+        file = left.pop()
+        if file not in files:
+            files.add(file)
+            left.extend(_imported(file))
+    return files
+
+
 @cache
 def _library() -> str:
     return _digest(path for path in _LIBRARY.rglob("*") if path.suffix in _SOURCES)
+
+
+def _imported(file: Path) -> Iterator[Path]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            yield file.parents[node.level - 1] / f"{node.module.replace('.', '/')}.py"
 
 
 def _module_of(kind: type[Study]) -> Path:
