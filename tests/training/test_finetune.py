@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +67,30 @@ def test_learning_rates_rise_and_fall() -> None:
     assert rates == pytest.approx([1e-3 * rate for rate in _expected_pace(20, 4)])
 
 
-def _expected_pace(steps: int, warmup: int) -> Iterator[float]:
-    import math
+def test_the_first_distance_tells_the_learning_rate() -> None:
+    """Also of a training that is interrupted later; a user's loss is on a scale of its own, and tells nothing."""
+    student, teacher, batches = student_and_teacher()
+    pairs = [(batch, torch.zeros(16, 4)) for batch in batches]
+    recipe = Recipe(warmup=0.0, quantization_lr=1e-3)
+    history = finetune(student, teacher, pairs, steps=3, recipe=recipe, loss=lambda outputs, zeros: zeros.sum() + 7)
+    assert history.learning_rates[0] == pytest.approx(5e-4 * math.sqrt(history.losses[0] - 7), rel=1e-4)
+    history = finetune(student, None, pairs, steps=3, recipe=recipe, loss=lambda outputs, zeros: outputs.sum() + 7)
+    assert history.learning_rates[0] == 2e-5
 
+
+def test_biases_and_normalization_learn_faster() -> None:
+    """By Adam's first step, which is as long as the rate: of both kinds, as the recipe has it."""
+    student, teacher, batches = student_and_teacher()
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    finetune(student, teacher, batches, steps=1, recipe=Recipe(lr=1e-4, affine_lr_factor=20.0, warmup=0.0))
+    moved = {name: (parameter - before[name]).abs().max() for name, parameter in student.named_parameters()}
+    rates = {name: 2e-3 if before[name].dim() == 1 else 1e-4 for name in moved}
+    assert len(set(rates.values())) == 2
+    for name, rate in rates.items():
+        torch.testing.assert_close(moved[name], torch.tensor(rate), rtol=1e-2, atol=0)
+
+
+def _expected_pace(steps: int, warmup: int) -> Iterator[float]:
     for step in range(steps):
         if step < warmup:
             yield (step + 1) / (warmup + 1)

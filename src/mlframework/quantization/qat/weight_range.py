@@ -16,7 +16,6 @@ from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .least_squares_observer import LeastSquaresObserver
 
-
 _LOADED = "loaded"  # in the place of a fingerprint: of the weight that comes next
 
 

@@ -14,7 +14,11 @@ class Recipe:
     Args:
         config: for :func:`prepare`.
         calibration: names of the methods for :func:`calibrate`, in their order; none for ranges alone.
-        lr: AdamW's learning rate, at the end of the warm-up. The default is for 8 bits; fewer take more.
+        lr: AdamW's learning rate, at the end of the warm-up. None lets the first batch tell: ``5e-4`` times the square
+            root of the distance from the teacher (:func:`.distillation_loss`, of features too), so that a model that is
+            near already is moved little; 2e-5 without a teacher.
+        affine_lr_factor: by which the learning rate of biases and of normalization's parameters is larger
+            (``affine_learning_rate`` of :func:`parameter_groups`).
         quantization_lr: of learned scales and zero points, relative to each (:func:`parameter_groups`).
         weight_decay: of all but scales and zero points.
         warmup: the share of the steps in which the learning rates rise in a line; they fall along a cosine after.
@@ -39,7 +43,8 @@ class Recipe:
 
     config: QATConfig = field(default_factory=QATConfig)
     calibration: tuple[str, ...] = ()
-    lr: float = 2e-5
+    lr: float | None = None
+    affine_lr_factor: float = 1.0
     quantization_lr: float = 1e-3
     weight_decay: float = 0.0
     warmup: float = 0.1
@@ -54,9 +59,9 @@ class Recipe:
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("lr", "quantization_lr", "max_gradient_norm", "temperature"):
+        for name in ("lr", "affine_lr_factor", "quantization_lr", "max_gradient_norm", "temperature"):
             value = getattr(self, name)
-            if not (value is None and name in ("max_gradient_norm", "temperature")) and not value > 0:
+            if not (value is None and name in ("lr", "max_gradient_norm", "temperature")) and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
         for name in ("weight_decay", "dampening", "feature_weight"):
             if not getattr(self, name) >= 0:
