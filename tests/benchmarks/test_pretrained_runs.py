@@ -96,6 +96,18 @@ def test_a_result_lasts_as_long_as_its_code(monkeypatch: pytest.MonkeyPatch) -> 
     assert fingerprints.fingerprint("digits", method) != code
 
 
+def test_a_network_rests_on_the_modules_that_it_imports() -> None:
+    folder = Path(fingerprints.__file__).parent
+    assert {path.name for path in fingerprints.with_imported(folder / "efficientnet.py")} == {
+        "efficientnet.py",
+        "metrics.py",
+        "pictures.py",
+        "protocol.py",
+    }
+    peer = {path.relative_to(folder) for path in fingerprints.with_imported(folder / "peers" / "pt2e.py")}
+    assert {Path("peers/pt2e.py"), Path("methods.py"), Path("training.py"), Path("protocol.py")} <= peer
+
+
 def test_rows_give_mean_and_spread() -> None:
     results = [
         Result(Run("digits", "W4A4", "QAT learned", seed, 20), OURS, {"accuracy": value, SIGNAL_TO_NOISE: 10.0})
