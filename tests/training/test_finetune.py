@@ -90,6 +90,26 @@ def test_biases_and_normalization_learn_faster() -> None:
         torch.testing.assert_close(moved[name], torch.tensor(rate), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("learnable", [False, True])
+def test_calibrated_ranges_stay(learnable: bool) -> None:
+    """But of learned ones; and what follows its weight does."""
+    student, teacher, batches = student_and_teacher(bits=8, learnable=learnable)
+    nodes = [node for node in student.modules() if isinstance(node, FakeQuantizeLayer) and node.reduces_over_ranks]
+    before = [node.scale.detach().clone() for node in nodes]
+    finetune(student, teacher, [10 * batch for batch in batches], steps=3, lr=1e-4)
+    assert [torch.equal(node.scale, scale) for node, scale in zip(nodes, before, strict=True)] == [not learnable] * 2
+    finetune(student, teacher, [10 * batch for batch in batches], steps=3, recipe=Recipe(lr=1e-4, observe_until=0.5))
+    assert learnable or all((node.scale > 1.01 * scale).all() for node, scale in zip(nodes, before, strict=True))
+
+
+def test_without_calibration_the_first_batch_sets_ranges_that_stay() -> None:
+    model, batches = float_model(), data()
+    student = prepare(copy.deepcopy(model), QATConfig(), (batches[0],))
+    finetune(student, model, [batches[0], *(10 * batch for batch in batches)], steps=5, lr=1e-6)
+    source = student.get_submodule("0").input_source
+    assert source.scale.item() == pytest.approx((batches[0].max() - batches[0].min()).item() / 255, rel=1e-3)
+
+
 def _expected_pace(steps: int, warmup: int) -> Iterator[float]:
     for step in range(steps):
         if step < warmup:

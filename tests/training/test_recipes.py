@@ -54,7 +54,7 @@ def test_bits_and_steps_decide() -> None:
     assert "blocks" in str(low)
     assert low.calibration == ("round_weights",)
     assert recommended_recipe(8, 1000, network).calibration == ("round_weights",)
-    assert recommended_recipe(8, 1000, nn.Linear(2, 2)).calibration == ()
+    assert recommended_recipe(8, 1000, zoo.NETWORKS["gpt"].make()).calibration == ()
     with pytest.raises(ValueError, match="steps must be a positive int"):
         recommended_recipe(8, 0, network)
     with pytest.raises(ValueError, match="weight_bits must be"):

@@ -23,7 +23,8 @@ class Recipe:
         weight_decay: of all but scales and zero points.
         warmup: the share of the steps in which the learning rates rise in a line; they fall along a cosine after.
         max_gradient_norm: gradients are scaled down to this norm; None leaves them.
-        observe_until: the share of the steps after which the ranges of activations stay as they are.
+        observe_until: the share of the steps in which observed ranges of activations follow what is trained on. 0 keeps
+            those of calibration; without one, the first batch sets them.
         batch_norm: ``"frozen"`` normalizes by the running statistics that the network came with, and leaves them;
             ``"batch"`` by those of each batch, and re-estimates the running statistics at the end.
         temperature: of the outputs' softmax (:func:`.distillation_loss`); None for outputs that are not logits.
@@ -49,7 +50,7 @@ class Recipe:
     weight_decay: float = 0.0
     warmup: float = 0.1
     max_gradient_norm: float | None = 1.0
-    observe_until: float = 0.7
+    observe_until: float = 0.0
     batch_norm: str = "frozen"
     temperature: float | None = None
     features: tuple[str, ...] = ()

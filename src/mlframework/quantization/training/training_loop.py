@@ -17,6 +17,7 @@ from ..int8.folding import BATCH_NORMS
 from ..preparation.batches import arguments_of, iterated
 from ..preparation.parameter_groups import parameter_groups
 from ..progress import progress_bar
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.schedule import QATSchedule
 from .distillation import FeatureMatching, distillation_loss
 from .modes import in_fine_tuning
@@ -105,8 +106,9 @@ class TrainingLoop:
             features = None
             if self.teacher is not None and self.recipe.features:
                 features = stack.enter_context(FeatureMatching(self.model, self.teacher, self.recipe.features))
-            schedule = QATSchedule(self.model, observe_until=max(1, round(self.steps * self.recipe.observe_until)))
-            schedule.load_state_dict({"steps": self.done})
+            observed = self._observed_steps()
+            schedule = QATSchedule(self.model, observe_until=max(1, observed))
+            schedule.load_state_dict({"steps": self.done if observed else self.done + 1})
             for batch in islice(_repeated(batches), self.done, self.steps) if self.done < self.steps else ():
                 self._step(batch, features)
                 schedule.step()
@@ -116,6 +118,12 @@ class TrainingLoop:
 
             several = [self._inputs(batch) for batch in islice(iterated(batches), _BATCHES_FOR_STATISTICS)]
             reestimate_batch_norm(self.model, several)
+
+    def _observed_steps(self) -> int:
+        """In how many steps observers run: where nothing was calibrated, in the first at least."""
+        nodes = (module for module in self.model.modules() if isinstance(module, FakeQuantizeLayer))
+        least = int(any(not node.is_initialized for node in nodes))
+        return max(least, round(self.steps * self.recipe.observe_until))
 
     def _step(self, batch: Any, features: FeatureMatching | None) -> None:
         distance, loss = self._losses_of(batch, features)
