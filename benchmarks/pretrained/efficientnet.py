@@ -15,7 +15,6 @@ from .protocol import SIGNAL_TO_NOISE, Batch, Inputs, Study
 
 SIZE = 224
 BATCH_SIZE = 16
-SMALLEST_IN_TRAINING = 160  # pixels of the side of a crop, which are resized to SIZE
 CALIBRATION_BATCHES = 4
 TEST_BATCHES = 20
 
@@ -29,28 +28,6 @@ def _batches(split: Split, count: int, seed: int) -> list[Tensor]:
 def pictures(split: Split, count: int, generator: torch.Generator) -> Tensor:
     """Crops that the network takes, (count, 3, 224, 224): none magnified, but where a region is smaller than that."""
     return normalized(crops(split, count, SIZE, generator, smallest=SIZE))
-
-
-def varied(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """CutMix (Yun et al. 2019, arXiv:1905.04899) in every second picture: a rectangle of it is that of another one.
-
-    A dozen photographs are too few to train on. The float network says what it makes of any picture.
-
-    Args:
-        pictures: (count, channels, height, width).
-        generator: what draws.
-    """
-    others = pictures[torch.randperm(len(pictures), generator=generator)]
-    result = pictures.clone()
-    size = torch.tensor(pictures.shape[2:])
-    for index, draws in enumerate(torch.rand(len(pictures), 5, generator=generator)):
-        if draws[0] < 0.5:
-            sides = (size * (0.3 + 0.5 * draws[1:3])).int()
-            top, left = (draws[3:] * (size - sides + 1)).int().tolist()
-            height, width = sides.tolist()
-            place = index, slice(None), slice(top, top + height), slice(left, left + width)
-            result[place] = others[place]
-    return result
 
 
 def normalized(pictures: Tensor) -> Tensor:
@@ -84,8 +61,7 @@ class EfficientNetLite0(Study):
     def train_batches(self, seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(1000 + seed)
         while True:
-            images = crops("train", BATCH_SIZE, SIZE, generator, smallest=SMALLEST_IN_TRAINING)
-            yield Batch((normalized(varied(images, generator)),))
+            yield Batch((pictures("train", BATCH_SIZE, generator),))
 
     def test_batches(self) -> list[Batch]:
         return [Batch((images,)) for images in _batches("test", TEST_BATCHES, 2)]

@@ -14,7 +14,9 @@ from .methods import OURS, Method
 from .protocol import Study
 
 _HERE = Path(__file__).parent
-_LIBRARY = _HERE.parents[1] / "src" / "mlframework"
+_REPOSITORY = _HERE.parents[1]
+_LIBRARY = _REPOSITORY / "src" / "mlframework"
+_ON_PATH = (_REPOSITORY, _REPOSITORY / "examples", _REPOSITORY / "benchmarks")
 _SOURCES = (".py", ".cpp", ".h", ".inc")
 
 
@@ -36,7 +38,7 @@ def fingerprint(network: str, method: Method | None) -> str:
 
 
 def with_imported(file: Path) -> set[Path]:
-    """A module of the study, and those that it imports from, those that these import from, and so on."""
+    """A module of the study, and those of this repository that it imports, those that these import, and so on."""
     files, left = set(), [file]
     while left:
         file = left.pop()
@@ -53,8 +55,21 @@ def _library() -> str:
 
 def _imported(file: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level and node.module:
-            yield file.parents[node.level - 1] / f"{node.module.replace('.', '/')}.py"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = file.parents[node.level - 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from _files(folder, names)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            for folder in _ON_PATH:
+                yield from _files(folder, names)
+
+
+def _files(folder: Path, modules: Iterable[str]) -> Iterator[Path]:
+    """Of modules and packages by their dotted names, those that there are."""
+    for module in modules:
+        place = folder / module.replace(".", "/")
+        yield from (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.exists())
 
 
 def _module_of(kind: type[Study]) -> Path:

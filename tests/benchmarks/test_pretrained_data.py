@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 
-from benchmarks.pretrained import crepe, efficientnet, mtcnn, pictures, sentences, text_model
+from benchmarks.pretrained import crepe, mtcnn, pictures, sentences, text_model
 from benchmarks.pretrained.float_training import FOLDER
 
 SPLITS = get_args(pictures.Split)
@@ -96,18 +96,3 @@ def test_notes_have_the_pitch_that_they_claim() -> None:
             correlation = torch.fft.irfft(spectrum)[: 4 * int(lag)]
             at_period = correlation[round(lag) - 1 : round(lag) + 2].max()
             assert at_period > 0.5 * correlation[0]
-
-
-def test_crops_are_mixed_from_rectangles_of_each_other() -> None:
-    images = torch.arange(64.0)[:, None, None, None].expand(64, 3, 20, 30)
-    varied = efficientnet.varied(images, torch.Generator().manual_seed(0))
-    changed = [index for index in range(64) if not torch.equal(varied[index], images[index])]
-    assert 16 < len(changed) < 48
-    for index in changed:
-        own = varied[index] == index
-        (other,) = varied[index][~own].unique().tolist()
-        assert 0 <= other < 64
-        rows, columns = (~own[0]).any(1), (~own[0]).any(0)
-        assert torch.equal(~own, (rows[:, None] & columns).expand(3, 20, 30))  # one rectangle, in all channels
-        assert 0.3 * 20 - 1 < rows.sum() < 0.8 * 20 + 1
-        assert 0.3 * 30 - 1 < columns.sum() < 0.8 * 30 + 1

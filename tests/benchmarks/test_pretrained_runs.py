@@ -105,6 +105,8 @@ def test_a_network_rests_on_the_modules_that_it_imports() -> None:
         "protocol.py",
     }
     peer = {path.relative_to(folder) for path in fingerprints.with_imported(folder / "peers" / "pt2e.py")}
+    denoiser = {path.name for path in fingerprints.with_imported(folder / "denoiser.py")}
+    assert {"float_training.py", "mobilenet_v2.py"} <= denoiser
     assert {Path("peers/pt2e.py"), Path("methods.py"), Path("training.py"), Path("protocol.py")} <= peer
 
 

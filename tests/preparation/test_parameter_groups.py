@@ -52,13 +52,13 @@ def test_a_learning_rate_of_their_own() -> None:
 
 def test_biases_and_normalization_learn_at_a_rate_of_their_own() -> None:
     prepared = prepared_model()
-    weights, affine, learned = parameter_groups(prepared, affine_learning_rate=1e-2, lr=1e-3, weight_decay=0.1)
+    weights, vectors, learned = parameter_groups(prepared, vector_learning_rate=1e-2, lr=1e-3, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in prepared.named_parameters()}
     assert {names[id(parameter)].rpartition(".")[2] for parameter in weights["params"]} == {"weight"}
-    assert {parameter.dim() for parameter in affine["params"]} == {1}
+    assert {parameter.dim() for parameter in vectors["params"]} == {1}
     assert ids(learned["params"]) == ids(quantization_parameters(prepared))
-    assert sorted(ids([*weights["params"], *affine["params"], *learned["params"]])) == sorted(names)
-    assert [(group["lr"], group["weight_decay"]) for group in (weights, affine)] == [(1e-3, 0.1), (1e-2, 0.1)]
+    assert sorted(ids([*weights["params"], *vectors["params"], *learned["params"]])) == sorted(names)
+    assert [(group["lr"], group["weight_decay"]) for group in (weights, vectors)] == [(1e-3, 0.1), (1e-2, 0.1)]
 
 
 def test_learning_rates_relative_to_what_they_change() -> None:

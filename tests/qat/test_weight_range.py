@@ -351,24 +351,58 @@ class Functions(nn.Module):
 
 
 @pytest.mark.parametrize("config", [QATConfig(learnable=True), QATConfig(), QATConfig(weight_bits=4)])
-def test_weights_that_code_hands_over_load_with_their_scales(config: QATConfig) -> None:
-    """Into a model that has run and into one that has not; observed scales follow the weight when it changes."""
-    saved = prepare(Functions(), config, (INPUTS,))
+@pytest.mark.parametrize("runs", [False, True])
+def test_weights_that_code_hands_over_load_with_their_scales(config: QATConfig, runs: bool) -> None:
+    """Into a model that has run, and into one that has not."""
+    saved, loaded = (prepare(Functions(), config, (INPUTS,)) for _ in range(2))
     saved(INPUTS)
+    if runs:
+        loaded(INPUTS)
+    loaded.load_state_dict(saved.state_dict())
     with torch.no_grad():
         output = saved.eval()(INPUTS)
-    for runs in (False, True):
-        loaded = prepare(Functions(), QATConfig(weight_bits=config.weight_bits), (INPUTS,))
-        if runs:
-            loaded(INPUTS)
+        assert torch.equal(loaded.eval()(INPUTS), output)
+        assert torch.equal(convert(loaded)(INPUTS), output)
+
+
+def _held() -> tuple[nn.Module, Tensor]:
+    """A model that holds a scale which its statistics do not give, and what it evaluates to."""
+    saved = prepare(Functions(), QATConfig(), (INPUTS,))
+    saved(INPUTS)
+    (name,) = (name for name, _ in saved.named_modules() if name.endswith("conv1d"))
+    saved.get_submodule(name).weight_fake_quantize.observer.enabled = False
+    saved.get_submodule(name).weight_fake_quantize.scale.mul_(0.5)
+    with torch.no_grad():
+        return saved, saved.eval()(INPUTS)
+
+
+def test_a_held_scale_of_a_weight_that_code_hands_over_lasts_until_the_weight_changes() -> None:
+    saved, output = _held()
+    for change in (False, True):
+        loaded = prepare(Functions(), QATConfig(), (INPUTS,)).eval()
         loaded.load_state_dict(saved.state_dict())
         with torch.no_grad():
-            assert torch.equal(loaded.eval()(INPUTS), output)
-            assert torch.equal(convert(loaded)(INPUTS), output)
-            loaded.conv.weight.mul_(2)
-            changed = copy.deepcopy(saved)
-            changed.conv.weight.mul_(2)
-            assert config.learnable or torch.equal(loaded(INPUTS), changed(INPUTS))
+            if change:  # before the first evaluation, as an average of weights does
+                loaded.conv.weight.mul_(2)
+            assert torch.equal(loaded(INPUTS), output) is not change
+        node = next(m for n, m in loaded.named_modules() if n.endswith("conv1d")).weight_fake_quantize
+        largest = loaded.conv.weight.detach().abs().amax((1, 2))
+        factor = 1.0 if change else 0.5
+        torch.testing.assert_close(node.scale, factor * largest / 127, rtol=1e-6, atol=0)
+
+
+def test_a_float_checkpoint_brings_the_range_of_a_weight_that_code_hands_over() -> None:
+    loaded = prepare(Functions(), QATConfig(weight_bits=4), (INPUTS,))
+    loaded(INPUTS)
+    plain = Functions()
+    loaded.load_state_dict(plain.state_dict(), strict=False)
+    other = prepare(plain, QATConfig(weight_bits=4), (INPUTS,))
+    with torch.no_grad():
+        loaded.eval()(INPUTS)
+        other(INPUTS)
+    for (name, node), (_, expected) in zip(loaded.named_modules(), other.named_modules(), strict=True):
+        if name.endswith("weight_fake_quantize"):
+            torch.testing.assert_close(node.scale, expected.scale, rtol=0.2, atol=0)  # one searches, one follows
 
 
 def test_comparing_leaves_stale_scales_as_they_are() -> None:

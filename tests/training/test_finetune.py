@@ -68,7 +68,7 @@ def test_learning_rates_rise_and_fall() -> None:
 
 
 def test_the_first_distance_tells_the_learning_rate() -> None:
-    """Also of a training that is interrupted later; a user's loss is on a scale of its own, and tells nothing."""
+    """A user's loss is on a scale of its own, and tells nothing; nor does a batch that is only observed."""
     student, teacher, batches = student_and_teacher()
     pairs = [(batch, torch.zeros(16, 4)) for batch in batches]
     recipe = Recipe(warmup=0.0, quantization_lr=1e-3)
@@ -76,13 +76,41 @@ def test_the_first_distance_tells_the_learning_rate() -> None:
     assert history.learning_rates[0] == pytest.approx(5e-4 * math.sqrt(history.losses[0] - 7), rel=1e-4)
     history = finetune(student, None, pairs, steps=3, recipe=recipe, loss=lambda outputs, zeros: outputs.sum() + 7)
     assert history.learning_rates[0] == 2e-5
+    fresh = prepare(float_model(), QATConfig(), (batches[0],))
+    assert finetune(fresh, teacher, batches, steps=3, recipe=recipe).learning_rates[0] == 2e-5
+
+
+def test_a_first_distance_is_bounded_and_finite() -> None:
+    student, teacher, batches = student_and_teacher()
+    with torch.no_grad():
+        silent = copy.deepcopy(teacher)
+        silent[-1].weight.zero_()
+        silent[-1].bias.zero_()
+    assert finetune(student, silent, batches, steps=1, recipe=Recipe(warmup=0.0)).learning_rates == [5e-4]
+    with pytest.raises(ValueError, match=r"outputs are finite, got a distance of nan"):
+        finetune(student, teacher, [batches[0] * torch.nan], steps=1)
+
+
+def test_an_interruption_of_the_first_step_leaves_the_rates(tmp_path: Path) -> None:
+    recipe = Recipe(lr=1e-3, vector_lr_factor=10.0, warmup=0.0)
+    student, teacher, batches = student_and_teacher()
+    handle = student[-1].register_full_backward_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(student, teacher, batches, steps=2, recipe=recipe, checkpoint=tmp_path / "state")
+    handle.remove()
+    rates = finetune(student, teacher, batches, steps=2, recipe=recipe, checkpoint=tmp_path / "state").learning_rates
+    assert rates == pytest.approx([1e-3, 5e-4])
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_biases_and_normalization_learn_faster() -> None:
     """By Adam's first step, which is as long as the rate: of both kinds, as the recipe has it."""
     student, teacher, batches = student_and_teacher()
     before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
-    finetune(student, teacher, batches, steps=1, recipe=Recipe(lr=1e-4, affine_lr_factor=20.0, warmup=0.0))
+    finetune(student, teacher, batches, steps=1, recipe=Recipe(lr=1e-4, vector_lr_factor=20.0, warmup=0.0))
     moved = {name: (parameter - before[name]).abs().max() for name, parameter in student.named_parameters()}
     rates = {name: 2e-3 if before[name].dim() == 1 else 1e-4 for name in moved}
     assert len(set(rates.values())) == 2
@@ -92,14 +120,26 @@ def test_biases_and_normalization_learn_faster() -> None:
 
 @pytest.mark.parametrize("learnable", [False, True])
 def test_calibrated_ranges_stay(learnable: bool) -> None:
-    """But of learned ones; and what follows its weight does."""
+    """But of learned ones."""
     student, teacher, batches = student_and_teacher(bits=8, learnable=learnable)
     nodes = [node for node in student.modules() if isinstance(node, FakeQuantizeLayer) and node.reduces_over_ranks]
     before = [node.scale.detach().clone() for node in nodes]
     finetune(student, teacher, [10 * batch for batch in batches], steps=3, lr=1e-4)
     assert [torch.equal(node.scale, scale) for node, scale in zip(nodes, before, strict=True)] == [not learnable] * 2
-    finetune(student, teacher, [10 * batch for batch in batches], steps=3, recipe=Recipe(lr=1e-4, observe_until=0.5))
-    assert learnable or all((node.scale > 1.01 * scale).all() for node, scale in zip(nodes, before, strict=True))
+    if not learnable:
+        following = Recipe(lr=1e-4, observe_until=0.5)
+        finetune(student, teacher, [10 * batch for batch in batches], steps=3, recipe=following)
+        assert all((node.scale > 1.01 * scale).all() for node, scale in zip(nodes, before, strict=True))
+
+
+def test_a_node_that_data_reach_later_is_set_then_and_the_others_stay() -> None:
+    student, teacher, batches = student_and_teacher(bits=8)
+    nodes = [node for node in student.modules() if isinstance(node, FakeQuantizeLayer) and node.reduces_over_ranks]
+    nodes[0].reset()
+    before = nodes[1].scale.clone()
+    finetune(student, teacher, [10 * batch for batch in batches], steps=3, lr=1e-6)
+    assert nodes[0].is_initialized
+    assert torch.equal(nodes[1].scale, before)
 
 
 def test_without_calibration_the_first_batch_sets_ranges_that_stay() -> None:

@@ -39,7 +39,7 @@ def parameter_groups(
     *,
     quantization_learning_rate: float | None = None,
     relative_quantization_learning_rate: float | None = None,
-    affine_learning_rate: float | None = None,
+    vector_learning_rate: float | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Parameter groups for any optimizer: the model's own, and its scales without weight decay.
@@ -56,9 +56,9 @@ def parameter_groups(
         relative_quantization_learning_rate: in its place, the share by which a step of Adam changes a range: of a scale
             its present mean times this, of a zero point the number of codes times this. Each has a group of its own.
             Reads the scales back from their device.
-        affine_learning_rate: of the model's own parameters with at most one axis: biases, and what normalization
-            multiplies by and adds. They make up for the rounding of weights, have hardly any data to overfit to, and
-            take more than the weights do: on EfficientNet-Lite0 with 4-bit weights, ten times as much and more.
+        vector_learning_rate: of the model's own parameters with at most one axis: biases, what normalization multiplies
+            by and adds, slopes of PReLU. They make up for the rounding of weights, are too few to learn data by heart,
+            and take more than the weights do: on EfficientNet-Lite0 with 4-bit weights, ten times as much and more.
         options: of the model's own parameters (``lr``, ``weight_decay``, ...).
 
     Raises:
@@ -80,10 +80,10 @@ def parameter_groups(
     ids = {id(parameter) for parameter in learned}
     own_parameters = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     groups: list[dict[str, Any]] = [{"params": own_parameters, **options}]
-    if affine_learning_rate is not None:
+    if vector_learning_rate is not None:
         groups[0]["params"] = [parameter for parameter in own_parameters if parameter.dim() > 1]
-        affine = [parameter for parameter in own_parameters if parameter.dim() <= 1]
-        groups.append({"params": affine, **options, "lr": affine_learning_rate})
+        vectors = [parameter for parameter in own_parameters if parameter.dim() <= 1]
+        groups.append({"params": vectors, **options, "lr": vector_learning_rate})
     own = {**options, "weight_decay": 0}
     if relative_quantization_learning_rate is not None:
         for parameter, codes in learned.items():

@@ -118,7 +118,8 @@ class FakeQuantizeLayer(nn.Module):
         self.synchronizer: ObserverSynchronizer | None = None
         self.synchronizer_index = 0
         self.reduces_over_ranks = True
-        self.range_of: int | str | None = None  # the fingerprint of the weight in evaluation that the scale is of
+        # The fingerprint of the weight in evaluation that the scale is of, or LOADED (weight_range).
+        self.range_of: int | str | None = None
         self.has_warned = False
         # By the model's graph: whether layers alone read the values, each in its channel; and the module making these
         # for the node alone, in a tuple so that nn.Module does not register it: it is registered elsewhere.

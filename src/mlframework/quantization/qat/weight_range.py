@@ -16,7 +16,7 @@ from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
 from .least_squares_observer import LeastSquaresObserver
 
-_LOADED = "loaded"  # in the place of a fingerprint: of the weight that comes next
+LOADED = "loaded"  # in the place of a fingerprint: of the weight that was loaded, which is known at its next use
 
 
 def weight_node(weight: Tensor, config: QATConfig, output_axis: int) -> FakeQuantizeLayer:
@@ -96,8 +96,8 @@ def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | Non
         return
     if fingerprint is None:
         (fingerprint,) = kernels.fingerprints([weight])
-    if node.range_of == _LOADED and not node.training:
-        node.range_of = fingerprint
+    if node.range_of == LOADED:
+        node.range_of = fingerprint if _has_loaded_extremes(node, weight) else None
     if not is_up_to_date(node, fingerprint):
         _observe(node, weight)
         node.range_of = None if node.training else fingerprint
@@ -110,6 +110,14 @@ def _observe(node: FakeQuantizeLayer, weight: Tensor) -> None:
     negated_minimum, maximum = observer.measure(weight).extremes
     observer.statistics.update(-negated_minimum, maximum)
     node.update_parameters()
+
+
+def _has_loaded_extremes(node: FakeQuantizeLayer, weight: Tensor) -> bool:
+    observer = node.observer
+    assert isinstance(observer, MovingAverageObserver)
+    negated_minimum, maximum = observer.measure(weight).extremes
+    statistics = observer.statistics
+    return torch.equal(statistics.minimum, -negated_minimum) and torch.equal(statistics.maximum, maximum)
 
 
 def _follows_newest(node: FakeQuantizeLayer) -> bool:
@@ -130,12 +138,13 @@ def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor | None) -> None:
 
     Args:
         node: of the weight.
-        weight: None where the model's code hands it over: then it is the next one that comes.
+        weight: None where the model's code hands it over, so that it is known at its next use only: it is taken for
+            the one that was loaded if it has the extremes that were.
     """
-    if _follows_newest(node) and node.is_initialized and not (weight is not None and weight.is_meta):
+    if _follows_newest(node) and node.is_initialized and not node.scale.is_meta:
         scale, _ = arithmetic.range_to_scale_and_zero_point(*node.observer.range(node.scheme), node.scheme)
         if isinstance(node.observer, LeastSquaresObserver) or not torch.equal(scale, node.scale):
-            node.range_of = _LOADED if weight is None else kernels.fingerprints([weight])[0]
+            node.range_of = LOADED if weight is None else kernels.fingerprints([weight])[0]
 
 
 @contextmanager

@@ -15,16 +15,16 @@ class Recipe:
         config: for :func:`prepare`.
         calibration: names of the methods for :func:`calibrate`, in their order; none for ranges alone.
         lr: AdamW's learning rate, at the end of the warm-up. None lets the first batch tell: ``5e-4`` times the square
-            root of the distance from the teacher (:func:`.distillation_loss`, of features too), so that a model that is
-            near already is moved little; 2e-5 without a teacher.
-        affine_lr_factor: by which the learning rate of biases and of normalization's parameters is larger
-            (``affine_learning_rate`` of :func:`parameter_groups`).
+            root of its distance from the teacher (:func:`.distillation_loss`, and that of the features), at most 1, so
+            that weights that are near already are moved little. 2e-5 without a teacher, or without a calibration.
+        vector_lr_factor: by which the learning rate of biases, normalization and other parameters of one axis is larger
+            (``vector_learning_rate`` of :func:`parameter_groups`).
         quantization_lr: of learned scales and zero points, relative to each (:func:`parameter_groups`).
         weight_decay: of all but scales and zero points.
         warmup: the share of the steps in which the learning rates rise in a line; they fall along a cosine after.
         max_gradient_norm: gradients are scaled down to this norm; None leaves them.
         observe_until: the share of the steps in which observed ranges of activations follow what is trained on. 0 keeps
-            those of calibration; without one, the first batch sets them.
+            those of calibration, and where a node has none, the first batch that reaches it sets its range.
         batch_norm: ``"frozen"`` normalizes by the running statistics that the network came with, and leaves them;
             ``"batch"`` by those of each batch, and re-estimates the running statistics at the end.
         temperature: of the outputs' softmax (:func:`.distillation_loss`); None for outputs that are not logits.
@@ -45,7 +45,7 @@ class Recipe:
     config: QATConfig = field(default_factory=QATConfig)
     calibration: tuple[str, ...] = ()
     lr: float | None = None
-    affine_lr_factor: float = 1.0
+    vector_lr_factor: float = 1.0
     quantization_lr: float = 1e-3
     weight_decay: float = 0.0
     warmup: float = 0.1
@@ -60,7 +60,7 @@ class Recipe:
     reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("lr", "affine_lr_factor", "quantization_lr", "max_gradient_norm", "temperature"):
+        for name in ("lr", "vector_lr_factor", "quantization_lr", "max_gradient_norm", "temperature"):
             value = getattr(self, name)
             if not (value is None and name in ("lr", "max_gradient_norm", "temperature")) and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")

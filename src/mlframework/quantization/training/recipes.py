@@ -12,7 +12,7 @@ from .recipe import Recipe
 # The averages of an OscillationFreezer span 100 steps: with fewer than a few of these they have counted little.
 _STEPS_THAT_SHOW_OSCILLATIONS = 300
 _LR_AT_8_BITS = 2e-5
-_AFFINE_LR_FACTOR = 10.0  # below 8 bits
+_VECTOR_LR_FACTOR = 10.0  # of weights of few bits
 
 
 def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Module) -> Recipe:
@@ -20,8 +20,8 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
 
     What was measured is on scikit-learn's digits with the network of ``examples/digits.py`` (five seeds), on
     EfficientNet-Lite0 with ImageNet weights (agreement with float / signal-to-noise ratio of the logits, on 96 to 320
-    crops of photographs) and on MiniLM with a classifier of sentences; one run each of the latter two, so that
-    differences of less than .05 mean nothing.
+    crops of photographs), on MiniLM with a classifier of sentences and on the face detector of MTCNN; one run each of
+    the latter three, so that differences of less than .05 mean nothing.
 
     - Batch normalization keeps the statistics that the network came with: those of a few hundred crops are others, and
       re-estimating them took post-training W8A8 from .76 / 13 dB to .17 / 1.8 dB. The student computes without dropout
@@ -42,10 +42,10 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
       with observed scales of weights, 96.48 +- 0.26 with activations that start from their extremes. They move by a
       thousandth of themselves a step: at a third of the weights' rate, the same for all, 40 steps of W4A8 took 6.5 dB
       to 6.2, and 80 steps relative to the scales to 8.2.
-    - Below 8 bits biases and what normalization multiplies by and adds learn ten times as fast as the weights. A step
-      of 3e-4 moves few weights of 4 bits to another integer, and these make up for what the integers cannot: 100 steps
-      of W4A8 bring .74 / 9.8 dB, and .71 / 9.3 dB at one rate for all (320 crops); the face detector of MTCNN 12.5 dB,
-      and 12.1; MiniLM 17.5 dB, and 17.4.
+    - With weights of few bits, biases and normalization learn ten times as fast as the weights. A step of 3e-4 moves
+      few weights of 4 bits to another integer, and these make up for what the integers cannot: 100 steps of W4A8 bring
+      .74 / 9.8 dB, and .71 / 9.3 dB at one rate for all (320 crops); the face detector of MTCNN 12.5 dB, and 12.1;
+      MiniLM 17.5 dB, and 17.4.
     - With 4 bits or fewer in the weights of depthwise convolutions, weights that oscillate are frozen, if there are
       steps enough to tell. This is Nagel et al. (2022).
 
@@ -66,7 +66,8 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
         >>> recipe.config.weight_bits, recipe.config.learnable, recipe.freeze_oscillations
         (4, True, True)
         >>> print(recommended_recipe(8, steps=1000, network=nn.Linear(3, 3)))
-        8 bits: scales follow what is observed, at a learning rate of 2e-05
+        8 bits: scales of weights follow them, those of activations stay, at a learning rate of 2e-05
+        weights of other layers than a transformer's: rounded so that outputs change little, before training
     """
     weight_bits, activation_bits = (bits, bits) if isinstance(bits, int) else bits
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -85,10 +86,10 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
         reasons.append("fewer than 8 bits: scales are learned, from the least squared error")
     else:
         config = QATConfig(weight_bits=weight_bits, activation_bits=activation_bits)
-        reasons.append(f"8 bits: scales follow what is observed, at a learning rate of {lr}")
-    affine_lr_factor = _AFFINE_LR_FACTOR if learns else 1.0
-    if learns:
-        reasons.append(f"biases and normalization learn {affine_lr_factor:g} times as fast as weights of few bits")
+        reasons.append(f"8 bits: scales of weights follow them, those of activations stay, at a learning rate of {lr}")
+    vector_lr_factor = _VECTOR_LR_FACTOR if weight_bits < 8 else 1.0
+    if weight_bits < 8:
+        reasons.append(f"biases and normalization learn {vector_lr_factor:g} times as fast as weights of few bits")
     rounds = weight_bits < 8 or not traits.is_transformer
     if rounds:
         kind = "of few bits" if weight_bits < 8 else "of other layers than a transformer's"
@@ -104,7 +105,7 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
         config=config,
         calibration=("round_weights",) if rounds else (),
         lr=lr,
-        affine_lr_factor=affine_lr_factor,
+        vector_lr_factor=vector_lr_factor,
         features=traits.blocks,
         freeze_oscillations=freezes,
         reasons=tuple(reasons),

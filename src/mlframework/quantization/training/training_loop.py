@@ -18,7 +18,6 @@ from ..preparation.batches import arguments_of, iterated
 from ..preparation.parameter_groups import parameter_groups
 from ..progress import progress_bar
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
-from ..qat.schedule import QATSchedule
 from .distillation import FeatureMatching, distillation_loss
 from .modes import in_fine_tuning
 from .oscillation import OscillationFreezer, dampening_loss
@@ -29,7 +28,7 @@ Loss = Callable[[Any, Any], Tensor]
 # Adam's steps are as long as the learning rate, and a distance is a squared error: they are to shrink with its root.
 # The factor did best, or nearly, on networks whose first distance was .04 to .4.
 _LR_AT_DISTANCE_ONE = 5e-4
-_LR_WITHOUT_TEACHER = 2e-5
+_LR_OTHERWISE = 2e-5
 
 # How many batches running statistics are re-estimated from: enough for a mean to a tenth of a standard deviation.
 _BATCHES_FOR_STATISTICS = 100
@@ -58,13 +57,14 @@ class TrainingLoop:
         groups = parameter_groups(
             model,
             relative_quantization_learning_rate=recipe.quantization_lr,
-            affine_learning_rate=recipe.affine_lr_factor,
+            vector_learning_rate=recipe.vector_lr_factor,
             lr=1.0,
             weight_decay=recipe.weight_decay,
         )
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._pace)
+        self.nodes = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
         self.freezer = OscillationFreezer(model, steps=steps) if recipe.freeze_oscillations else None
         self.losses: list[Tensor] = []
         self.learning_rates: list[float] = []
@@ -106,12 +106,9 @@ class TrainingLoop:
             features = None
             if self.teacher is not None and self.recipe.features:
                 features = stack.enter_context(FeatureMatching(self.model, self.teacher, self.recipe.features))
-            observed = self._observed_steps()
-            schedule = QATSchedule(self.model, observe_until=max(1, observed))
-            schedule.load_state_dict({"steps": self.done if observed else self.done + 1})
             for batch in islice(_repeated(batches), self.done, self.steps) if self.done < self.steps else ():
+                self._hold_ranges()
                 self._step(batch, features)
-                schedule.step()
                 advance(f"loss {self.losses[-1].item():.4g}" if progress else "")
         if batch_statistics:
             from ..calibration.batch_norm import reestimate_batch_norm
@@ -119,16 +116,18 @@ class TrainingLoop:
             several = [self._inputs(batch) for batch in islice(iterated(batches), _BATCHES_FOR_STATISTICS)]
             reestimate_batch_norm(self.model, several)
 
-    def _observed_steps(self) -> int:
-        """In how many steps observers run: where nothing was calibrated, in the first at least."""
-        nodes = (module for module in self.model.modules() if isinstance(module, FakeQuantizeLayer))
-        least = int(any(not node.is_initialized for node in nodes))
-        return max(least, round(self.steps * self.recipe.observe_until))
+    def _hold_ranges(self) -> None:
+        """Switches the observers of activations off when it is time, but where they have seen nothing yet."""
+        if self.done >= round(self.steps * self.recipe.observe_until):
+            for node in self.nodes:
+                if node.is_initialized and node.reduces_over_ranks:
+                    node.observer.enabled = False
 
     def _step(self, batch: Any, features: FeatureMatching | None) -> None:
+        calibrated = all(node.is_initialized for node in self.nodes)
         distance, loss = self._losses_of(batch, features)
         if not self.done:
-            self._set_learning_rate(distance)
+            self._set_learning_rate(distance, calibrated)
         total = loss
         if self.recipe.dampening:
             factor = self.recipe.dampening * 0.5 * (1 - math.cos(math.pi * self.done / self.steps))
@@ -161,18 +160,27 @@ class TrainingLoop:
         if self.loss is None:
             assert distance is not None
             return distance, distance
-        task = self.loss(outputs, batch[1])
+        task = self.loss(outputs, batch[1]).sum()
         return distance, task if distance is None else distance + task
 
-    def _set_learning_rate(self, distance: Tensor | None) -> None:
-        """Of the groups whose rates are relative to it until then: the weights', and that of what is affine."""
+    def _set_learning_rate(self, distance: Tensor | None, calibrated: bool) -> None:
+        """Of the groups whose rates are relative to it until then: the weights', and that of vectors.
+
+        Raises:
+            ValueError: the distance is infinite or NaN.
+        """
         rate = self.recipe.lr
-        if rate is None:
-            rate = _LR_WITHOUT_TEACHER if distance is None else _LR_AT_DISTANCE_ONE * math.sqrt(distance.item())
-        for index, group in enumerate(self.optimizer.param_groups[:2]):
-            group["initial_lr"] *= rate
-            group["lr"] *= rate
-            self.scheduler.base_lrs[index] *= rate
+        if rate is None and distance is not None and calibrated:
+            first = distance.item()
+            if not math.isfinite(first):
+                raise ValueError(f"batches must start with one whose outputs are finite, got a distance of {first}")
+            rate = _LR_AT_DISTANCE_ONE * math.sqrt(min(max(first, 0.0), 1.0))
+        elif rate is None:
+            rate = _LR_OTHERWISE
+        factors = (1.0, self.recipe.vector_lr_factor)
+        for index, (group, factor) in enumerate(zip(self.optimizer.param_groups[:2], factors, strict=True)):
+            group["initial_lr"] = self.scheduler.base_lrs[index] = rate * factor
+            group["lr"] = rate * factor * self._pace(0)
 
     def _leave_out_idle(self, features: FeatureMatching) -> None:
         """Once: what a network's structure names as blocks may be what its forward never calls."""
