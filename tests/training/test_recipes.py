@@ -45,7 +45,12 @@ def test_a_chain_of_layers_has_no_blocks() -> None:
 def test_bits_and_steps_decide() -> None:
     network = zoo.NETWORKS["mobilenet_v2"].make()
     assert not recommended_recipe(8, 1000, network).config.learnable
+    assert recommended_recipe(8, 1000, network).observe_until == 0.7
+    assert recommended_recipe(8, 1000, zoo.NETWORKS["resnet20"].make()).observe_until == 0
+    assert recommended_recipe((8, 4), 1000, network).vector_lr_factor == 1
     low = recommended_recipe((4, 8), 1000, network)
+    assert low.lr is None
+    assert low.vector_lr_factor == 10
     assert low.config.learnable
     assert (low.config.weight_bits, low.config.activation_bits) == (4, 8)
     assert low.freeze_oscillations
