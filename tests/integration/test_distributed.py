@@ -135,6 +135,7 @@ def _resumed(rank: int, folder: str, config: QATConfig, checkpoint: dict[str, Te
     output = parallel(same_for_all).detach().clone()
     _train(parallel, [batch.chunk(RANKS)[rank] for batch in _batches()])
     torch.save((output, _scales(model)), f"{folder}/{rank}.pt")
+    del parallel  # its reducer, which outlived the process group, kept a process from ending once
     dist.barrier()
     dist.destroy_process_group()
 
