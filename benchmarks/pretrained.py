@@ -1,7 +1,7 @@
 """The study of pretrained networks: see ``benchmarks/pretrained/command_line.py``.
 
 python benchmarks/pretrained.py --list
-python benchmarks/pretrained.py --network crepe pnet --width W8A8 --method minmax "QAT learned"
+python benchmarks/pretrained.py --network crepe pnet --width W8A8 --method minmax "recommended recipe"
 python benchmarks/pretrained.py --table
 """
 

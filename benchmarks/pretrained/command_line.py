@@ -1,8 +1,8 @@
 """The study: pretrained networks at several widths by this library's methods and by others', on the same data.
 
-Every run is a line of ``.study/results.jsonl`` as soon as it is done, and is not run again until the code that it
-rests on changes: an interrupted study goes on where it stopped. What the packages ship is all that it needs
-(``benchmarks/pretrained/requirements.txt``).
+Every run is a line of ``benchmarks/pretrained/results.jsonl`` as soon as it is done, and is not run again until the
+code that it rests on changes: an interrupted study goes on where it stopped. What the packages ship is all that it
+needs (``benchmarks/pretrained/requirements.txt``).
 """
 
 from __future__ import annotations

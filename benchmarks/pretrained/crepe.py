@@ -81,7 +81,7 @@ class CrepeTiny(Study):
     title: ClassVar = "CREPE tiny"
     metrics: ClassVar = ("raw pitch accuracy", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 3e-4
-    training_seconds: ClassVar = 60
+    training_seconds: ClassVar = 40
 
     def model(self) -> nn.Module:
         module = import_alone("torchcrepe.model", {"torchcrepe": {"PITCH_BINS": PITCH_BINS}})

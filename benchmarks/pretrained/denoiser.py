@@ -61,7 +61,7 @@ class PhotographDenoiser(Study):
     title: ClassVar = "denoiser"
     metrics: ClassVar = ("peak signal to noise, dB", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 3e-4
-    training_seconds: ClassVar = 60
+    training_seconds: ClassVar = 40
 
     def model(self) -> nn.Module:
         return trained_once("denoiser", Denoiser, self._train_float)

@@ -42,7 +42,7 @@ class EfficientNetLite0(Study):
     title: ClassVar = "EfficientNet-Lite0"
     metrics: ClassVar = ("top-1 agreement", "top-5 overlap", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 1e-4
-    training_seconds: ClassVar = 300
+    training_seconds: ClassVar = 200
     trained_widths: ClassVar = ("W8A8", "W4A8")
 
     def model(self) -> nn.Module:

@@ -83,7 +83,7 @@ class MiniLM(Study):
     title: ClassVar = "all-MiniLM-L6-v2"
     metrics: ClassVar = ("accuracy", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 1e-4
-    training_seconds: ClassVar = 90
+    training_seconds: ClassVar = 60
     trained_widths: ClassVar = ("W8A8", "W4A8", "W4A4")
 
     def model(self) -> nn.Module:

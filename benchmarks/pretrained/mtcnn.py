@@ -60,7 +60,7 @@ class PNet(Study):
     title: ClassVar = "MTCNN P-Net"
     metrics: ClassVar = ("F1 of face cells", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 3e-4
-    training_seconds: ClassVar = 40
+    training_seconds: ClassVar = 30
     trained_widths: ClassVar = ("W8A8", "W4A8", "W4A4")
 
     def model(self) -> nn.Module:

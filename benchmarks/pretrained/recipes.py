@@ -16,26 +16,21 @@ from mlframework.quantization import (
     QATConfig,
     calibrate,
     finetune,
-    parameter_groups,
     prepare,
     recommended_recipe,
 )
 
 from .methods import OURS, Method, Task
-from .training import distill, scale_learning_rate
 
 
 def post_training(
     task: Task,
     observer: Callable[[], ActivationObserver] | None = None,
-    learnable: bool = False,
     method: Sequence[str] = (),
 ) -> nn.Module:
     """Prepared and calibrated, by methods of :func:`calibrate`; with the default observer where none is named."""
     weight_bits, activation_bits = task.width
-    config = QATConfig(
-        weight_bits=weight_bits, activation_bits=activation_bits, learnable=learnable, activation_observer=observer
-    )
+    config = QATConfig(weight_bits=weight_bits, activation_bits=activation_bits, activation_observer=observer)
     prepared = prepare(task.study.model(), config, task.study.example_inputs)
     calibrate(prepared, task.study.calibration_batches(), method=method)
     return prepared.eval()
@@ -63,14 +58,6 @@ def recommended(task: Task) -> nn.Module:
     return prepared.eval()
 
 
-def trained(task: Task) -> nn.Module:
-    """Post-training quantization, then training as every other library's; scales start where rounding errs least."""
-    prepared = post_training(task, learnable=True)
-    groups = parameter_groups(prepared, quantization_learning_rate=scale_learning_rate(task))
-    task.notes["steps"] = distill(prepared.train(), task, groups)
-    return prepared.eval()
-
-
 TRIAL_STEPS = 4  # which tell how many steps the budget has
 
 _ours = partial(Method, OURS, distribution="mlframework-quantization")
@@ -85,5 +72,4 @@ RECIPES: dict[str, Method] = {
     "bias correction": _ours(partial(post_training, method=("correct_bias",))),
     "rounding": _ours(partial(post_training, method=("round_weights",))),
     "recommended recipe": _ours(recommended, trains=True),
-    "QAT learned": _ours(trained, trains=True),
 }

@@ -61,7 +61,7 @@ class CharacterGPT(Study):
     title: ClassVar = "character GPT"
     metrics: ClassVar = ("minus bits per character", SIGNAL_TO_NOISE)
     learning_rate: ClassVar = 1e-4
-    training_seconds: ClassVar = 60
+    training_seconds: ClassVar = 40
 
     def model(self) -> nn.Module:
         return trained_once(

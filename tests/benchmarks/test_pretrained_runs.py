@@ -52,7 +52,7 @@ def test_an_interrupted_study_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(execution, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(execution, "execute", execute)
     monkeypatch.setattr(execution, "append", lambda result: runs.append(result, path))
-    every = list(execution.planned(["digits"], ["W8A8"], ["minmax", "QAT learned"], seeds=2))
+    every = list(execution.planned(["digits"], ["W8A8"], ["minmax", "recommended recipe"], seeds=2))
     console = Console(quiet=True)
     with pytest.raises(KeyboardInterrupt):
         execution.execute_all(every, 1, console)
@@ -74,11 +74,13 @@ def test_a_later_result_replaces_an_earlier_one(tmp_path: Path) -> None:
 
 
 def test_what_is_planned() -> None:
-    planned = list(execution.planned(["pnet", "digits"], ["W8A8", "W2A2"], ["minmax", "QAT learned"], budget_seconds=7))
+    planned = list(
+        execution.planned(["pnet", "digits"], ["W8A8", "W2A2"], ["minmax", "recommended recipe"], budget_seconds=7)
+    )
     # Float, minmax and training: of pnet at one width, of digits at two, of which only W2A2 is trained at.
     assert len(planned) == len(set(planned)) == (1 + 1 + 3) + (5 + 2 * 5 + 5)
-    assert {run.seconds for run in planned if run.method == "QAT learned"} == {7}
-    assert {run.seconds for run in planned if run.method != "QAT learned"} == {0}
+    assert {run.seconds for run in planned if run.method == "recommended recipe"} == {7}
+    assert {run.seconds for run in planned if run.method != "recommended recipe"} == {0}
 
 
 def test_a_result_lasts_as_long_as_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,7 @@ def test_a_network_rests_on_the_modules_that_it_imports() -> None:
 
 def test_rows_give_mean_and_spread() -> None:
     results = [
-        Result(Run("digits", "W4A4", "QAT learned", seed, 20), OURS, {"accuracy": value, SIGNAL_TO_NOISE: 10.0})
+        Result(Run("digits", "W4A4", "recommended recipe", seed, 20), OURS, {"accuracy": value, SIGNAL_TO_NOISE: 10.0})
         for seed, value in enumerate((0.97, 0.98, 0.99))
     ]
     failed = Result(Run("digits", "W4A4", "other", 0, 0), "other 1.0", failure="it cannot")
@@ -149,9 +151,9 @@ def test_a_peer_that_fails_is_recorded() -> None:
 @needs_pnet
 def test_training_within_a_budget_brings_the_network_nearer() -> None:
     network = study("pnet")
-    method = RECIPES["QAT learned"]
+    method = RECIPES["recommended recipe"]
     before = runs.execute(Run("pnet", "W4A8", "minmax", 0, 0), Width(4, 8), RECIPES["minmax"])
-    after = runs.execute(Run("pnet", "W4A8", "QAT learned", 0, 3), Width(4, 8), method)
+    after = runs.execute(Run("pnet", "W4A8", "recommended recipe", 0, 3), Width(4, 8), method)
     assert after.notes["steps"] > 5
     assert after.metrics[SIGNAL_TO_NOISE] > before.metrics[SIGNAL_TO_NOISE]
     assert torch.equal(*(network.model().conv1.weight for _ in range(2)))  # the float network is as it was
