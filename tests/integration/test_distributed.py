@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from mlframework.quantization import (
     MinMaxObserver,
     MovingAverageObserver,
     QATConfig,
+    Recipe,
     calibrate,
+    finetune,
     prepare,
 )
 
@@ -153,6 +156,37 @@ def test_a_checkpoint_that_one_rank_loaded(tmp_path: Path, learnable: bool) -> N
     assert torch.equal(output, expected)
     assert torch.equal(other_output, expected)
     assert all(torch.equal(value, other_scales[name]) for name, value in scales.items())
+
+
+def _distilled(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    halves = [batch.chunk(RANKS)[rank] for batch in _batches()]
+    model = _model(QATConfig(weight_bits=4))
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 4))
+    calibrate(model, halves)
+    parallel = DistributedDataParallel(model)
+    history = finetune(parallel, teacher, halves, steps=STEPS, recipe=Recipe(warmup=0.0))
+    torch.save((history.learning_rates, history.losses, model.state_dict()), f"{folder}/{rank}.pt")
+    del parallel
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fine_tuning_takes_one_learning_rate_on_all_ranks(tmp_path: Path) -> None:
+    """It follows from the first distance, which is another one on each rank."""
+    mp.spawn(_distilled, (str(tmp_path),), nprocs=RANKS)
+    (rates, losses, state), (other_rates, other_losses, other_state) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)
+    )
+    assert losses[0] != other_losses[0]
+    assert rates == other_rates
+    assert rates[0] == pytest.approx(5e-4 * math.sqrt((losses[0] + other_losses[0]) / 2))
+    assert all(torch.equal(value, other_state[name]) for name, value in state.items())
 
 
 class Branching(nn.Module):

@@ -19,6 +19,7 @@ from ..qat.given_weight import GivenWeightWrapper
 from ..qat.observer_synchronizer import commit_statistics, discard_statistics
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
+from ..qat.sharding import sharded_parameter
 from .between_floats import between_floats
 from .lowering import lower
 from .planning import plan
@@ -45,7 +46,7 @@ def convert(model: nn.Module) -> nn.Module:
         TypeError: the model is not prepared.
         ValueError: nothing in the model was quantized; a parameter of a quantized layer is not finite; or the model was
             cast to a dtype (bfloat16) with too few digits for its codes, so that it could not compute the same.
-        RuntimeError: no data was seen, or a node is switched off.
+        RuntimeError: no data was seen, a node is switched off, or parameters are split over ranks.
 
     Warns:
         UserWarning: a layer that no data reached; it stays float.
@@ -154,6 +155,13 @@ def _check(model: nn.Module) -> None:
         raise ValueError("model holds nothing to convert: prepare() found no layer to quantize in it")
     if not nodes:
         raise TypeError(f"model must be prepared, got {type(model).__name__} without any fake-quantize node")
+    sharded = sharded_parameter(model)
+    if sharded is not None:
+        raise RuntimeError(
+            f"model must hold whole parameters, got {sharded} split over ranks: gather its state on one rank (in "
+            "torch.distributed.checkpoint.state_dict, get_model_state_dict with full_state_dict=True) and load it into "
+            "a model that was prepared alike"
+        )
     for node in nodes:
         if not node.fake_quantize_enabled:
             raise RuntimeError(f"{node.name or 'a node'} is switched off: set fake_quantize_enabled before converting")

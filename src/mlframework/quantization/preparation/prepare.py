@@ -21,6 +21,7 @@ from ..qat.layer_types import layer_type_of
 from ..qat.observer_synchronizer import ObserverSynchronizer, commit_statistics, discard_statistics
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
+from ..qat.sharding import sharded_parameter
 from ..qat.weight_range import require_finite_parameters
 from ..scheme_state import check_schemes
 from .graph_rewriter import layer_entry
@@ -62,7 +63,7 @@ def prepare(
     Raises:
         TypeError: an argument is not of its type, or the examples do not fit the model's signature.
         ValueError: the model is prepared or converted already, does not run on the examples, a parameter to be
-            quantized is not finite, or a selector of the configuration matches no layer.
+            quantized is not finite or split over ranks, or a selector of the configuration matches no layer.
 
     Warns:
         UserWarning: less than half of the weights or of the multiply-adds is quantized, of all that the configuration
@@ -124,6 +125,11 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
             raise ValueError(f"model is already prepared: {name or 'it'} is a {type(module).__name__}")
         if isinstance(module, IntegerModule):
             raise ValueError(f"model is already converted: {name or 'it'} is a {type(module).__name__}")
+    sharded = sharded_parameter(model)
+    if sharded is not None:
+        raise ValueError(
+            f"model must be prepared before its parameters are split over ranks, got {sharded} as a DTensor"
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(f"model must have all its parameters, got none yet for {name}: run it once first")

@@ -22,6 +22,7 @@ from .host_value import HostValue
 from .observer_synchronizer import ObserverSynchronizer, is_distributed, reduce_over_ranks
 from .recomputation import State, as_in_forward, is_recomputing
 from .scale_projection import project_optimizer_steps
+from .sharding import require_float32, write
 from .straight_through_estimator import StraightThroughEstimator
 
 
@@ -249,7 +250,10 @@ class FakeQuantizeLayer(nn.Module):
         if not is_initialized and (not kernels.is_traced() or (self.learnable and observes)):
             return self._without_data(output, observes)
         # In every step, where a module's own look-up is slow.
-        state: dict[str, Any] = self._parameters if self.learnable else self._buffers
+        state: dict[str, Any] = self._buffers
+        if self.learnable:
+            state = self._parameters
+            require_float32(self.scale, self.name)
         grid = state["scale"], state["zero_point"], self.scheme
         if not is_initialized:  # as far as a compiler knows, for which nothing may be read back
             values, _, _ = fake_quantize_tensor(output, *grid, self.estimator, axis)
@@ -338,8 +342,8 @@ class FakeQuantizeLayer(nn.Module):
         scale, zero_point = arithmetic.range_to_scale_and_zero_point(*self.observer.range(self.scheme), self.scheme)
         if due is not None:
             scale, zero_point = torch.where(due, scale, self.scale), torch.where(due, zero_point, self.zero_point)
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+        write(self.scale, scale)
+        write(self.zero_point, zero_point)
         if not self.is_initialized:
             self._mark_initialized()
 
@@ -361,8 +365,8 @@ class FakeQuantizeLayer(nn.Module):
         fixed = self.scheme.symmetric_zero_point
         if self.scheme.symmetric and bool((parameters.zero_point != fixed).any()):
             raise ValueError(f"zero_point must be {fixed} on a symmetric grid, got {parameters.zero_point.tolist()}")
-        self.scale.copy_(parameters.scale)
-        self.zero_point.copy_(parameters.zero_point)
+        write(self.scale, parameters.scale)
+        write(self.zero_point, parameters.zero_point)
         self.initialized.fill_(1)
 
     def reset(self) -> None:

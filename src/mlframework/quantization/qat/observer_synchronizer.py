@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from .. import kernels
 from .activation_observer import ActivationObserver, BatchStatistics
 from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed
+from .sharding import begin_forward, shard_again
 
 
 class ObservedLayer(Protocol):
     """What a layer must offer to have its observer updated with those of the whole model."""
 
     observer: ActivationObserver
+    learnable: bool
     synchronizer: ObserverSynchronizer | None
     synchronizer_index: int
     training: bool
@@ -69,6 +71,11 @@ class ObserverSynchronizer:
         held = self.pending.get(index)
         self.pending[index] = statistics if held is None else _joined(held, statistics)
 
+    @property
+    def sets_parameters(self) -> bool:
+        """Whether the next commit gives learned scales their first values."""
+        return any(self.layers[index].learnable and not self.layers[index].is_initialized for index in self.pending)
+
     def discard(self) -> None:
         """Drops what a forward that did not end has left behind."""
         self.pending.clear()
@@ -102,13 +109,18 @@ class ObserverSynchronizer:
 def discard_statistics(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a prepared model."""
     if not is_recomputing():
-        module.observer_synchronizer.discard()  # type: ignore[union-attr, operator]
+        synchronizer: ObserverSynchronizer = module.observer_synchronizer  # type: ignore[assignment]
+        begin_forward(module, synchronizer.layers, commit_statistics)
+        synchronizer.discard()
 
 
 def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a prepared model."""
     if not is_recomputing():
-        module.observer_synchronizer.commit()  # type: ignore[union-attr, operator]
+        synchronizer: ObserverSynchronizer = module.observer_synchronizer  # type: ignore[assignment]
+        if synchronizer.sets_parameters and not kernels.is_traced():
+            shard_again(module, synchronizer.layers)
+        synchronizer.commit()
 
 
 def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics]:
@@ -122,6 +134,15 @@ def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics
         BatchStatistics(reduced, None if batch.counts is None else next(counts))
         for batch, reduced in zip(statistics, extremes, strict=True)
     ]
+
+
+def mean_over_ranks(number: Tensor) -> Tensor:
+    """The mean of what each rank has measured, on all ranks; of one process, the number itself."""
+    if not is_distributed():
+        return number
+    total = number.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def is_distributed() -> bool:

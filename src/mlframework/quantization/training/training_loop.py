@@ -18,6 +18,7 @@ from ..preparation.batches import arguments_of, iterated
 from ..preparation.parameter_groups import parameter_groups
 from ..progress import progress_bar
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.observer_synchronizer import mean_over_ranks
 from .distillation import FeatureMatching, distillation_loss
 from .modes import in_fine_tuning
 from .oscillation import OscillationFreezer, dampening_loss
@@ -171,7 +172,7 @@ class TrainingLoop:
         """
         rate = self.recipe.lr
         if rate is None and distance is not None and calibrated:
-            first = distance.item()
+            first = mean_over_ranks(distance.detach()).item()
             if not math.isfinite(first):
                 raise ValueError(f"batches must start with one whose outputs are finite, got a distance of {first}")
             rate = _LR_AT_DISTANCE_ONE * math.sqrt(min(max(first, 0.0), 1.0))

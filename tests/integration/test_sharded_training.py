@@ -1,0 +1,185 @@
+"""FSDP2 on two gloo processes against DistributedDataParallel on the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from mlframework.quantization import (
+    FakeQuantizeLayer,
+    QATConfig,
+    convert,
+    parameter_groups,
+    prepare,
+)
+from zoo.gpt import GPT
+
+RANKS = 2
+STEPS = 4
+VOCABULARY = 20
+
+
+def _model(learnable: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = GPT(VOCABULARY, context=16, width=32, layers=2, heads=4)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # each rank draws its own
+    return prepare(model, QATConfig(learnable=learnable), (torch.zeros(2, 16, dtype=torch.long),))
+
+
+def _batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, VOCABULARY, (8, 16), generator=generator) for _ in range(STEPS)]
+
+
+def _train(model: nn.Module, batches: list[Tensor]) -> list[float]:
+    """The losses of a rank's own batches."""
+    optimizer = torch.optim.SGD(parameter_groups(model, quantization_learning_rate=1e-5), lr=0.05)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch).flatten(0, 1).float(), batch.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # Buffers are the model's own, and change with it.
+    return {name.replace("_checkpoint_wrapped_module.", ""): value.clone() for name, value in state.items()}
+
+
+def _nodes(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
+
+
+def _shard_blocks(model: Any, **options: Any) -> None:
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def _checkpointed(model: Any, **options: Any) -> None:
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpoint_wrapper(block)
+    _shard_blocks(model, **options)
+
+
+def _half_precision(model: nn.Module, **options: Any) -> None:
+    fully_shard(_nodes(model), **options, reshard_after_forward=False)
+    _shard_blocks(model, **options, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+SHARDINGS: dict[str, Callable[..., Any]] = {
+    "root": fully_shard,
+    "blocks": _shard_blocks,
+    "checkpointed": _checkpointed,
+    "half precision": _half_precision,
+}
+
+
+def _join(rank: int, folder: str) -> list[Tensor]:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    return [batch.chunk(RANKS)[rank] for batch in _batches()]
+
+
+def _worker(rank: int, folder: str, learnable: bool) -> None:
+    halves = _join(rank, folder)
+    results: dict[str, Any] = {}
+    model = _model(learnable)
+    parallel = DistributedDataParallel(model)
+    results["data parallel"] = _train(parallel, halves), _state(model)
+    del parallel
+    for name, shard in SHARDINGS.items():
+        model = _model(learnable)
+        shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+        losses = _train(model, halves)
+        with pytest.raises(RuntimeError, match="model must hold whole parameters"):
+            convert(model)
+        results[name] = losses, _state(model)
+        if name == "blocks":
+            model.eval()
+            with torch.no_grad():
+                results["evaluated"] = model(_batches()[0])
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learnable", [False, True])
+def test_sharded_training_is_data_parallel_training(tmp_path: Path, learnable: bool) -> None:
+    mp.spawn(_worker, (str(tmp_path), learnable), nprocs=RANKS)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    for losses, state in (result["data parallel"] for result in results):
+        assert losses[-1] < losses[0]
+        assert all(value != 1 for name, value in state.items() if name.endswith("input_fake_quantize.scale"))
+    for name in SHARDINGS:
+        for rank, result in enumerate(results):
+            losses, state = result[name]
+            expected_losses, expected = result["data parallel"]
+            exact = name != "half precision"
+            # bfloat16 has eight bits; after four steps every scale has moved by its own rounding and the weights'.
+            torch.testing.assert_close(losses, expected_losses, rtol=0 if exact else 1e-2, atol=0)
+            if rank > 0:
+                continue  # a full state is gathered on the first rank
+            assert state.keys() == expected.keys()
+            for key, value in expected.items():
+                if exact:
+                    assert torch.equal(state[key], value), f"{name}: {key}"
+                elif key.endswith("scale"):
+                    assert state[key].dtype is torch.float32
+                    torch.testing.assert_close(state[key], value, rtol=0.1, atol=0)
+    # What is deployed is what the sharded model evaluates to.
+    whole = _model(learnable)
+    whole.load_state_dict(results[0]["blocks"][1])
+    with torch.no_grad():
+        outputs = convert(whole)(_batches()[0])
+    assert all(torch.equal(result["evaluated"], outputs) for result in results)
+
+
+def _refused_worker(rank: int, folder: str) -> None:
+    halves = _join(rank, folder)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    half = _model(learnable=True)
+    fully_shard(half, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with pytest.raises(
+        RuntimeError, match=r"the learned scale of token.weight_fake_quantize must be float32, got .*16"
+    ):
+        half(halves[0])
+    model = _model(learnable=False)
+    name = next(name for name, module in model.named_modules() if hasattr(module, "weight_fake_quantize"))
+    with pytest.raises(NotImplementedError, match=r"nn\.Linear"):
+        parallelize_module(model, mesh, {name: ColwiseParallel()})
+    sharded = nn.Sequential(nn.Linear(4, 4))
+    parallelize_module(sharded, mesh, {"0": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"before its parameters are split over ranks, got 0\.weight"):
+        prepare(sharded, QATConfig(), (torch.randn(2, 4),))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
+    mp.spawn(_refused_worker, (str(tmp_path),), nprocs=RANKS)
