@@ -19,6 +19,7 @@ from .conversion.convert import convert
 from .export.export_onnx import export_onnx
 from .export.torch_export import NotExportableError
 from .parameters import QuantizationParameters, dequantize, quantize, requantize
+from .preparation.float_state import float_state_dict, load_float_state_dict
 from .preparation.parameter_groups import parameter_groups, quantization_parameters
 from .preparation.prepare import prepare
 from .preparation.report import PreparationReport, preparation_report
@@ -81,6 +82,8 @@ __all__ = [
     "export_onnx",
     "fake_quantize",
     "finetune",
+    "float_state_dict",
+    "load_float_state_dict",
     "parameter_groups",
     "plots",
     "preparation_report",

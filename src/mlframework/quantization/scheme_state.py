@@ -61,8 +61,8 @@ class KeyWithHint(str):
     def __format__(self, specification: str) -> str:
         return (
             f"{super().__format__(specification)} [of a quantization node: the float model's state_dict loads before "
-            "prepare(), or here with strict=False, which leaves activations to calibrate(); the state_dict of a model "
-            "with other nodes loads where prepare() was given the same configuration]"
+            "prepare(), or with load_float_state_dict(), which leaves activations to calibrate(); the state_dict of a "
+            "model with other nodes loads where prepare() was given the same configuration]"
         )
 
 

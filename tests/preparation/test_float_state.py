@@ -1,0 +1,85 @@
+"""Checkpoints of the float model in a prepared one, and the other way round."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from mlframework.quantization import QATConfig, calibrate, convert, float_state_dict, load_float_state_dict, prepare
+from zoo.gpt import GPT
+from zoo.resnet import resnet20
+
+
+class HandedOver(nn.Module):
+    """Hands its weight to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.kernel)
+
+
+NETWORKS = {
+    "convolutions": (lambda: resnet20(), torch.randn(2, 3, 16, 16)),
+    "tied": (lambda: GPT(12, 8, 16, 1, 2, tied=True), torch.zeros(2, 8, dtype=torch.long)),
+    "one layer": (lambda: nn.Linear(4, 2), torch.randn(2, 4)),
+    "parametrized": (lambda: nn.Sequential(weight_norm(nn.Linear(4, 2)), nn.ReLU()), torch.randn(2, 4)),
+    "handed over": (HandedOver, torch.randn(2, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_goes_in_and_out(name: str, learnable: bool) -> None:
+    make, input = NETWORKS[name]
+    torch.manual_seed(0)
+    config = QATConfig(weight_bits=4, learnable=learnable)
+    model, other = prepare(make(), config, (input,)), make()
+    load_float_state_dict(model, other.state_dict())
+    state = float_state_dict(model)
+    assert list(state) == list(other.state_dict())
+    make().load_state_dict(state, strict=True)
+    # As if the other weights had been prepared from the first.
+    expected = prepare(copy.deepcopy(other), config, (input,))
+    if name == "handed over" and learnable:
+        model.train()(input)
+    for each in (model, expected):
+        calibrate(each, [input])
+        each.eval()
+    with torch.no_grad():
+        outputs = model(input)
+        assert torch.equal(outputs, expected(input))
+        assert torch.equal(outputs, convert(model)(input))
+
+
+def test_scales_of_activations_stay() -> None:
+    model = prepare(nn.Sequential(nn.Linear(4, 2)), QATConfig(), (torch.randn(2, 4),))
+    calibrate(model, [torch.randn(16, 4)])
+    before = model.input_1_fake_quantize.scale.clone()
+    load_float_state_dict(model, nn.Sequential(nn.Linear(4, 2)).state_dict())
+    assert torch.equal(model.input_1_fake_quantize.scale, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("0.bias"), r"0\.bias is missing"),
+        (lambda state: state.update(more=torch.ones(1)), r"more is not expected"),
+        (lambda state: state.update({"0.bias": torch.ones(3)}), r"0\.bias must be of shape \(2,\), got \(3,\)"),
+    ],
+)
+def test_another_models_state_changes_nothing(change: object, message: str) -> None:
+    model = prepare(nn.Sequential(nn.Linear(4, 2)), QATConfig(learnable=True), (torch.randn(2, 4),))
+    state = nn.Sequential(nn.Linear(4, 2)).state_dict()
+    change(state)  # type: ignore[operator]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        load_float_state_dict(model, state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
