@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import STUDIES, study
+from .best import TIE, best_of
 from .execution import METHODS, WIDTHS, execute_all, is_current, planned
 from .runs import Result, read
 from .summary import rows
@@ -37,7 +38,20 @@ def write(results: Iterable[Result]) -> None:
     from columns import ColumnsByKind  # of the benchmarks' folder, which is on the path where one of them is run
 
     section = ColumnsByKind("pretrained", ("network", "width", "method", "library"))
-    for row in rows(results):
+    every = list(rows(results))
+    best = ColumnsByKind("pretrained-best", ("network", "width", "best of"))
+    for row, is_ours, wins in best_of(every):
+        cell = f"{row.method}: {' / '.join(row.figures)}"
+        side = (study(row.network).title, row.width, "this library" if is_ours else "others")
+        best.set(side, f"**{cell}**" if wins else cell)
+    best.write(
+        "Pretrained networks: the best recipes",
+        (
+            "From the table that follows: for every network and width the best method of this library and the best of",
+            f"any other, by the headline metric. Bold is the better one; both, where they are within {TIE:.1%}.",
+        ),
+    )
+    for row in every:
         cell = f"{' / '.join(row.figures)}{' (' if row.figures else ''}{row.remarks}{')' if row.figures else ''}"
         section.set((study(row.network).title, row.width, row.method, row.package), cell.replace("|", "/"))
     networks = (f"- {study(name).title}: {' / '.join(study(name).metrics)}" for name in STUDIES)

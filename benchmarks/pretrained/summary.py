@@ -16,13 +16,14 @@ ORDER = ("float", "W8A8", "W4A8", "W4A4", "W3A3", "W2A2")
 class Row(NamedTuple):
     """A network at a width by one method, over the seeds that were run.
 
-    ``figures`` are the study's metrics, each as a mean and, of several seeds that differ, the standard deviation.
+    ``means`` are of the study's metrics; ``figures`` show them, with the standard deviation of seeds that differ.
     """
 
     network: str
     width: str
     method: str
     package: str
+    means: tuple[float, ...]
     figures: tuple[str, ...]
     remarks: str
 
@@ -39,8 +40,9 @@ def rows(results: Iterable[Result]) -> Iterator[Row]:
         group = grouped[key]
         done = [result for result in group if not result.failure]
         metrics = study(network).metrics
-        figures = tuple(_figure([result.metrics[metric] for result in done]) for metric in metrics) if done else ()
-        yield Row(network, width, method, group[0].package, figures, ", ".join(_remarks(group, seconds)))
+        values = [[result.metrics[metric] for result in done] for metric in metrics if done]
+        means, figures = tuple(map(statistics.mean, values)), tuple(map(_figure, values))
+        yield Row(network, width, method, group[0].package, means, figures, ", ".join(_remarks(group, seconds)))
 
 
 def _figure(values: list[float]) -> str:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.pretrained import SIGNAL_TO_NOISE, execution, fingerprints, runs, study, summary
+from benchmarks.pretrained.best import best_of
 from benchmarks.pretrained.methods import OURS, Method, Width
 from benchmarks.pretrained.recipes import RECIPES
 from benchmarks.pretrained.runs import Result, Run
@@ -122,6 +123,31 @@ def test_rows_give_mean_and_spread() -> None:
     assert rows[0].figures == ("0.9800 ± 0.0100", "10.0000")
     assert rows[1].figures == ()
     assert rows[1].remarks == "no figure: it cannot"
+
+
+def test_the_best_of_either_side() -> None:
+    def row(width: str, package: str, method: str, *means: float) -> summary.Row:
+        return summary.Row("pnet", width, method, package, means, (), "")
+
+    found = best_of(
+        [
+            row("float", "float", "float", 1.0, math.inf),
+            row("W8A8", f"{OURS} 1.0", "a", 0.90, 20.0),
+            row("W8A8", f"{OURS} 1.0", "b", 0.90, 21.0),
+            row("W8A8", "other 2", "c", 0.904, 25.0),
+            row("W8A8", "other 2", "failed"),
+            row("W4A8", f"{OURS} 1.0", "a", 0.5, 5.0),
+            row("W4A8", "other 2", "c", 0.6, 4.0),
+            row("W4A4", f"{OURS} 1.0", "a", 0.1, 5.0),
+        ]
+    )
+    assert [(best.row.width, best.row.method, best.is_ours, best.wins) for best in found] == [
+        ("W8A8", "b", True, True),  # the higher signal-to-noise ratio; and a tie with the other side
+        ("W8A8", "c", False, True),
+        ("W4A8", "a", True, False),
+        ("W4A8", "c", False, True),
+        ("W4A4", "a", True, True),
+    ]
 
 
 @needs_pnet
