@@ -46,7 +46,7 @@ class Recipe:
     calibration: tuple[str, ...] = ()
     lr: float | None = None
     vector_lr_factor: float = 1.0
-    quantization_lr: float = 1e-3
+    quantization_lr: float = 1e-4
     weight_decay: float = 0.0
     warmup: float = 0.1
     max_gradient_norm: float | None = 1.0
