@@ -25,22 +25,22 @@ def best_of(rows: Iterable[Row]) -> Iterator[Best]:
     """For every network and width, this library's best row and then the others' best, where both have one."""
     candidates = [row for row in rows if row.means and row.width != "float"]
     for _, group in groupby(candidates, key=lambda row: (row.network, row.width)):
-        sides: dict[bool, Row] = {}
-        for row in group:
-            is_ours = row.package.startswith(f"{OURS} ")
-            if is_ours not in sides or _rank(row) > _rank(sides[is_ours]):
-                sides[is_ours] = row
-        for is_ours in (True, False):
-            if is_ours in sides:
-                row, other = sides[is_ours], sides.get(not is_ours)
-                yield Best(row, is_ours, other is None or not _is_better(other, row))
+        same = list(group)
+        sides = {
+            True: [row for row in same if row.package.startswith(f"{OURS} ")],
+            False: [row for row in same if not row.package.startswith(f"{OURS} ")],
+        }
+        best = {is_ours: _best(side) for is_ours, side in sides.items() if side}
+        for is_ours, row in best.items():
+            other = best.get(not is_ours)
+            yield Best(row, is_ours, other is None or _is_tie(row, other) or row.means[0] > other.means[0])
 
 
-def _rank(row: Row) -> tuple[float, float]:
-    """By the headline figure, and by the signal-to-noise ratio where that is the same."""
-    return row.means[0], row.means[-1]
+def _best(rows: list[Row]) -> Row:
+    """By the headline figure; of those that tie with the highest, by the signal-to-noise ratio."""
+    highest = max(rows, key=lambda row: row.means[0])
+    return max((row for row in rows if _is_tie(row, highest)), key=lambda row: row.means[-1])
 
 
-def _is_better(row: Row, other: Row) -> bool:
-    difference = row.means[0] - other.means[0]
-    return difference > 0 and not math.isclose(row.means[0], other.means[0], rel_tol=TIE)
+def _is_tie(row: Row, other: Row) -> bool:
+    return math.isclose(row.means[0], other.means[0], rel_tol=TIE)

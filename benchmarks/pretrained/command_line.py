@@ -48,7 +48,8 @@ def write(results: Iterable[Result]) -> None:
         "Pretrained networks: the best recipes",
         (
             "From the table that follows: for every network and width the best method of this library and the best of",
-            f"any other, by the headline metric. Bold is the better one; both, where they are within {TIE:.1%}.",
+            f"any other, by the headline metric, and where that is within {TIE:.1%} by the signal-to-noise ratio. Bold",
+            "is the better of the two by the headline metric; both, where it is within as much.",
         ),
     )
     for row in every:
