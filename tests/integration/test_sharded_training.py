@@ -23,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mlframework.quantization import (
     FakeQuantizeLayer,
     QATConfig,
+    calibrate,
     convert,
+    load_float_state_dict,
     parameter_groups,
     prepare,
 )
@@ -34,13 +36,14 @@ STEPS = 4
 VOCABULARY = 20
 
 
-def _model(learnable: bool) -> nn.Module:
+def _model(learnable: bool, integer_forward: bool = True) -> nn.Module:
     torch.manual_seed(0)
     model = GPT(VOCABULARY, context=16, width=32, layers=2, heads=4)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each rank draws its own
-    return prepare(model, QATConfig(learnable=learnable), (torch.zeros(2, 16, dtype=torch.long),))
+    config = QATConfig(learnable=learnable, integer_forward=integer_forward)
+    return prepare(model, config, (torch.zeros(2, 16, dtype=torch.long),))
 
 
 def _batches() -> list[Tensor]:
@@ -83,9 +86,13 @@ def _checkpointed(model: Any, **options: Any) -> None:
     _shard_blocks(model, **options)
 
 
-def _half_precision(model: nn.Module, **options: Any) -> None:
+def _shard_nodes(model: nn.Module, policy: MixedPrecisionPolicy | None = None, **options: Any) -> None:
     fully_shard(_nodes(model), **options, reshard_after_forward=False)
-    _shard_blocks(model, **options, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    _shard_blocks(model, **options, mp_policy=policy or MixedPrecisionPolicy())
+
+
+def _half_precision(model: nn.Module, **options: Any) -> None:
+    _shard_nodes(model, MixedPrecisionPolicy(param_dtype=torch.bfloat16), **options)
 
 
 SHARDINGS: dict[str, Callable[..., Any]] = {
@@ -107,13 +114,18 @@ def _join(rank: int, folder: str) -> list[Tensor]:
 def _worker(rank: int, folder: str, learnable: bool) -> None:
     halves = _join(rank, folder)
     results: dict[str, Any] = {}
-    model = _model(learnable)
-    parallel = DistributedDataParallel(model)
-    results["data parallel"] = _train(parallel, halves), _state(model)
-    del parallel
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for integer_forward in (True, False):  # FSDP's hooks on nodes keep layers from training on codes
+        model = _model(learnable, integer_forward)
+        parallel = DistributedDataParallel(model)
+        results[f"data parallel, {integer_forward}"] = _train(parallel, halves), _state(model)
+        del parallel
+    model = _model(learnable, integer_forward=False)
+    _shard_nodes(model, mesh=mesh)
+    results["nodes"] = _train(model, halves), _state(model)
     for name, shard in SHARDINGS.items():
         model = _model(learnable)
-        shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+        shard(model, mesh=mesh)
         losses = _train(model, halves)
         with pytest.raises(RuntimeError, match="model must hold whole parameters"):
             convert(model)
@@ -122,6 +134,10 @@ def _worker(rank: int, folder: str, learnable: bool) -> None:
             model.eval()
             with torch.no_grad():
                 results["evaluated"] = model(_batches()[0])
+            with pytest.raises(RuntimeError, match="model must hold whole parameters"):
+                convert(model)  # also where the last forward has left them gathered
+            calibrate(model, [batch[:4] for batch in _batches()])
+            results["calibrated"] = _state(model)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -132,15 +148,15 @@ def _worker(rank: int, folder: str, learnable: bool) -> None:
 def test_sharded_training_is_data_parallel_training(tmp_path: Path, learnable: bool) -> None:
     mp.spawn(_worker, (str(tmp_path), learnable), nprocs=RANKS)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
-    for losses, state in (result["data parallel"] for result in results):
+    for losses, state in (result["data parallel, True"] for result in results):
         assert losses[-1] < losses[0]
         assert all(value != 1 for name, value in state.items() if name.endswith("input_fake_quantize.scale"))
-    for name in SHARDINGS:
+    for name in ("nodes", *SHARDINGS):
         for rank, result in enumerate(results):
             losses, state = result[name]
-            expected_losses, expected = result["data parallel"]
+            expected_losses, expected = result[f"data parallel, {name != 'nodes'}"]
             exact = name != "half precision"
-            # bfloat16 has eight bits; after four steps every scale has moved by its own rounding and the weights'.
+            # bfloat16 has eight bits, and each of the four steps starts from the rounding of the one before.
             torch.testing.assert_close(losses, expected_losses, rtol=0 if exact else 1e-2, atol=0)
             if rank > 0:
                 continue  # a full state is gathered on the first rank
@@ -151,12 +167,63 @@ def test_sharded_training_is_data_parallel_training(tmp_path: Path, learnable: b
                 elif key.endswith("scale"):
                     assert state[key].dtype is torch.float32
                     torch.testing.assert_close(state[key], value, rtol=0.1, atol=0)
+    # Learned scales that calibration has set are those of whole parameters.
+    calibrated = _model(learnable)
+    calibrated.load_state_dict(results[0]["blocks"][1])
+    calibrate(calibrated, [batch[:4] for batch in _batches()])
+    for key, value in calibrated.state_dict().items():
+        assert torch.equal(results[0]["calibrated"][key], value), key
     # What is deployed is what the sharded model evaluates to.
     whole = _model(learnable)
     whole.load_state_dict(results[0]["blocks"][1])
     with torch.no_grad():
         outputs = convert(whole)(_batches()[0])
     assert all(torch.equal(result["evaluated"], outputs) for result in results)
+
+
+class Branching(nn.Module):
+    """Takes its second layer only for batches whose sum is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        return self.second(hidden) if inputs.sum() > 0 else hidden
+
+
+def _uneven_worker(rank: int, folder: str) -> None:
+    _join(rank, folder)
+    positive = torch.ones(4, 12)
+    firsts = {"branch": -positive, "empty": torch.empty(0, 12)}
+    states = {}
+    for name, first in firsts.items():
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            model: Any = prepare(Branching(), QATConfig(learnable=True), (torch.randn(1, 12),))
+            if sharded:
+                parallel: Any = fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+                parallel.set_reduce_scatter_unused_params(True)
+            else:
+                parallel = DistributedDataParallel(model, find_unused_parameters=True)
+            for batch in (first if rank == 0 else positive, positive):
+                parallel(batch).sum().backward()
+            states[name, sharded] = _state(model)
+            del parallel
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_rank_may_have_no_data_for_a_layer_at_first(tmp_path: Path) -> None:
+    mp.spawn(_uneven_worker, (str(tmp_path),), nprocs=RANKS)
+    states = torch.load(tmp_path / "0.pt")
+    for name in ("branch", "empty"):
+        assert states[name, True]["second.input_fake_quantize.scale"].item() != 1
+        for key, value in states[name, False].items():
+            assert torch.equal(states[name, True][key], value), f"{name}: {key}"
 
 
 def _refused_worker(rank: int, folder: str) -> None:
@@ -168,6 +235,17 @@ def _refused_worker(rank: int, folder: str) -> None:
         RuntimeError, match=r"the learned scale of token.weight_fake_quantize must be float32, got .*16"
     ):
         half(halves[0])
+    inner = _model(learnable=True)
+    around = nn.Sequential(inner)
+    fully_shard(around, mesh=mesh)
+    with pytest.raises(RuntimeError, match="cannot be set while FSDP has gathered it, and would be lost"):
+        around(halves[0])
+    with pytest.raises(RuntimeError, match=r"got token\.weight split over ranks: load before fully_shard"):
+        load_float_state_dict(inner, {})
+    compiled = _model(learnable=True)
+    fully_shard(compiled, mesh=mesh)
+    with pytest.raises(RuntimeError):  # in Dynamo's words
+        torch.compile(compiled, backend="eager")(halves[0])
     model = _model(learnable=False)
     name = next(name for name, module in model.named_modules() if hasattr(module, "weight_fake_quantize"))
     with pytest.raises(NotImplementedError, match=r"nn\.Linear"):

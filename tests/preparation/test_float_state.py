@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
 
 from mlframework.quantization import QATConfig, calibrate, convert, float_state_dict, load_float_state_dict, prepare
@@ -26,7 +28,36 @@ class HandedOver(nn.Module):
         return F.conv2d(input, self.kernel)
 
 
+class CalledTwice(nn.Module):
+    """One layer at two places, and a second name for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.also = self.second
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.also(self.second(self.first(self.first(input).relu()).relu()))
+
+
+def _checkpointed() -> nn.Module:
+    return nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2))
+
+
+class Versioned(nn.Linear):
+    """Another layout of its state before."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
 NETWORKS = {
+    "called twice": (CalledTwice, torch.randn(2, 4)),
+    "checkpointed": (_checkpointed, torch.randn(2, 4)),
     "convolutions": (lambda: resnet20(), torch.randn(2, 3, 16, 16)),
     "tied": (lambda: GPT(12, 8, 16, 1, 2, tied=True), torch.zeros(2, 8, dtype=torch.long)),
     "one layer": (lambda: nn.Linear(4, 2), torch.randn(2, 4)),
@@ -59,6 +90,11 @@ def test_it_goes_in_and_out(name: str, learnable: bool) -> None:
         assert torch.equal(outputs, convert(model)(input))
 
 
+def test_versions_go_with_it() -> None:
+    model = prepare(nn.Sequential(Versioned(4, 2)), QATConfig(), (torch.randn(2, 4),))
+    nn.Sequential(Versioned(4, 2)).load_state_dict(float_state_dict(model))
+
+
 def test_scales_of_activations_stay() -> None:
     model = prepare(nn.Sequential(nn.Linear(4, 2)), QATConfig(), (torch.randn(2, 4),))
     calibrate(model, [torch.randn(16, 4)])
@@ -72,6 +108,8 @@ def test_scales_of_activations_stay() -> None:
     [
         (lambda state: state.pop("0.bias"), r"0\.bias is missing"),
         (lambda state: state.update(more=torch.ones(1)), r"more is not expected"),
+        (lambda state: state.update({"0.bias": 1}), r"0\.bias must be a tensor, got int"),
+        (lambda state: state["0.bias"].fill_(torch.nan), r"0\.bias holds NaN or infinite values"),
         (lambda state: state.update({"0.bias": torch.ones(3)}), r"0\.bias must be of shape \(2,\), got \(3,\)"),
     ],
 )

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..preparation.batches import arguments_of, iterated
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.sharding import reshard
 from ..qat.weight_range import searching
 from .runs import evaluating, nodes_of
 
@@ -32,6 +33,7 @@ def measure_ranges(model: nn.Module, batches: Iterable[Any]) -> None:
             seen += 1
         if seen == 0:
             raise ValueError("batches must hold at least one batch, got none")
+        reshard(model, nodes)
         for node in nodes:
             if bool(node.observer.batches > 0):
                 node.update_parameters()

@@ -33,9 +33,16 @@ def _with_hooks_of_others(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for name, hooks in vars(module).items():
             if name.endswith("_hooks") and isinstance(hooks, dict):
                 for hook in hooks.values():
-                    if id(getattr(hook, "__self__", None)) not in inside:
+                    if id(_owner(hook)) not in inside:
                         memo[id(hook)] = hook
     return copy_of(model, memo)
+
+
+def _owner(hook: Any) -> Any:
+    """The object that a hook is a method of, or that PyTorch calls it with."""
+    if getattr(hook, "with_module", False):
+        return hook.module()
+    return getattr(hook, "__self__", None)
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..graph.nodes import ADDED
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.given_weight import GivenWeightWrapper
 from ..qat.qat_module_wrapper import QATModuleWrapper
+from ..qat.sharding import sharded_parameter
 from ..qat.weight_range import set_range
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Of a prepared model's state, what the model that was prepared loads strictly.
+    """A prepared model's state without its quantization nodes: it loads strictly into the float model.
 
     Args:
         model: from :func:`prepare`.
 
     Returns:
-        Keys and tensors of ``model.state_dict()``, without the quantization nodes; no copies, as there.
+        Keys, tensors (no copies) and metadata of ``model.state_dict()``.
 
     Example:
         >>> prepared = prepare(nn.Sequential(nn.Linear(4, 2)), QATConfig(), (torch.randn(1, 4),))
@@ -29,8 +32,14 @@ def float_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> nn.Sequential(nn.Linear(4, 2)).load_state_dict(float_state_dict(prepared))
         <All keys matched successfully>
     """
-    nodes = _prefixes_of_nodes(model)
-    return {key: value for key, value in model.state_dict().items() if not key.startswith(nodes)}
+    state: Any = model.state_dict()
+    added = _prefixes_of_what_was_added(model)
+    for key in [key for key in state if key.startswith(added)]:
+        del state[key]
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QATModuleWrapper) and name in state._metadata:
+            state._metadata[name]["version"] = module.layer._version
+    return state  # type: ignore[no-any-return]
 
 
 def load_float_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -45,7 +54,8 @@ def load_float_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
         state_dict: what the model that was prepared has as its ``state_dict()``.
 
     Raises:
-        RuntimeError: keys are missing or not expected, or a tensor is of another shape; the first of them are named.
+        RuntimeError: keys are missing or not expected, a tensor is of another shape or not finite (the first of these
+            are named); or parameters of the model are split over ranks.
 
     Example:
         >>> prepared = prepare(nn.Sequential(nn.Linear(4, 2)), QATConfig(), (torch.randn(1, 4),))
@@ -54,16 +64,15 @@ def load_float_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
         >>> torch.equal(prepared[0].weight, checkpoint["0.weight"])
         True
     """
+    sharded = sharded_parameter(model)
+    if sharded is not None:
+        raise RuntimeError(f"model must hold whole parameters, got {sharded} split over ranks: load before fully_shard")
     own = float_state_dict(model)
-    faults = [
-        *_named("missing", own.keys() - state_dict.keys()),
-        *_named("not expected", state_dict.keys() - own.keys()),
-        *(
-            f"{key} must be of shape {tuple(value.shape)}, got {tuple(state_dict[key].shape)}"
-            for key, value in own.items()
-            if isinstance(value, Tensor) and key in state_dict and state_dict[key].shape != value.shape
-        ),
-    ]
+    faults = [f"{key} is missing" for key in own if key not in state_dict]
+    faults += [f"{key} is not expected" for key in state_dict if key not in own]
+    for key, value in own.items():
+        if isinstance(value, Tensor) and key in state_dict:
+            faults += _faults_of(key, state_dict[key], value)
     if faults:
         raise RuntimeError(f"state_dict must be the float model's: {'; '.join(faults[:5])}")
     model.load_state_dict(state_dict, strict=False)
@@ -77,9 +86,23 @@ def load_float_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
             node.reset()
 
 
-def _prefixes_of_nodes(model: nn.Module) -> tuple[str, ...]:
-    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FakeQuantizeLayer))
+def _prefixes_of_what_was_added(model: nn.Module) -> tuple[str, ...]:
+    """Of the nodes, and of the modules that :func:`prepare` put in for further calls of a layer and for functions."""
+    prefixes = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        path = f"{name}." if name else ""
+        if isinstance(module, FakeQuantizeLayer):
+            prefixes.append(path)
+        prefixes.extend(f"{path}{added}." for added in vars(module).get(ADDED, ()))
+    # A wrapper that keys do not show.
+    return tuple(prefix.replace("_checkpoint_wrapped_module.", "") for prefix in prefixes)
 
 
-def _named(fault: str, keys: Iterable[str]) -> list[str]:
-    return [f"{key} is {fault}" for key in sorted(keys)]
+def _faults_of(key: str, value: Any, own: Tensor) -> list[str]:
+    if not isinstance(value, Tensor):
+        return [f"{key} must be a tensor, got {type(value).__name__}"]
+    if value.shape != own.shape:
+        return [f"{key} must be of shape {tuple(own.shape)}, got {tuple(value.shape)}"]
+    if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+        return [f"{key} holds NaN or infinite values"]
+    return []

@@ -22,7 +22,7 @@ from .host_value import HostValue
 from .observer_synchronizer import ObserverSynchronizer, is_distributed, reduce_over_ranks
 from .recomputation import State, as_in_forward, is_recomputing
 from .scale_projection import project_optimizer_steps
-from .sharding import require_float32, write
+from .sharding import copy_replicated, require_float32, require_writable
 from .straight_through_estimator import StraightThroughEstimator
 
 
@@ -250,10 +250,9 @@ class FakeQuantizeLayer(nn.Module):
         if not is_initialized and (not kernels.is_traced() or (self.learnable and observes)):
             return self._without_data(output, observes)
         # In every step, where a module's own look-up is slow.
-        state: dict[str, Any] = self._buffers
+        state: dict[str, Any] = self._parameters if self.learnable else self._buffers
         if self.learnable:
-            state = self._parameters
-            require_float32(self.scale, self.name)
+            require_float32(state["scale"], self.name)
         grid = state["scale"], state["zero_point"], self.scheme
         if not is_initialized:  # as far as a compiler knows, for which nothing may be read back
             values, _, _ = fake_quantize_tensor(output, *grid, self.estimator, axis)
@@ -342,8 +341,7 @@ class FakeQuantizeLayer(nn.Module):
         scale, zero_point = arithmetic.range_to_scale_and_zero_point(*self.observer.range(self.scheme), self.scheme)
         if due is not None:
             scale, zero_point = torch.where(due, scale, self.scale), torch.where(due, zero_point, self.zero_point)
-        write(self.scale, scale)
-        write(self.zero_point, zero_point)
+        self._set(scale, zero_point)
         if not self.is_initialized:
             self._mark_initialized()
 
@@ -365,9 +363,14 @@ class FakeQuantizeLayer(nn.Module):
         fixed = self.scheme.symmetric_zero_point
         if self.scheme.symmetric and bool((parameters.zero_point != fixed).any()):
             raise ValueError(f"zero_point must be {fixed} on a symmetric grid, got {parameters.zero_point.tolist()}")
-        write(self.scale, parameters.scale)
-        write(self.zero_point, parameters.zero_point)
+        self._set(parameters.scale, parameters.zero_point)
         self.initialized.fill_(1)
+
+    def _set(self, scale: Tensor, zero_point: Tensor) -> None:
+        if self.learnable:
+            require_writable(self, self.scale, self.name)
+        copy_replicated(self.scale, scale)
+        copy_replicated(self.zero_point, zero_point)
 
     def reset(self) -> None:
         """Forgets all data: the next training batch is the first."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import kernels
 from .activation_observer import ActivationObserver, BatchStatistics
 from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed
-from .sharding import begin_forward, shard_again
+from .sharding import reshard, run_after_fsdp, unshard_nodes
 
 
 class ObservedLayer(Protocol):
@@ -73,8 +73,9 @@ class ObserverSynchronizer:
 
     @property
     def sets_parameters(self) -> bool:
-        """Whether the next commit gives learned scales their first values."""
-        return any(self.layers[index].learnable and not self.layers[index].is_initialized for index in self.pending)
+        """Whether the next commit may give learned scales their first values: on all ranks alike, for a rank may have
+        had no data for a layer that another one has."""
+        return any(layer.learnable and layer.observes and not layer.is_initialized for layer in self.layers)
 
     def discard(self) -> None:
         """Drops what a forward that did not end has left behind."""
@@ -110,7 +111,8 @@ def discard_statistics(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a prepared model."""
     if not is_recomputing():
         synchronizer: ObserverSynchronizer = module.observer_synchronizer  # type: ignore[assignment]
-        begin_forward(module, synchronizer.layers, commit_statistics)
+        unshard_nodes(synchronizer.layers)
+        run_after_fsdp(module, commit_statistics)
         synchronizer.discard()
 
 
@@ -118,8 +120,8 @@ def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a prepared model."""
     if not is_recomputing():
         synchronizer: ObserverSynchronizer = module.observer_synchronizer  # type: ignore[assignment]
-        if synchronizer.sets_parameters and not kernels.is_traced():
-            shard_again(module, synchronizer.layers)
+        if not kernels.is_traced() and synchronizer.sets_parameters:
+            reshard(module, synchronizer.layers)
         synchronizer.commit()
 
 

@@ -13,35 +13,34 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate
 
 
-def begin_forward(model: nn.Module, nodes: Iterable[object], hook: Callable[..., object]) -> None:
-    """Makes the parameters whole of nodes that were sharded as a group of their own, and lets a hook run after FSDP's.
+def unshard_nodes(nodes: Iterable[object]) -> None:
+    """Gathers the parameters of nodes that were sharded as a group of their own.
 
-    Their scales are read outside of their own forward, too, by layers that compute on codes.
-
-    Args:
-        model: whose forward begins.
-        nodes: of the model.
-        hook: a forward hook of the model's.
+    Layers that compute on codes read the scales of nodes outside of these nodes' own forward.
     """
-    if not dist.is_available():
-        return
-    for node in nodes:
-        if isinstance(node, FSDPModule):
-            node.unshard()
-    if isinstance(model, FSDPModule):
+    if dist.is_available():
+        for node in nodes:
+            if isinstance(node, FSDPModule):
+                node.unshard()
+
+
+def run_after_fsdp(model: nn.Module, hook: Callable[..., object]) -> None:
+    """Puts a forward hook of a sharded model behind the one that FSDP registered later."""
+    if dist.is_available() and isinstance(model, FSDPModule):
         hooks = model._forward_hooks
-        for identifier in [key for key, each in hooks.items() if each is hook]:
-            hooks[identifier] = hooks.pop(identifier)
+        if next(reversed(hooks.values())) is not hook:
+            for identifier in [key for key, each in hooks.items() if each is hook]:
+                hooks[identifier] = hooks.pop(identifier)
 
 
-def shard_again(model: nn.Module, nodes: Iterable[object]) -> None:
-    """Lets go of the whole parameters that a forward has gathered, as FSDP does after that of an inner module.
+def reshard(model: nn.Module, nodes: Iterable[object]) -> None:
+    """Reshards all of a model that a forward has gathered, as FSDP does after the forward of an inner module.
 
-    What is then written goes to the parameters that the optimizer knows; written to the gathered ones, it is lost.
+    What is then written goes to the parameters that the optimizer has; written to the gathered ones, it would be lost.
 
     Args:
-        model: whose forward ends.
-        nodes: of the model; where they are a group of their own, they are kept whole from forward to backward.
+        model: between two forwards, or at the end of one.
+        nodes: of the model; where they are a group of their own, they stay gathered from forward to backward.
     """
     if not dist.is_available():
         return
@@ -55,20 +54,36 @@ def shard_again(model: nn.Module, nodes: Iterable[object]) -> None:
         node.set_reshard_after_forward(False)
 
 
-def write(parameter: Tensor, value: Tensor) -> None:
-    """Copies a value that is the same on all ranks into a parameter, whole or sharded; nothing is sent."""
+def copy_replicated(parameter: Tensor, value: Tensor) -> None:
+    """Copies a value that is the same on all ranks into a parameter, sharded or not; nothing is sent."""
     if dist.is_available() and isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
-        whole = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        parameter.copy_(whole.redistribute(mesh, parameter.placements))
+        replicated = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        parameter.copy_(replicated.redistribute(mesh, parameter.placements))
     else:
         parameter.copy_(value)
 
 
 def sharded_parameter(model: nn.Module) -> str | None:
-    """The name of a parameter that is split over ranks, by FSDP or by tensor parallelism."""
-    named = model.named_parameters() if dist.is_available() else ()
-    return next((name for name, parameter in named if isinstance(parameter, DTensor)), None)
+    """The name of a parameter that is split over ranks, by FSDP (also while it is gathered) or tensor parallelism."""
+    if not dist.is_available():
+        return None
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor) or _is_managed(module):
+                return f"{name}.{own}" if name else own
+    return None
+
+
+def require_writable(node: nn.Module, scale: Tensor, name: str) -> None:
+    """Raises RuntimeError where a scale that is about to be set is one that FSDP has gathered."""
+    if dist.is_available() and _is_managed(node) and not isinstance(scale, DTensor):
+        raise RuntimeError(
+            f"the learned scale of {name or 'a node'} cannot be set while FSDP has gathered it, and would be lost: "
+            "apply fully_shard to the prepared model itself, not only to a module around it, and run the first batch "
+            "(or calibrate) before fully_shard where the model is compiled, or where nodes stand outside of one that "
+            "prepare() made"
+        )
 
 
 def require_float32(scale: Tensor, name: str) -> None:
@@ -79,3 +94,8 @@ def require_float32(scale: Tensor, name: str) -> None:
             "model and without a mixed precision policy: fully_shard([module for module in model.modules() if "
             "isinstance(module, FakeQuantizeLayer)], mesh=mesh, reshard_after_forward=False)"
         )
+
+
+def _is_managed(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the module, or to one around it."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
