@@ -115,3 +115,8 @@ def test_a_recipe_trains(name: str) -> None:
     history = finetune(prepared, teacher, [others], steps=12, recipe=recipe)
     assert torch.isfinite(torch.tensor(history.losses)).all()
     assert min(history.losses[6:]) < history.losses[0]
+
+
+def test_scales_move_less_on_grids_of_many_codes() -> None:
+    rates = {bits: recommended_recipe(bits, 100, nn.Linear(3, 3)).quantization_lr for bits in ((4, 8), (4, 4), 2)}
+    assert rates == {(4, 8): 1e-4, (4, 4): 1e-3, 2: 1e-3}
