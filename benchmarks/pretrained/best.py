@@ -14,7 +14,7 @@ TIE = 0.005  # of the headline figure: about what another draw of a few hundred 
 
 
 class Best(NamedTuple):
-    """The best row of one side; ``wins`` where the other side's is not better by more than a tie."""
+    """The best row of one side; ``wins`` where the other side has one that is not better by more than a tie."""
 
     row: Row
     is_ours: bool
@@ -22,8 +22,8 @@ class Best(NamedTuple):
 
 
 def best_of(rows: Iterable[Row]) -> Iterator[Best]:
-    """For every network and width, this library's best row and then the others' best, where both have one."""
-    candidates = [row for row in rows if row.means and row.width != "float"]
+    """For every network and width, this library's best row and then the others' best; either may be missing."""
+    candidates = [row for row in rows if row.means and math.isfinite(row.means[0]) and row.width != "float"]
     for _, group in groupby(candidates, key=lambda row: (row.network, row.width)):
         same = list(group)
         sides = {
@@ -33,7 +33,8 @@ def best_of(rows: Iterable[Row]) -> Iterator[Best]:
         best = {is_ours: _best(side) for is_ours, side in sides.items() if side}
         for is_ours, row in best.items():
             other = best.get(not is_ours)
-            yield Best(row, is_ours, other is None or _is_tie(row, other) or row.means[0] > other.means[0])
+            wins = other is not None and (_is_tie(row, other) or row.means[0] > other.means[0])
+            yield Best(row, is_ours, wins)
 
 
 def _best(rows: list[Row]) -> Row:

@@ -41,7 +41,7 @@ def write(results: Iterable[Result]) -> None:
     every = list(rows(results))
     best = ColumnsByKind("pretrained-best", ("network", "width", "best of"))
     for row, is_ours, wins in best_of(every):
-        cell = f"{row.method}: {' / '.join(row.figures)}"
+        cell = f"{row.method}: {' / '.join(row.figures)} ({row.runs})"
         side = (study(row.network).title, row.width, "this library" if is_ours else "others")
         best.set(side, f"**{cell}**" if wins else cell)
     best.write(
@@ -49,7 +49,8 @@ def write(results: Iterable[Result]) -> None:
         (
             "From the table that follows: for every network and width the best method of this library and the best of",
             f"any other, by the headline metric, and where that is within {TIE:.1%} by the signal-to-noise ratio. Bold",
-            "is the better of the two by the headline metric; both, where it is within as much.",
+            "is the better of the two by the headline metric; both, where it is within as much. In parentheses: runs,",
+            "each with a seed of its own.",
         ),
     )
     for row in every:
@@ -105,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         execute_all(left, options.threads, console)
         results = read()
     chosen = [results[run] for run in runs if is_current(run, results)]
+    outdated = sum(run in results for run in runs) - len(chosen)
+    if outdated:
+        console.print(f"{outdated} results are of other code than this, and are left out")
     print_tables(chosen, console)
     if options.write:
         write(chosen)

@@ -16,7 +16,8 @@ ORDER = ("float", "W8A8", "W4A8", "W4A4", "W3A3", "W2A2")
 class Row(NamedTuple):
     """A network at a width by one method, over the seeds that were run.
 
-    ``means`` are of the study's metrics; ``figures`` show them, with the standard deviation of seeds that differ.
+    ``means`` are of the study's metrics; ``figures`` show them, with the standard deviation
+    of seeds that differ; ``runs`` are how many there were.
     """
 
     network: str
@@ -26,6 +27,7 @@ class Row(NamedTuple):
     means: tuple[float, ...]
     figures: tuple[str, ...]
     remarks: str
+    runs: int
 
 
 def rows(results: Iterable[Result]) -> Iterator[Row]:
@@ -42,7 +44,9 @@ def rows(results: Iterable[Result]) -> Iterator[Row]:
         metrics = study(network).metrics
         values = [[result.metrics[metric] for result in done] for metric in metrics if done]
         means, figures = tuple(map(statistics.mean, values)), tuple(map(_figure, values))
-        yield Row(network, width, method, group[0].package, means, figures, ", ".join(_remarks(group, seconds)))
+        yield Row(
+            network, width, method, group[0].package, means, figures, ", ".join(_remarks(group, seconds)), len(done)
+        )
 
 
 def _figure(values: list[float]) -> str:
