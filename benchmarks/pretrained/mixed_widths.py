@@ -59,7 +59,7 @@ def main() -> None:
         batches = network.calibration_batches()[: options.batches]
         sensitivity = analyze_sensitivity(quantized(network, QATConfig()), batches, WIDTHS, activations=False)
         assignment = assign_bits(sensitivity, average_bits=AVERAGE_BITS)
-        console.print(assignment, f"{time.process_time() - started:.0f} s of processor time")
+        console.print(str(assignment), f"{time.process_time() - started:.0f} s of processor time")
         for method in ((), ("round_weights",)):
             for title, config in (
                 (f"assigned, {AVERAGE_BITS} on average", assignment.configured(QATConfig())),

@@ -103,3 +103,20 @@ def test_gradients_of_both_add_up() -> None:
     (alone,) = torch.autograd.grad(model(inputs).sum(), model.weight)
     (model(inputs).sum() + clone(inputs).sum()).backward()
     assert torch.equal(clone.weight.grad, 2 * alone)
+
+
+def test_a_hook_that_is_called_with_its_module_gets_the_copy() -> None:
+    class Loads:
+        def __init__(self) -> None:
+            self.seen: list[nn.Module] = []
+
+        def record(self, module: nn.Module, *args: Any) -> None:
+            self.seen.append(module)
+
+    loads, model = Loads(), nn.Sequential(nn.Linear(3, 2))
+    model[0].register_load_state_dict_pre_hook(loads.record)
+    clone = clone_sharing_parameters(model)
+    state = model.state_dict()
+    del model
+    clone.load_state_dict(state)
+    assert loads.seen == [clone[0]]

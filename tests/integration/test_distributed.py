@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from mlframework.quantization import (
     finetune,
     prepare,
 )
+from ranks import RANKS, Branching, process_group
 
-RANKS = 2
 STEPS = 6
 
 
@@ -62,28 +61,23 @@ def _scales(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _worker(rank: int, folder: str, config: QATConfig, calibrates: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    reductions = 0
-    all_reduce = dist.all_reduce
+    with process_group(rank, folder):
+        reductions = 0
+        all_reduce = dist.all_reduce
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal reductions
-        reductions += 1
-        return all_reduce(*args, **kwargs)
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal reductions
+            reductions += 1
+            return all_reduce(*args, **kwargs)
 
-    dist.all_reduce = counting
-    model = _model(config)
-    halves = [batch.chunk(RANKS)[rank] for batch in _batches()]
-    if calibrates:
-        calibrate(model, halves)
-    else:
-        _train(DistributedDataParallel(model), halves)
-    torch.save((_scales(model), reductions), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        dist.all_reduce = counting
+        model = _model(config)
+        halves = [batch.chunk(RANKS)[rank] for batch in _batches()]
+        if calibrates:
+            calibrate(model, halves)
+        else:
+            _train(DistributedDataParallel(model), halves)
+        torch.save((_scales(model), reductions), f"{folder}/{rank}.pt")
 
 
 def _run(folder: Path, config: QATConfig, calibrates: bool = False) -> list[tuple[dict[str, Tensor], int]]:
@@ -126,21 +120,16 @@ def test_calibration_on_different_data_equals_one_process(tmp_path: Path, observ
 
 def _resumed(rank: int, folder: str, config: QATConfig, checkpoint: dict[str, Tensor]) -> None:
     """Goes on from a checkpoint that the first rank alone has loaded, and that DistributedDataParallel broadcasts."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    model = _model(config)
-    if rank == 0:
-        model.load_state_dict(checkpoint)
-    parallel = DistributedDataParallel(model)
-    same_for_all = _batches()[0]
-    output = parallel(same_for_all).detach().clone()
-    _train(parallel, [batch.chunk(RANKS)[rank] for batch in _batches()])
-    torch.save((output, _scales(model)), f"{folder}/{rank}.pt")
-    del parallel  # its reducer, which outlived the process group, kept a process from ending once
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        model = _model(config)
+        if rank == 0:
+            model.load_state_dict(checkpoint)
+        parallel = DistributedDataParallel(model)
+        same_for_all = _batches()[0]
+        output = parallel(same_for_all).detach().clone()
+        _train(parallel, [batch.chunk(RANKS)[rank] for batch in _batches()])
+        torch.save((output, _scales(model)), f"{folder}/{rank}.pt")
+        del parallel  # its reducer, which outlived the process group, kept a process from ending once
 
 
 @pytest.mark.slow
@@ -159,21 +148,16 @@ def test_a_checkpoint_that_one_rank_loaded(tmp_path: Path, learnable: bool) -> N
 
 
 def _distilled(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    halves = [batch.chunk(RANKS)[rank] for batch in _batches()]
-    model = _model(QATConfig(weight_bits=4))
-    torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 4))
-    calibrate(model, halves)
-    parallel = DistributedDataParallel(model)
-    history = finetune(parallel, teacher, halves, steps=STEPS, recipe=Recipe(warmup=0.0))
-    torch.save((history.learning_rates, history.losses, model.state_dict()), f"{folder}/{rank}.pt")
-    del parallel
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        halves = [batch.chunk(RANKS)[rank] for batch in _batches()]
+        model = _model(QATConfig(weight_bits=4))
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 4))
+        calibrate(model, halves)
+        parallel = DistributedDataParallel(model)
+        history = finetune(parallel, teacher, halves, steps=STEPS, recipe=Recipe(warmup=0.0))
+        torch.save((history.learning_rates, history.losses, model.state_dict()), f"{folder}/{rank}.pt")
+        del parallel
 
 
 @pytest.mark.slow
@@ -189,32 +173,15 @@ def test_fine_tuning_takes_one_learning_rate_on_all_ranks(tmp_path: Path) -> Non
     assert all(torch.equal(value, other_state[name]) for name, value in state.items())
 
 
-class Branching(nn.Module):
-    """Takes its second layer only for batches whose sum is positive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.first(inputs)
-        return self.second(hidden) if inputs.sum() > 0 else hidden
-
-
 def _uneven_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    torch.manual_seed(0)
-    model = prepare(Branching(), QATConfig(), (torch.randn(1, 12),))
-    parallel = DistributedDataParallel(model, find_unused_parameters=True)
-    positive = torch.ones(4, 12)
-    for batch in (positive if rank == 0 else -positive, positive, torch.empty(0, 12) if rank == 0 else positive):
-        parallel(batch).sum().backward()
-    torch.save(_scales(model), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        torch.manual_seed(0)
+        model = prepare(Branching(), QATConfig(), (torch.randn(1, 12),))
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)
+        positive = torch.ones(4, 12)
+        for batch in (positive if rank == 0 else -positive, positive, torch.empty(0, 12) if rank == 0 else positive):
+            parallel(batch).sum().backward()
+        torch.save(_scales(model), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.slow

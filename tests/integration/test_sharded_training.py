@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,9 +27,9 @@ from mlframework.quantization import (
     parameter_groups,
     prepare,
 )
+from ranks import RANKS, Branching, process_group
 from zoo.gpt import GPT
 
-RANKS = 2
 STEPS = 4
 VOCABULARY = 20
 
@@ -103,44 +101,39 @@ SHARDINGS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _join(rank: int, folder: str) -> list[Tensor]:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
+def _halves(rank: int) -> list[Tensor]:
     return [batch.chunk(RANKS)[rank] for batch in _batches()]
 
 
 def _worker(rank: int, folder: str, learnable: bool) -> None:
-    halves = _join(rank, folder)
-    results: dict[str, Any] = {}
-    mesh = init_device_mesh("cpu", (RANKS,))
-    for integer_forward in (True, False):  # FSDP's hooks on nodes keep layers from training on codes
-        model = _model(learnable, integer_forward)
-        parallel = DistributedDataParallel(model)
-        results[f"data parallel, {integer_forward}"] = _train(parallel, halves), _state(model)
-        del parallel
-    model = _model(learnable, integer_forward=False)
-    _shard_nodes(model, mesh=mesh)
-    results["nodes"] = _train(model, halves), _state(model)
-    for name, shard in SHARDINGS.items():
-        model = _model(learnable)
-        shard(model, mesh=mesh)
-        losses = _train(model, halves)
-        with pytest.raises(RuntimeError, match="model must hold whole parameters"):
-            convert(model)
-        results[name] = losses, _state(model)
-        if name == "blocks":
-            model.eval()
-            with torch.no_grad():
-                results["evaluated"] = model(_batches()[0])
+    with process_group(rank, folder):
+        halves = _halves(rank)
+        results: dict[str, Any] = {}
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for integer_forward in (True, False):  # FSDP's hooks on nodes keep layers from training on codes
+            model = _model(learnable, integer_forward)
+            parallel = DistributedDataParallel(model)
+            results[f"data parallel, {integer_forward}"] = _train(parallel, halves), _state(model)
+            del parallel
+        model = _model(learnable, integer_forward=False)
+        _shard_nodes(model, mesh=mesh)
+        results["nodes"] = _train(model, halves), _state(model)
+        for name, shard in SHARDINGS.items():
+            model = _model(learnable)
+            shard(model, mesh=mesh)
+            losses = _train(model, halves)
             with pytest.raises(RuntimeError, match="model must hold whole parameters"):
-                convert(model)  # also where the last forward has left them gathered
-            calibrate(model, [batch[:4] for batch in _batches()])
-            results["calibrated"] = _state(model)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+                convert(model)
+            results[name] = losses, _state(model)
+            if name == "blocks":
+                model.eval()
+                with torch.no_grad():
+                    results["evaluated"] = model(_batches()[0])
+                with pytest.raises(RuntimeError, match="model must hold whole parameters"):
+                    convert(model)  # also where the last forward has left them gathered
+                calibrate(model, [batch[:4] for batch in _batches()])
+                results["calibrated"] = _state(model)
+        torch.save(results, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.slow
@@ -181,39 +174,25 @@ def test_sharded_training_is_data_parallel_training(tmp_path: Path, learnable: b
     assert all(torch.equal(result["evaluated"], outputs) for result in results)
 
 
-class Branching(nn.Module):
-    """Takes its second layer only for batches whose sum is positive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.first(inputs)
-        return self.second(hidden) if inputs.sum() > 0 else hidden
-
-
 def _uneven_worker(rank: int, folder: str) -> None:
-    _join(rank, folder)
-    positive = torch.ones(4, 12)
-    firsts = {"branch": -positive, "empty": torch.empty(0, 12)}
-    states = {}
-    for name, first in firsts.items():
-        for sharded in (False, True):
-            torch.manual_seed(0)
-            model: Any = prepare(Branching(), QATConfig(learnable=True), (torch.randn(1, 12),))
-            if sharded:
-                parallel: Any = fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
-                parallel.set_reduce_scatter_unused_params(True)
-            else:
-                parallel = DistributedDataParallel(model, find_unused_parameters=True)
-            for batch in (first if rank == 0 else positive, positive):
-                parallel(batch).sum().backward()
-            states[name, sharded] = _state(model)
-            del parallel
-    torch.save(states, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        positive = torch.ones(4, 12)
+        firsts = {"branch": -positive, "empty": torch.empty(0, 12)}
+        states = {}
+        for name, first in firsts.items():
+            for sharded in (False, True):
+                torch.manual_seed(0)
+                model: Any = prepare(Branching(), QATConfig(learnable=True), (torch.randn(1, 12),))
+                if sharded:
+                    parallel: Any = fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+                    parallel.set_reduce_scatter_unused_params(True)
+                else:
+                    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+                for batch in (first if rank == 0 else positive, positive):
+                    parallel(batch).sum().backward()
+                states[name, sharded] = _state(model)
+                del parallel
+        torch.save(states, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.slow
@@ -227,35 +206,34 @@ def test_a_rank_may_have_no_data_for_a_layer_at_first(tmp_path: Path) -> None:
 
 
 def _refused_worker(rank: int, folder: str) -> None:
-    halves = _join(rank, folder)
-    mesh = init_device_mesh("cpu", (RANKS,))
-    half = _model(learnable=True)
-    fully_shard(half, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    with pytest.raises(
-        RuntimeError, match=r"the learned scale of token.weight_fake_quantize must be float32, got .*16"
-    ):
-        half(halves[0])
-    inner = _model(learnable=True)
-    around = nn.Sequential(inner)
-    fully_shard(around, mesh=mesh)
-    with pytest.raises(RuntimeError, match="cannot be set while FSDP has gathered it, and would be lost"):
-        around(halves[0])
-    with pytest.raises(RuntimeError, match=r"got token\.weight split over ranks: load before fully_shard"):
-        load_float_state_dict(inner, {})
-    compiled = _model(learnable=True)
-    fully_shard(compiled, mesh=mesh)
-    with pytest.raises(RuntimeError):  # in Dynamo's words
-        torch.compile(compiled, backend="eager")(halves[0])
-    model = _model(learnable=False)
-    name = next(name for name, module in model.named_modules() if hasattr(module, "weight_fake_quantize"))
-    with pytest.raises(NotImplementedError, match=r"nn\.Linear"):
-        parallelize_module(model, mesh, {name: ColwiseParallel()})
-    sharded = nn.Sequential(nn.Linear(4, 4))
-    parallelize_module(sharded, mesh, {"0": ColwiseParallel()})
-    with pytest.raises(ValueError, match=r"before its parameters are split over ranks, got 0\.weight"):
-        prepare(sharded, QATConfig(), (torch.randn(2, 4),))
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        halves = _halves(rank)
+        mesh = init_device_mesh("cpu", (RANKS,))
+        half = _model(learnable=True)
+        fully_shard(half, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        with pytest.raises(
+            RuntimeError, match=r"the learned scale of token.weight_fake_quantize must be float32, got .*16"
+        ):
+            half(halves[0])
+        inner = _model(learnable=True)
+        around = nn.Sequential(inner)
+        fully_shard(around, mesh=mesh)
+        with pytest.raises(RuntimeError, match="cannot be set while FSDP has gathered it, and would be lost"):
+            around(halves[0])
+        with pytest.raises(RuntimeError, match=r"got token\.weight split over ranks: load before fully_shard"):
+            load_float_state_dict(inner, {})
+        compiled = _model(learnable=True)
+        fully_shard(compiled, mesh=mesh)
+        with pytest.raises(RuntimeError, match="DTensor"):  # in Dynamo's words
+            torch.compile(compiled, backend="eager")(halves[0])
+        model = _model(learnable=False)
+        name = next(name for name, module in model.named_modules() if hasattr(module, "weight_fake_quantize"))
+        with pytest.raises(NotImplementedError, match=r"nn\.Linear"):
+            parallelize_module(model, mesh, {name: ColwiseParallel()})
+        sharded = nn.Sequential(nn.Linear(4, 4))
+        parallelize_module(sharded, mesh, {"0": ColwiseParallel()})
+        with pytest.raises(ValueError, match=r"before its parameters are split over ranks, which 0\.weight is"):
+            prepare(sharded, QATConfig(), (torch.randn(2, 4),))
 
 
 @pytest.mark.slow

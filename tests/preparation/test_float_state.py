@@ -95,6 +95,18 @@ def test_versions_go_with_it() -> None:
     nn.Sequential(Versioned(4, 2)).load_state_dict(float_state_dict(model))
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 2), lambda: weight_norm(nn.Linear(4, 2))])
+def test_a_learned_scale_follows_where_other_keys_are_let_go(make: Any) -> None:
+    """``strict=False`` with the float model's state, by PyTorch's own means."""
+    torch.manual_seed(0)
+    config, input = QATConfig(learnable=True), torch.randn(2, 4)
+    other = nn.Sequential(make())
+    model = prepare(nn.Sequential(make()), config, (input,))
+    model.load_state_dict(other.state_dict(), strict=False)
+    expected = prepare(other, config, (input,))
+    assert torch.equal(model[0].weight_fake_quantize.scale, expected[0].weight_fake_quantize.scale)
+
+
 def test_scales_of_activations_stay() -> None:
     model = prepare(nn.Sequential(nn.Linear(4, 2)), QATConfig(), (torch.randn(2, 4),))
     calibrate(model, [torch.randn(16, 4)])

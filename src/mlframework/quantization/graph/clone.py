@@ -33,16 +33,15 @@ def _with_hooks_of_others(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for name, hooks in vars(module).items():
             if name.endswith("_hooks") and isinstance(hooks, dict):
                 for hook in hooks.values():
-                    if id(_owner(hook)) not in inside:
-                        memo[id(hook)] = hook
+                    function = _function_of(hook)
+                    if id(getattr(function, "__self__", None)) not in inside:
+                        memo[id(function)] = function
     return copy_of(model, memo)
 
 
-def _owner(hook: Any) -> Any:
-    """The object that a hook is a method of, or that PyTorch calls it with."""
-    if getattr(hook, "with_module", False):
-        return hook.module()
-    return getattr(hook, "__self__", None)
+def _function_of(hook: Any) -> Any:
+    """A hook, or what PyTorch has wrapped in one that it calls with the module: the wrapper is the copy's own."""
+    return hook.hook if getattr(hook, "with_module", False) else hook
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

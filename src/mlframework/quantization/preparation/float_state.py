@@ -13,7 +13,6 @@ from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.given_weight import GivenWeightWrapper
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.sharding import sharded_parameter
-from ..qat.weight_range import set_range
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -77,12 +76,9 @@ def load_float_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
         raise RuntimeError(f"state_dict must be the float model's: {'; '.join(faults[:5])}")
     model.load_state_dict(state_dict, strict=False)
     for module in model.modules():
-        if not isinstance(module, QATModuleWrapper) or module.weight_fake_quantize is None:
-            continue
-        node = module.weight_fake_quantize
-        if not isinstance(module, GivenWeightWrapper):
-            set_range(node, module.evaluated_weight())
-        elif node.learnable:  # the model's own code is to hand the weight over, with the next batch of training
+        # Of these the model's own code hands the weight over, with the next batch of training.
+        node = module.weight_fake_quantize if isinstance(module, GivenWeightWrapper) else None
+        if node is not None and node.learnable:
             node.reset()
 
 

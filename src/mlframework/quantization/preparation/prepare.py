@@ -128,7 +128,7 @@ def _check(model: nn.Module, config: QATConfig, args: tuple[Any, ...], kwargs: d
     sharded = sharded_parameter(model)
     if sharded is not None:
         raise ValueError(
-            f"model must be prepared before its parameters are split over ranks, got {sharded} as a DTensor"
+            f"model must be prepared before its parameters are split over ranks, which {sharded} is already"
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):

@@ -113,6 +113,7 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
         self.recompute = False
         self._clip = clip
         self._cached = None
+        self._loads_float = False  # whether the state that is being loaded has the weight and not its scale
         self._other = () if shares_weight_of is None else (shares_weight_of._owner,)
         move_computation(layer, self._owner)
         weight = self.evaluated_weight()
@@ -126,7 +127,7 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
         self.output_fake_quantize = activation_node(config, non_negative=clip[0] >= 0)
         if self.input_fake_quantize is not None:
             self._have_codes_kept(self.input_fake_quantize)
-        self.register_load_state_dict_post_hook(_keep_loaded_scale)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_settle_loaded_scale)  # type: ignore[no-untyped-call]
         self.to(weight.device)
         self.train(layer.training)
 
@@ -158,11 +159,10 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
         unexpected: list[str] = args[3]
         unexpected += [key for key in state_dict if absent and key.startswith(absent)]
         hint_at_reason(unexpected, prefix)
-        node = self.weight_fake_quantize
-        comes = any(f"{prefix}{name}" in state_dict for name in self._parameters if name.startswith("weight"))
-        if node is not None and comes and f"{prefix}weight_fake_quantize.scale" not in state_dict:
-            # A float checkpoint: a learned or frozen scale does not follow by itself.
-            set_range(node, self.evaluated_weight())
+        weights = (f"{prefix}weight", f"{prefix}parametrizations.weight")
+        own = f"{prefix}weight_fake_quantize."
+        comes = any(key.startswith(weights) and not key.startswith(own) for key in state_dict)
+        self._loads_float = comes and f"{own}scale" not in state_dict
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -184,9 +184,15 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
             return " -> ".join([f"layer={self.layer}", *following])
 
 
-def _keep_loaded_scale(wrapper: QATModuleWrapper, incompatible_keys: object) -> None:
-    if wrapper.weight_fake_quantize is not None:
-        keep_loaded_scale(wrapper.weight_fake_quantize, wrapper.evaluated_weight())
+def _settle_loaded_scale(wrapper: QATModuleWrapper, incompatible_keys: object) -> None:
+    """When all of the wrapper is loaded, what computes its weight too."""
+    node = wrapper.weight_fake_quantize
+    if node is None:
+        return
+    if wrapper._loads_float:  # a learned or frozen scale does not follow by itself
+        set_range(node, wrapper.evaluated_weight())
+    else:
+        keep_loaded_scale(node, wrapper.evaluated_weight())
 
 
 def activation_node(config: QATConfig, non_negative: bool = False) -> FakeQuantizeLayer:

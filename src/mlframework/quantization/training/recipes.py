@@ -46,8 +46,8 @@ def recommended_recipe(bits: int | tuple[int, int], steps: int, network: nn.Modu
       with observed scales of weights, 96.48 +- 0.26 with activations that start from their extremes. They move by a
       ten-thousandth of themselves a step: by a thousandth, 120 steps of W4A8 took the character GPT from 28.6 to 26.6
       dB, by a ten-thousandth to 29.3; the denoiser came from 22.2 to 24.6, and to 26.0 dB; the face detector of MTCNN
-      from 11.5 to 12.2, and to 12.5. With activations of four bits or fewer by a thousandth: 170 steps of W4A4 brought
-      the denoiser to 20.1 dB, and to 19.5 by a ten-thousandth.
+      from 11.5 to 12.2, and to 12.5. With activations of four bits or fewer by a thousandth: W4A4 brought the denoiser
+      to 20.3 dB, and to 19.6 by a ten-thousandth (means of three runs of 40 seconds).
     - With weights of few bits, biases and normalization learn ten times as fast as the weights. A step of 3e-4 moves
       few weights of 4 bits to another integer, and these make up for what the integers cannot: 100 steps of W4A8 bring
       .74 / 9.8 dB, and .71 / 9.3 dB at one rate for all (320 crops); the face detector of MTCNN 12.5 dB, and 12.1;
