@@ -2,7 +2,7 @@
 
 python benchmarks/mixed_widths.py --network minilm
 
-Activations have 8 bits. Both are quantized after training, without and with weights rounded by ``round_weights``; the
+Activations have 8 bits. Nothing is trained; weights are rounded to the nearest, and by ``round_weights``. The
 sensitivity is measured on the calibration batches.
 """
 
@@ -73,7 +73,7 @@ def main() -> None:
         "Mixed widths",
         (
             "`python benchmarks/mixed_widths.py`: weights of the widths that `assign_bits` gives, beside one width for",
-            "all; activations of 8 bits, after training, prepared and converted bit for bit the same. A cell gives the",
+            "all; activations of 8 bits, not trained, prepared and converted bit for bit the same. A cell gives the",
             "headline metric of the network and the signal-to-noise ratio of its outputs.",
         ),
     )

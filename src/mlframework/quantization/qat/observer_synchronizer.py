@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import kernels
 from .activation_observer import ActivationObserver, BatchStatistics
 from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed
-from .sharding import reshard, run_after_fsdp, unshard_nodes
+from .sharding import is_managed, reshard, run_after_fsdp, unshard_nodes
 
 
 class ObservedLayer(Protocol):
@@ -72,10 +72,13 @@ class ObserverSynchronizer:
         self.pending[index] = statistics if held is None else _joined(held, statistics)
 
     @property
-    def sets_parameters(self) -> bool:
-        """Whether the next commit may give learned scales their first values: on all ranks alike, for a rank may have
-        had no data for a layer that another one has."""
-        return any(layer.learnable and layer.observes and not layer.is_initialized for layer in self.layers)
+    def sets_sharded_parameters(self) -> bool:
+        """Whether the next commit may give learned scales that FSDP manages their first values: on all ranks alike, for
+        a rank may have had no data for a layer that another one has."""
+        return any(
+            is_managed(layer) and layer.learnable and layer.observes and not layer.is_initialized
+            for layer in self.layers
+        )
 
     def discard(self) -> None:
         """Drops what a forward that did not end has left behind."""
@@ -120,7 +123,7 @@ def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a prepared model."""
     if not is_recomputing():
         synchronizer: ObserverSynchronizer = module.observer_synchronizer  # type: ignore[assignment]
-        if not kernels.is_traced() and synchronizer.sets_parameters:
+        if not kernels.is_traced() and synchronizer.sets_sharded_parameters:
             reshard(module, synchronizer.layers)
         synchronizer.commit()
 

@@ -70,14 +70,14 @@ def sharded_parameter(model: nn.Module) -> str | None:
         return None
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, DTensor) or _is_managed(module):
+            if isinstance(parameter, DTensor) or is_managed(module):
                 return f"{name}.{own}" if name else own
     return None
 
 
 def require_writable(node: nn.Module, scale: Tensor, name: str) -> None:
     """Raises RuntimeError where a scale that is about to be set is one that FSDP has gathered."""
-    if dist.is_available() and _is_managed(node) and not isinstance(scale, DTensor):
+    if dist.is_available() and is_managed(node) and not isinstance(scale, DTensor):
         raise RuntimeError(
             f"the learned scale of {name or 'a node'} cannot be set while FSDP has gathered it, and would be lost: "
             "apply fully_shard to the prepared model itself, not only to a module around it, and run the first batch "
@@ -96,6 +96,7 @@ def require_float32(scale: Tensor, name: str) -> None:
         )
 
 
-def _is_managed(module: nn.Module) -> bool:
+def is_managed(module: object) -> bool:
     """Whether ``fully_shard`` was applied to the module, or to one around it."""
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
+    # Asked in every step, where a module's own look-up of what it lacks is slow.
+    return bool(vars(module).get("_is_fsdp_managed_module", False))
