@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mlframework.quantization import QATConfig, Recipe, calibrate, convert, finetune, prepare
+from mlframework.quantization import History, QATConfig, Recipe, calibrate, convert, finetune, prepare
 from mlframework.quantization.qat.fake_quantize_layer import FakeQuantizeLayer
 
 
@@ -72,7 +72,9 @@ def test_the_first_distance_tells_the_learning_rate() -> None:
     student, teacher, batches = student_and_teacher()
     pairs = [(batch, torch.zeros(16, 4)) for batch in batches]
     recipe = Recipe(warmup=0.0, quantization_lr=1e-3)
-    history = finetune(student, teacher, pairs, steps=3, recipe=recipe, loss=lambda outputs, zeros: zeros.sum() + 7)
+    history = finetune(*student_and_teacher(bits=8)[:2], batches, steps=1, recipe=recipe)
+    assert history.learning_rates[0] == pytest.approx(5e-3 * math.sqrt(history.losses[0]), rel=1e-4)
+    history = finetune(student, teacher, pairs, steps=1, recipe=recipe, loss=lambda outputs, zeros: zeros.sum() + 7)
     assert history.learning_rates[0] == pytest.approx(5e-4 * math.sqrt(history.losses[0] - 7), rel=1e-4)
     history = finetune(student, None, pairs, steps=3, recipe=recipe, loss=lambda outputs, zeros: outputs.sum() + 7)
     assert history.learning_rates[0] == 2e-5
@@ -86,9 +88,79 @@ def test_a_first_distance_is_bounded_and_finite() -> None:
         silent = copy.deepcopy(teacher)
         silent[-1].weight.zero_()
         silent[-1].bias.zero_()
-    assert finetune(student, silent, batches, steps=1, recipe=Recipe(warmup=0.0)).learning_rates == [5e-4]
+    assert finetune(student, silent, batches, steps=1, recipe=Recipe(warmup=0.0)).learning_rates == [1e-3]
     with pytest.raises(ValueError, match=r"outputs are finite, got a distance of nan"):
         finetune(student, teacher, [batches[0] * torch.nan], steps=1)
+
+
+def test_all_of_the_first_batches_tell_the_learning_rate() -> None:
+    student, teacher, batches = student_and_teacher(bits=8)
+    expected = []
+    for batch in batches:
+        outputs, goal = student.eval()(batch), teacher(batch)
+        expected.append(((outputs - goal).square().sum() / goal.square().sum()).item())
+    rate = finetune(student, teacher, batches, steps=4, recipe=Recipe(warmup=0.0)).learning_rates[0]
+    assert rate == pytest.approx(5e-3 * math.sqrt(sum(expected) / 4), rel=1e-3)
+
+
+def _diverging(student: nn.Module, teacher: nn.Module, batches: list[Tensor], first: int, last: int) -> History:
+    """A training whose outputs are far off in some of its 64 steps, as the first rate has it."""
+    steps = 0
+
+    def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        nonlocal steps
+        steps += module.training is False and torch.is_grad_enabled()
+        return output * 5 if first <= steps - 1 < last else output
+
+    handle = student.register_forward_hook(disturb)
+    try:
+        return finetune(student, teacher, batches, steps=64, recipe=Recipe(warmup=0.25))
+    finally:
+        handle.remove()
+
+
+def _pace(steps: int) -> list[float]:
+    return list(_expected_pace(steps, steps // 4))
+
+
+def test_a_training_that_diverges_starts_over_at_a_third_of_the_rate() -> None:
+    """With the steps that are left, from the state before the first, and as often as it diverges."""
+    student, teacher, batches = student_and_teacher(bits=8)
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    rates = torch.tensor(_diverging(student, teacher, batches, 8, 12).learning_rates)
+    top = rates[0] / _pace(64)[0]
+    torch.testing.assert_close(rates[:12], top * torch.tensor(_pace(64)[:12]))
+    torch.testing.assert_close(rates[12:], top / 3 * torch.tensor(_pace(52)))
+
+    again = student_and_teacher(bits=8)[0]
+    again.load_state_dict(start)
+    batches = [batches[step % len(batches)] for step in range(12, 64)]
+    finetune(again, teacher, batches, steps=52, lr=top.item() / 3, recipe=Recipe(warmup=0.25))
+    for name, tensor in student.state_dict().items():
+        # A third of a rate is rounded one way or another.
+        torch.testing.assert_close(tensor, again.state_dict()[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_late_divergence_goes_back_to_the_least_loss() -> None:
+    student, teacher, batches = student_and_teacher(bits=8)
+    before = distance(student, teacher, batches)
+    history = _diverging(student, teacher, batches, 60, 64)
+    assert distance(student, teacher, batches) < before
+    assert history.losses[-1] > 10 * history.losses[-5]
+
+
+def test_where_a_rate_is_given_or_a_loss_nothing_starts_over() -> None:
+    student, teacher, batches = student_and_teacher(bits=8)
+    growing = [batch * 10**step for step, batch in enumerate(batches * 2)]  # which clip ever more
+    rates = finetune(student, teacher, growing, steps=8, lr=1e-5, recipe=Recipe(warmup=0.0)).learning_rates
+    assert rates == pytest.approx([1e-5 * pace for pace in _expected_pace(8, 0)])
+    pairs = [(batch, torch.zeros(1)) for batch in growing]
+
+    def negative(outputs: Tensor, target: Tensor) -> Tensor:
+        return outputs.sum() * 0 - 5
+
+    rates = finetune(student, teacher, pairs, steps=8, recipe=Recipe(warmup=0.0), loss=negative).learning_rates
+    assert rates == pytest.approx([rates[0] * pace for pace in _expected_pace(8, 0)])
 
 
 def test_an_interruption_of_the_first_step_leaves_the_rates(tmp_path: Path) -> None:
@@ -215,8 +287,10 @@ def test_labels_are_added_to_the_distance_from_the_teacher() -> None:
     assert both == pytest.approx(alone + 7, rel=1e-4)
 
 
-def test_an_interrupted_training_goes_on_where_it_stood(tmp_path: Path) -> None:
-    recipe = Recipe(lr=3e-3, freeze_oscillations=True, dampening=1e-3)
+@pytest.mark.parametrize(("lr", "stop"), [(3e-3, 6), (None, 14)])
+def test_an_interrupted_training_goes_on_where_it_stood(lr: float | None, stop: int, tmp_path: Path) -> None:
+    """Also where the distance of eight batches tells the rate, and what is kept to start over from."""
+    recipe = Recipe(lr=lr, freeze_oscillations=True, dampening=1e-3)
 
     def run(interrupted: bool) -> tuple[nn.Module, list[float]]:
         torch.manual_seed(1)
@@ -227,7 +301,7 @@ def test_an_interrupted_training_goes_on_where_it_stood(tmp_path: Path) -> None:
             def forward(*args: Any) -> Tensor:
                 nonlocal calls
                 calls += 1
-                if calls == 6:  # in the middle of the batches: the others of them are next
+                if calls == stop:  # in the middle of the batches: the others of them are next
                     raise KeyboardInterrupt
                 return original(*args)  # type: ignore[no-any-return]
 
@@ -267,14 +341,14 @@ def test_what_was_trained_on_is_skipped_after_an_interruption(kind: str, tmp_pat
 
     teacher.register_forward_pre_hook(note)
     stop = 10
-    finetune(student, teacher, stream(), steps=10)
+    finetune(student, teacher, stream(), steps=10, lr=1e-4)
     expected = list(seen)
     seen.clear()
     stop = 6
     with pytest.raises(KeyboardInterrupt):
-        finetune(student, teacher, stream(), steps=10, checkpoint=tmp_path / "tuning.pt")
+        finetune(student, teacher, stream(), steps=10, lr=1e-4, checkpoint=tmp_path / "tuning.pt")
     stop = 10
-    finetune(student, teacher, stream(), steps=10, checkpoint=tmp_path / "tuning.pt")
+    finetune(student, teacher, stream(), steps=10, lr=1e-4, checkpoint=tmp_path / "tuning.pt")
     assert seen == expected
 
 

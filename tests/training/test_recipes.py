@@ -109,10 +109,10 @@ def test_a_recipe_trains(name: str) -> None:
     # Two batches: on what it is calibrated on, rounding is as near as training comes.
     inputs, others = network.example_inputs(8), network.example_inputs(8, seed=1)
     teacher = copy.deepcopy(model)
-    recipe = recommended_recipe((4, 8), 12, model)
+    recipe = recommended_recipe((4, 8), 20, model)
     prepared = prepare(model, recipe.config, inputs)
     calibrate(prepared, [inputs], method=recipe.calibration)
-    history = finetune(prepared, teacher, [others], steps=12, recipe=recipe)
+    history = finetune(prepared, teacher, [others], steps=20, recipe=recipe)
     assert torch.isfinite(torch.tensor(history.losses)).all()
     assert min(history.losses[6:]) < history.losses[0]
 

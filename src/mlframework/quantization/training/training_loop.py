@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..preparation.parameter_groups import parameter_groups
 from ..progress import progress_bar
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.observer_synchronizer import mean_over_ranks
+from .backing_off import BackingOff
 from .distillation import FeatureMatching, distillation_loss
 from .modes import in_fine_tuning
 from .oscillation import OscillationFreezer, dampening_loss
@@ -27,9 +28,14 @@ from .recipe import Recipe
 Loss = Callable[[Any, Any], Tensor]
 
 # Adam's steps are as long as the learning rate, and a distance is a squared error: they are to shrink with its root.
-# The factor did best, or nearly, on networks whose first distance was .04 to .4.
-_LR_AT_DISTANCE_ONE = 5e-4
+# Networks differ in what they bear by more than a factor of 10: the first training is at what the hardiest bore best,
+# and where it diverges, others follow. A loss of the user's tells no divergence, and the most sensitive is the measure.
+_LR_AT_DISTANCE_ONE = 5e-3
+_LR_AT_DISTANCE_ONE_WITH_A_LOSS = 5e-4
+_HIGHEST_LR = 1e-3
 _LR_OTHERWISE = 2e-5
+_BACKING_OFF = 1 / 3
+_FIRST_BATCHES = 8
 
 # How many batches running statistics are re-estimated from: enough for a mean to a tenth of a standard deviation.
 _BATCHES_FOR_STATISTICS = 100
@@ -42,9 +48,11 @@ class TrainingLoop:
         model, teacher, loss, recipe, steps: those of :func:`.finetune`.
 
     Attributes:
+        started: after how many steps the training that goes on began, another one having diverged.
         losses: of the steps taken, scalars apart from any graph.
         learning_rates: of the same steps.
         freezer: of oscillating weights, where the recipe has one.
+        backing_off: from divergence, where the first batch tells the learning rate.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class TrainingLoop:
         self.loss = loss
         self.recipe = recipe
         self.steps = steps
+        self.started = 0
         groups = parameter_groups(
             model,
             relative_quantization_learning_rate=recipe.quantization_lr,
@@ -67,6 +76,9 @@ class TrainingLoop:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._pace)
         self.nodes = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
         self.freezer = OscillationFreezer(model, steps=steps) if recipe.freeze_oscillations else None
+        self.backing_off: BackingOff | None = None
+        if recipe.lr is None and teacher is not None and loss is None:
+            self.backing_off = BackingOff(model, self.optimizer, self.freezer, steps)
         self.losses: list[Tensor] = []
         self.learning_rates: list[float] = []
         self._knows_features = False
@@ -107,7 +119,13 @@ class TrainingLoop:
             features = None
             if self.teacher is not None and self.recipe.features:
                 features = stack.enter_context(FeatureMatching(self.model, self.teacher, self.recipe.features))
-            for batch in islice(_repeated(batches), self.done, self.steps) if self.done < self.steps else ():
+            stream: Iterator[Any] = (
+                islice(_repeated(batches), self.done, self.steps) if self.done < self.steps else iter(())
+            )
+            self._hold_ranges()
+            if not self.done:
+                stream = self._begin(stream, features)
+            for batch in stream:
                 self._hold_ranges()
                 self._step(batch, features)
                 advance(f"loss {self.losses[-1].item():.4g}" if progress else "")
@@ -125,11 +143,8 @@ class TrainingLoop:
                     node.observer.enabled = False
 
     def _step(self, batch: Any, features: FeatureMatching | None) -> None:
-        calibrated = all(node.is_initialized for node in self.nodes)
-        distance, loss = self._losses_of(batch, features)
-        if not self.done:
-            self._set_learning_rate(distance, calibrated)
-        total = loss
+        outputs, distance = self._distance(batch, features)
+        total = loss = self._loss(outputs, distance, batch)
         if self.recipe.dampening:
             factor = self.recipe.dampening * 0.5 * (1 - math.cos(math.pi * self.done / self.steps))
             total = loss + factor * dampening_loss(self.model)
@@ -144,44 +159,65 @@ class TrainingLoop:
         self.scheduler.step()
         self.losses.append(loss.detach().float())
         self.learning_rates.append(float(rate))
+        if self.backing_off is not None and self.backing_off.goes_back(self.losses):
+            self.started = self.done
+            self._set_learning_rates([float(rate) * _BACKING_OFF for rate in self.scheduler.base_lrs])
 
-    def _losses_of(self, batch: Any, features: FeatureMatching | None) -> tuple[Tensor | None, Tensor]:
-        """The distance from the teacher, where there is one, and what is to be minimized."""
+    def _distance(self, batch: Any, features: FeatureMatching | None) -> tuple[Any, Tensor | None]:
+        """The outputs, and their distance from the teacher's where there is one."""
         args, kwargs = arguments_of(self.model, self._inputs(batch))
         outputs = self.model(*args, **kwargs)
-        distance = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                expected = self.teacher(*args, **kwargs)
-            distance = distillation_loss(outputs, expected, temperature=self.recipe.temperature)
+        if self.teacher is None:
+            return outputs, None
+        with torch.no_grad():
+            expected = self.teacher(*args, **kwargs)
+        distance = distillation_loss(outputs, expected, temperature=self.recipe.temperature)
         if features is not None:
-            assert distance is not None
             self._leave_out_idle(features)
             distance = distance + self.recipe.feature_weight * features.loss()
+        return outputs, distance
+
+    def _loss(self, outputs: Any, distance: Tensor | None, batch: Any) -> Tensor:
+        """What is to be minimized."""
         if self.loss is None:
             assert distance is not None
-            return distance, distance
+            return distance
         task = self.loss(outputs, batch[1]).sum()
-        return distance, task if distance is None else distance + task
+        return task if distance is None else distance + task
 
-    def _set_learning_rate(self, distance: Tensor | None, calibrated: bool) -> None:
-        """Of the groups whose rates are relative to it until then: the weights', and that of vectors.
+    def _begin(self, batches: Iterator[Any], features: FeatureMatching | None) -> Iterator[Any]:
+        """Sets the learning rates, which the distance of the first batches tells where the recipe does not.
+
+        Returns:
+            All of the batches.
 
         Raises:
             ValueError: the distance is infinite or NaN.
         """
         rate = self.recipe.lr
-        if rate is None and distance is not None and calibrated:
-            first = mean_over_ranks(distance.detach()).item()
-            if not math.isfinite(first):
-                raise ValueError(f"batches must start with one whose outputs are finite, got a distance of {first}")
-            rate = _LR_AT_DISTANCE_ONE * math.sqrt(min(max(first, 0.0), 1.0))
-        elif rate is None:
-            rate = _LR_OTHERWISE
-        factors = (1.0, self.recipe.vector_lr_factor)
-        for index, (group, factor) in enumerate(zip(self.optimizer.param_groups[:2], factors, strict=True)):
-            group["initial_lr"] = self.scheduler.base_lrs[index] = rate * factor
-            group["lr"] = rate * factor * self._pace(0)
+        if rate is None and (self.teacher is None or not all(node.is_initialized for node in self.nodes)):
+            rate, self.backing_off = _LR_OTHERWISE, None
+        if rate is None:
+            first = list(islice(batches, _FIRST_BATCHES))
+            batches = chain(first, batches)
+            with torch.no_grad():
+                distances = [self._distance(batch, features)[1] for batch in first]
+            distance = mean_over_ranks(torch.stack(distances).mean()).item()  # type: ignore[arg-type]
+            if not math.isfinite(distance):
+                raise ValueError(f"batches must start with some whose outputs are finite, got a distance of {distance}")
+            factor = _LR_AT_DISTANCE_ONE_WITH_A_LOSS
+            if self.backing_off is not None:
+                factor = _LR_AT_DISTANCE_ONE
+                self.backing_off.begin(distance)
+            rate = min(factor * math.sqrt(max(distance, 0.0)), _HIGHEST_LR)
+        self._set_learning_rates([rate, rate * self.recipe.vector_lr_factor, *map(float, self.scheduler.base_lrs[2:])])
+        return batches
+
+    def _set_learning_rates(self, rates: list[float]) -> None:
+        """Of all groups, at the full pace."""
+        self.scheduler.base_lrs[:] = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * self._pace(self.done)
 
     def _leave_out_idle(self, features: FeatureMatching) -> None:
         """Once: what a network's structure names as blocks may be what its forward never calls."""
@@ -199,10 +235,11 @@ class TrainingLoop:
 
     def _pace(self, step: int) -> float:
         """The factor of the learning rates: a line up, then a cosine down."""
-        warmup = self.steps * self.recipe.warmup
+        step, steps = step - self.started, self.steps - self.started
+        warmup = steps * self.recipe.warmup
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(self.steps - warmup, 1)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
     def state_dict(self) -> dict[str, Any]:
         """The model, and what it takes to go on training it."""
@@ -211,6 +248,8 @@ class TrainingLoop:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "freezer": None if self.freezer is None else self.freezer.state_dict(),
+            "backing_off": None if self.backing_off is None else self.backing_off.state_dict(),
+            "started": self.started,
             "losses": list(self.losses),
             "learning_rates": list(self.learning_rates),
         }
@@ -222,6 +261,9 @@ class TrainingLoop:
         self.scheduler.load_state_dict(state_dict["scheduler"])
         if self.freezer is not None:
             self.freezer.load_state_dict(state_dict["freezer"])
+        if self.backing_off is not None and state_dict["backing_off"] is not None:
+            self.backing_off.load_state_dict(state_dict["backing_off"])
+        self.started = int(state_dict["started"])
         self.losses = list(state_dict["losses"])
         self.learning_rates = list(state_dict["learning_rates"])
 

@@ -1,0 +1,99 @@
+"""Starting over where a training diverges, for a lower learning rate."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..qat.observer_synchronizer import mean_over_ranks
+from .oscillation import OscillationFreezer
+
+# Of the mean loss of a window over the least before it.
+_GROWTH_THAT_DIVERGES = 1.3
+
+
+class BackingOff:
+    """Keeps the state of a model and its optimizer, and goes back to it where the loss has grown.
+
+    Losses are compared by their means over windows of a sixteenth of the steps, of 4 to 32 steps. What is kept is the
+    state before the first step, for what diverges has done harm before it shows; in the second half of the steps, when
+    more would be lost than that, the state of the least loss.
+
+    Args:
+        model: what is trained.
+        optimizer: of it.
+        freezer: what counts and freezes its weights, where something does.
+        steps: of the whole training.
+
+    Attributes:
+        window: how many steps are compared.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, freezer: OscillationFreezer | None, steps: int
+    ) -> None:
+        self.window = min(max(steps // 16, 4), 32)
+        self._model = model
+        self._optimizer = optimizer
+        self._freezer = freezer
+        self._steps = steps
+        self._least = math.inf
+        self._kept = self._snapshot()
+
+    def begin(self, loss: float) -> None:
+        """Tells the loss before the first step, a mean over batches."""
+        self._least = self._kept["loss"] = loss
+
+    def goes_back(self, losses: list[Tensor]) -> bool:
+        """Looks at the last window where one is full; on all ranks alike.
+
+        Args:
+            losses: of every step so far, scalars.
+
+        Returns:
+            Whether the model and the optimizer are as they were again.
+        """
+        if len(losses) % self.window:
+            return False
+        mean = mean_over_ranks(torch.stack(losses[-self.window :]).mean()).item()
+        if not mean <= _GROWTH_THAT_DIVERGES * self._least:  # or not a number
+            self._restore()
+            return True
+        if mean < self._least:
+            self._least = mean
+            if 2 * len(losses) > self._steps:
+                self._kept = self._snapshot()
+        return False
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+
+    def _snapshot(self) -> dict[str, Any]:
+        tensors = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        freezer = None if self._freezer is None else self._freezer.state_dict()
+        return {
+            "loss": self._least,
+            "tensors": tensors,
+            **copy.deepcopy({"optimizer": self._optimizer.state_dict(), "freezer": freezer}),
+        }
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        self._least = self._kept["loss"]
+        for name, tensor in self._tensors().items():
+            tensor.copy_(self._kept["tensors"][name])
+        self._optimizer.load_state_dict(copy.deepcopy(self._kept["optimizer"]))
+        if self._freezer is not None:
+            self._freezer.load_state_dict(copy.deepcopy(self._kept["freezer"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` goes on from."""
+        return {"least": self._least, "kept": self._kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a saved state."""
+        self._least, self._kept = float(state_dict["least"]), state_dict["kept"]
