@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,27 +39,29 @@ def post_training(
 
 def recommended(task: Task) -> nn.Module:
     """What :func:`recommended_recipe` says, for as many steps as the budget has."""
-    study = task.study
+    study, (few, more) = task.study, TRIALS
     teacher = study.model()
+    recipe = recommended_recipe(task.width, more, study.model())  # to prepare and to calibrate, alike for all steps
+    calibrated = prepare(study.model(), recipe.config, study.example_inputs)
+    calibrate(calibrated, study.calibration_batches(), method=recipe.calibration)
 
     def run(steps: int) -> tuple[nn.Module, float]:
-        recipe = recommended_recipe(task.width, steps, study.model())
-        prepared = prepare(study.model(), recipe.config, study.example_inputs)
-        calibrate(prepared, study.calibration_batches(), method=recipe.calibration)
+        prepared, recipe = copy.deepcopy(calibrated), recommended_recipe(task.width, steps, study.model())
         batches = (batch.inputs for batch in study.train_batches(task.seed))
         started = time.process_time()
         finetune(prepared, teacher, batches, steps=steps, recipe=recipe)
         return prepared, time.process_time() - started
 
-    run(1)  # what the first step of a process plans
-    _, trial = run(TRIAL_STEPS)
-    steps = max(1, int(task.seconds / trial * TRIAL_STEPS))
+    run(few)  # what the first step of a process plans
+    short, long = run(few)[1], run(more)[1]
+    step = (long - short) / (more - few)
+    steps = max(more, int((task.seconds - (short - few * step)) / step))
     prepared, spent = run(steps)
     task.notes.update(steps=steps, seconds=spent)
     return prepared.eval()
 
 
-TRIAL_STEPS = 4  # which tell how many steps the budget has
+TRIALS = (8, 16)  # steps, which tell what a step costs and what comes before the first
 
 _ours = partial(Method, OURS, distribution="mlframework-quantization")
 
