@@ -57,11 +57,15 @@ def recommended(task: Task) -> nn.Module:
     step = (long - short) / (more - few)
     steps = max(more, int((task.seconds - (short - few * step)) / step))
     prepared, spent = run(steps)
+    while spent > MISJUDGED * task.seconds and steps > more:
+        steps = max(more, int(steps * task.seconds / spent))
+        prepared, spent = run(steps)
     task.notes.update(steps=steps, seconds=spent)
     return prepared.eval()
 
 
 TRIALS = (8, 16)  # steps, which tell what a step costs and what comes before the first
+MISJUDGED = 1.25  # of the budget: a training that took more is run again with fewer steps
 
 _ours = partial(Method, OURS, distribution="mlframework-quantization")
 
