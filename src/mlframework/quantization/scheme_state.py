@@ -1,131 +1,126 @@
-"""What a state dict says of grids, checked before any of it is loaded: the scheme itself, scales and zero points.
+"""What a state dict says of grids: the scheme itself, scales and zero points.
 
 The scheme stands in the state dict and is no buffer: averages of weights and buffers, which round integers, would make
-another scheme of it.
+another scheme of it. With it stands the version of the format, since files of tensors alone keep no metadata.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .scheme import QuantizationScheme
+from .state_check import faults_where
+
+FORMAT_VERSION = 1  # of all that quantization adds to a state dict
 
 _PER_TENSOR = -100  # an axis that no tensor has
 _FIELDS = "[bits, signed, symmetric, narrow_range, channel_axis]"
+_LENGTH = 5
 
 
 def register_scheme(module: nn.Module, name: str, scheme: QuantizationScheme) -> None:
     """Keeps ``scheme`` as an attribute of that name, ``{...}grid``, and in the module's state.
 
-    The module's ``_save_to_state_dict`` must call :func:`save_schemes`, and its ``_load_from_state_dict``
-    :func:`check_schemes` and :func:`without_schemes`.
+    The module's ``_save_to_state_dict`` must call :func:`save_schemes`, its ``_load_from_state_dict``
+    :func:`without_schemes` and its ``state_faults`` :func:`grid_faults`.
     """
     setattr(module, name, scheme)
     vars(module).setdefault("_grids", []).append(name)
 
 
 def save_schemes(module: nn.Module, destination: dict[str, Any], prefix: str) -> None:
-    """Writes the module's schemes, each an int64 tensor."""
+    """Writes the module's schemes, each an int64 tensor that ends with the version of the format."""
     for name in _grids_of(module):
-        destination[f"{prefix}{name}"] = _encoded(getattr(module, name))
+        destination[f"{prefix}{name}"] = torch.tensor([*_encoded(getattr(module, name)), FORMAT_VERSION])
 
 
-def without_schemes(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The state dict without the module's schemes, which are not for PyTorch to load."""
+def without_schemes(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]
+) -> dict[str, Any]:
+    """The state dict without the module's schemes, which are not for PyTorch to load; notes those that are missing."""
     own = {f"{prefix}{name}" for name in _grids_of(module)}
+    missing_keys += sorted(own.difference(state_dict))
     return {key: value for key, value in state_dict.items() if key not in own}
 
 
-def check_schemes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Refuses a state of another scheme, or one that no grid can have, before any of it is loaded; a load pre-hook.
+def grid_faults(module: nn.Module, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Tells of schemes that are not the module's, of scales that are not finite and positive and of zero points that
+    are not on their grid."""
+    for name in _grids_of(module):
+        if f"{prefix}{name}" in state:
+            yield from _scheme_faults(getattr(module, name), state[f"{prefix}{name}"], prefix, name)
+    for name, own in (*module._parameters.items(), *module._buffers.items()):
+        key = f"{prefix}{name}"
+        if own is not None and name.endswith("scale"):
+            yield from faults_where(state, key, own, _is_scale, "be finite and positive")
+        if own is not None and name.endswith("zero_point"):
+            yield from _zero_point_faults(getattr(module, f"{name.removesuffix('zero_point')}grid"), state, key, own)
 
-    Raises:
-        RuntimeError: a scheme in the state is not that of the module it is meant for; a scale is not finite and
-            positive; a zero point is not on its grid; integers are of another dtype.
-    """
-    for path, child in module.named_modules():
-        if "_grids" in vars(child):
-            own = f"{prefix}{path}." if path else prefix
-            _check_grids(child, state_dict, own)
-            _check_values(child, state_dict, own)
 
-
-class KeyWithHint(str):
-    """A key of a state dict that is missing or not expected; PyTorch's error, which formats it, also shows a hint."""
-
-    __slots__ = ()
-
-    def __format__(self, specification: str) -> str:
-        return (
-            f"{super().__format__(specification)} [of a quantization node: the float model's state_dict loads before "
-            "prepare(), or with load_float_state_dict(), which leaves activations to calibrate(); the state_dict of a "
-            "model with other nodes loads where prepare() was given the same configuration]"
+def _zero_point_faults(grid: QuantizationScheme, state: Mapping[str, Any], key: str, own: Tensor) -> Iterator[str]:
+    lowest, highest, fixed = grid.quant_min, grid.quant_max, grid.symmetric_zero_point
+    faults = list(
+        faults_where(
+            state,
+            key,
+            own,
+            lambda values: (values >= lowest) & (values <= highest),
+            f"lie on the grid, from {lowest} to {highest}",
         )
+    )
+    if grid.symmetric and not faults:
+        faults += faults_where(state, key, own, lambda values: values == fixed, f"be {fixed}, as on {grid}")
+    yield from faults
 
 
-def hint_at_reason(keys: list[str], prefix: str) -> None:
-    """Has the first key of a module's that PyTorch is going to name followed by a hint, once in an error."""
-    if not any(isinstance(key, KeyWithHint) for key in keys):
-        for index, key in enumerate(keys):
-            if key.startswith(prefix):
-                keys[index] = KeyWithHint(key)
-                return
+def _is_scale(values: Tensor) -> Tensor:
+    return torch.isfinite(values) & (values > 0)
 
 
 def _grids_of(module: nn.Module) -> list[str]:
     return vars(module).get("_grids", [])  # type: ignore[no-any-return]
 
 
-def _check_grids(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    where = prefix.removesuffix(".") or "this module"
-    for name in _grids_of(module):
-        scheme, saved = getattr(module, name), state_dict.get(f"{prefix}{name}")
-        if saved is None or (isinstance(saved, Tensor) and torch.equal(saved.cpu(), _encoded(scheme))):
-            continue
-        try:
-            found = str(_decoded(saved))
-        except (AttributeError, TypeError, ValueError):
-            numbers = saved.tolist() if isinstance(saved, Tensor) else saved
-            raise RuntimeError(
-                f"state_dict's {prefix}{name} must be five integers {_FIELDS}, {_encoded(scheme).tolist()} for "
-                f"{scheme}, got {numbers}"
-            ) from None
-        raise RuntimeError(f"state_dict holds {where} quantized as {found}, expected {scheme}")
+def _scheme_faults(scheme: QuantizationScheme, saved: Any, prefix: str, name: str) -> Iterator[str]:
+    if isinstance(saved, Tensor) and saved.is_meta:
+        return
+    got = saved.tolist() if isinstance(saved, Tensor) else saved
+    numbers = got if isinstance(got, list) else []
+    if len(numbers) == _LENGTH:
+        numbers = [*numbers, FORMAT_VERSION]  # states once had none
+    version = numbers[_LENGTH] if len(numbers) > _LENGTH else None
+    if numbers == [*_encoded(scheme), FORMAT_VERSION]:
+        return
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        yield (
+            f"state_dict's {prefix}{name} is of format {version}, which a newer version of this library wrote: it must "
+            f"be of format {FORMAT_VERSION} at most"
+        )
+        return
+    try:
+        found = _decoded(numbers[:_LENGTH])
+        if numbers != [*_encoded(found), FORMAT_VERSION]:
+            raise ValueError(numbers)
+    except (TypeError, ValueError):
+        yield (
+            f"state_dict's {prefix}{name} must be five integers {_FIELDS} and the format, "
+            f"{[*_encoded(scheme), FORMAT_VERSION]} for {scheme}, got {got}"
+        )
+        return
+    yield f"state_dict holds {prefix.removesuffix('.') or 'this module'} quantized as {found}, expected {scheme}"
 
 
-def _check_values(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    for name, own in (*module._parameters.items(), *module._buffers.items()):
-        key = f"{prefix}{name}"
-        saved = state_dict.get(key)
-        if own is None or not isinstance(saved, Tensor) or saved.is_meta:
-            continue
-        if not own.is_floating_point() and saved.dtype is not own.dtype:
-            raise RuntimeError(f"state_dict's {key} must be of dtype {own.dtype}, got {saved.dtype}")
-        if name.endswith("scale") and not bool((torch.isfinite(saved) & (saved > 0)).all()):
-            raise RuntimeError(f"state_dict's {key} must be finite and positive, got {_first_of(saved)}")
-        if name.endswith("zero_point"):
-            scheme = getattr(module, f"{name.removesuffix('zero_point')}grid")
-            if not bool(((saved >= scheme.quant_min) & (saved <= scheme.quant_max)).all()):  # NaN is not either
-                raise RuntimeError(
-                    f"state_dict's {key} must lie on the grid, from {scheme.quant_min} to {scheme.quant_max}, "
-                    f"got {_first_of(saved)}"
-                )
-
-
-def _first_of(values: Tensor) -> str:
-    return f"{values.flatten()[:4].tolist()}{' and more' if values.numel() > 4 else ''}"
-
-
-def _encoded(scheme: QuantizationScheme) -> Tensor:
+def _encoded(scheme: QuantizationScheme) -> list[int]:
     axis = _PER_TENSOR if scheme.channel_axis is None else scheme.channel_axis
-    return torch.tensor([scheme.bits, scheme.signed, scheme.symmetric, scheme.narrow_range, axis])
+    return [scheme.bits, int(scheme.signed), int(scheme.symmetric), int(scheme.narrow_range), axis]
 
 
-def _decoded(saved: Tensor) -> QuantizationScheme:
-    bits, signed, symmetric, narrow_range, axis = saved.tolist()
+def _decoded(numbers: list[Any]) -> QuantizationScheme:
+    bits, signed, symmetric, narrow_range, axis = numbers
     return QuantizationScheme(
         bits, bool(signed), bool(symmetric), bool(narrow_range), None if axis == _PER_TENSOR else axis
     )

@@ -20,6 +20,7 @@ from ..qat.observer_synchronizer import commit_statistics, discard_statistics
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from ..qat.sharding import sharded_parameter
+from ..state_check import check_state, has_check
 from .between_floats import between_floats
 from .lowering import lower
 from .planning import plan
@@ -73,6 +74,8 @@ def convert(model: nn.Module) -> nn.Module:
             module.float_dtype = dtype
         if isinstance(module, PackedModule):
             module.pack()
+    if not (isinstance(converted, IntegerModule) or has_check(converted)):
+        converted.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
     return converted.eval()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
-from ..scheme_state import check_schemes, register_scheme, save_schemes, without_schemes
+from ..scheme_state import grid_faults, register_scheme, save_schemes, without_schemes
+from ..state_check import check_state
 from .instruction import Instruction, Settings
 
 Plan = TypeVar("Plan")
@@ -72,9 +73,13 @@ class IntegerModule(nn.Module):
         return applied
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_schemes(self, state_dict, prefix)
-        super()._load_from_state_dict(without_schemes(self, state_dict, prefix), prefix, *args)
+        check_state(self, state_dict, prefix, *args)
+        super()._load_from_state_dict(without_schemes(self, state_dict, prefix, args[2]), prefix, *args)
         self._note_change()
+
+    def state_faults(self, state: Mapping[str, Any], prefix: str) -> Iterable[str]:
+        """Grids, scales and zero points."""
+        return grid_faults(self, state, prefix)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -144,7 +149,7 @@ class PackedModule(IntegerModule, Generic[Plan]):
         packed = self._plan is not None
         self._plan = None
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if packed:
+        if packed and self._has_values:
             self.pack()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,5 +158,9 @@ class PackedModule(IntegerModule, Generic[Plan]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # Now, since a compiler cannot while it traces the first call.
-        if not any(tensor.is_meta for tensor in self.buffers(recurse=False)):
+        if self._has_values:
             self.pack()
+
+    @property
+    def _has_values(self) -> bool:
+        return not any(tensor.is_meta for tensor in self.buffers(recurse=False))

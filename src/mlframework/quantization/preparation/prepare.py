@@ -23,7 +23,7 @@ from ..qat.qat_module_wrapper import QATModuleWrapper
 from ..qat.qat_operation import QATOperation
 from ..qat.sharding import sharded_parameter
 from ..qat.weight_range import require_finite_parameters
-from ..scheme_state import check_schemes
+from ..state_check import check_state
 from .graph_rewriter import layer_entry
 from .parts import PartPreparation, is_leaf
 from .placement import skip_reason
@@ -161,8 +161,8 @@ def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _connect(prepared: nn.Module) -> None:
-    """Names the nodes, puts them in the model's mode, lets their observers update together, and guards against
-    states of other schemes."""
+    """Names the nodes, puts them in the model's mode, lets their observers update together, and has states
+    checked before they are loaded."""
     shared = []
     for name, module in prepared.named_modules():
         if isinstance(module, (FakeQuantizeLayer, QATOperation)):
@@ -174,4 +174,5 @@ def _connect(prepared: nn.Module) -> None:
     prepared.observer_synchronizer = ObserverSynchronizer(shared)  # type: ignore[assignment]
     prepared.register_forward_pre_hook(discard_statistics)
     prepared.register_forward_hook(commit_statistics)
-    prepared.register_load_state_dict_pre_hook(check_schemes)  # type: ignore[no-untyped-call]
+    if not isinstance(prepared, QATModuleWrapper):  # which does it itself
+        prepared.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
+from ..state_check import faults_where
 from .host_value import HostValue
 from .moving_average_statistics import MovingAverageStatistics
 
@@ -110,6 +112,10 @@ class ActivationObserver(nn.Module):
         """Forgets everything."""
         self.batches.zero_()
 
+    def state_faults(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        """What is wrong with a state that is about to be loaded, which the observer could not go on from."""
+        yield from faults_where(state, f"{prefix}batches", self.batches, lambda count: count >= 0, "not be negative")
+
     def start_from(self, minimum: Tensor, maximum: Tensor) -> None:
         """Forgets everything and takes a range, each end of shape (C,), for that of the first batch."""
         self.reset()
@@ -154,6 +160,10 @@ class MinMaxObserver(ActivationObserver):
 
     def _update(self, statistics: BatchStatistics) -> None:
         self.extremes.copy_(torch.maximum(self.extremes, statistics.extremes))
+
+    def state_faults(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        yield from super().state_faults(state, prefix)
+        yield from extremes_faults(state, f"{prefix}extremes", self.extremes)
 
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
         return arithmetic.finite_range(-self.extremes[0], self.extremes[1])
@@ -241,6 +251,11 @@ class MovingAverageObserver(ActivationObserver):
     def reset(self) -> None:
         super().reset()
         self.statistics.reset()
+
+
+def extremes_faults(state: Mapping[str, Any], key: str, own: Tensor) -> Iterator[str]:
+    """Of what only ever grows: from NaN or infinity it would never come back."""
+    return faults_where(state, key, own, lambda ends: ends < torch.inf, "be finite, or minus infinity before any data")
 
 
 def batch_extremes(input: Tensor, channel_axis: int | None, num_channels: int) -> Tensor:

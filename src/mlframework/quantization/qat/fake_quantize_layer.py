@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from ..kernels.differentiable.layer import Codes
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
 from ..scheme import QuantizationScheme
-from ..scheme_state import check_schemes, hint_at_reason, register_scheme, save_schemes, without_schemes
+from ..scheme_state import grid_faults, register_scheme, save_schemes, without_schemes
+from ..state_check import check_state, faults_where
 from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
 from .attached_codes import Way, attach_codes, attached_codes, codes_anew
 from .fake_quantize_operation import fake_quantize_tensor
@@ -74,6 +76,7 @@ class FakeQuantizeLayer(nn.Module):
     zero_point: Tensor
     initialized: Tensor
     grid: QuantizationScheme
+    former_dtypes = MappingProxyType({"initialized": torch.uint8})  # which states once had
 
     def __init__(
         self,
@@ -400,16 +403,22 @@ class FakeQuantizeLayer(nn.Module):
         return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_schemes(self, state_dict, prefix)
+        check_state(self, state_dict, prefix, *args)
         before = self.initialized.clone()
-        super()._load_from_state_dict(without_schemes(self, state_dict, prefix), prefix, *args)
+        super()._load_from_state_dict(without_schemes(self, state_dict, prefix, args[2]), prefix, *args)
         # A state that lacks the scale, or has another number of them, must not pass for data.
         own = {f"{prefix}{name}": getattr(self, name) for name in ("scale", "zero_point", "initialized")}
-        if not all(name in state_dict and state_dict[name].shape == tensor.shape for name, tensor in own.items()):
+        if not all(getattr(state_dict.get(key), "shape", None) == tensor.shape for key, tensor in own.items()):
             self.initialized.copy_(before)
         self.range_of = None
         self._initialized.read(self.initialized)
-        hint_at_reason(args[2], prefix)  # missing keys
+
+    def state_faults(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        """Grid, scale and zero point, and what says whether they come from data (an average of models may round it)."""
+        yield from grid_faults(self, state, prefix)
+        yield from faults_where(
+            state, f"{prefix}initialized", self.initialized, lambda flag: (flag > -0.5) & (flag < 1.5), "be 0 or 1"
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

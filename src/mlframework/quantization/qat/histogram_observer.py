@@ -9,13 +9,16 @@ to be spread evenly.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import arithmetic, kernels
 from ..scheme import QuantizationScheme
-from .activation_observer import ActivationObserver, BatchStatistics
+from ..state_check import faults_where
+from .activation_observer import ActivationObserver, BatchStatistics, extremes_faults
 
 _SHIFT = 17  # a float32 without its last 17 mantissa bits: 14 bits of magnitude
 _MAGNITUDES = 2**14
@@ -52,6 +55,17 @@ class _DistributionObserver(ActivationObserver):
         assert statistics.counts is not None
         self.extremes.copy_(torch.maximum(self.extremes, statistics.extremes))
         self.counts.add_(statistics.counts)
+
+    def state_faults(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        yield from super().state_faults(state, prefix)
+        yield from extremes_faults(state, f"{prefix}extremes", self.extremes)
+        yield from faults_where(
+            state,
+            f"{prefix}counts",
+            self.counts,
+            lambda counts: torch.isfinite(counts) & (counts >= 0),
+            "be finite and not negative",
+        )
 
     def reset(self) -> None:
         super().reset()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +56,11 @@ class MovingAverageStatistics(nn.Module):
             if batch.shape != running.shape:
                 raise ValueError(f"expected extremes of shape {tuple(running.shape)}, got {tuple(batch.shape)}")
             fold_extremes(running, batch, self.momentum)
+
+    def state_faults(self, state: Mapping[str, Any], prefix: str) -> Iterable[str]:
+        """No value is refused: from one that is not finite, as an average of models may have, the next batch starts
+        anew; and where batches had one infinite end each, the averages of the others may have crossed."""
+        return ()
 
     def reset(self) -> None:
         """Forgets everything."""

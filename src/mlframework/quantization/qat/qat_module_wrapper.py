@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..graph.hooks import has_user_hooks
-from ..scheme_state import hint_at_reason
+from ..state_check import check_state
 from .batch_norms import evaluation_form
 from .computed_parameters import move_computation
 from .config import QATConfig
@@ -152,13 +152,13 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_state(self, state_dict, prefix, *args)
         self._cached = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         # PyTorch expects anything of a submodule that is None.
         absent = tuple(f"{prefix}{name}." for name, module in self._modules.items() if module is None)
         unexpected: list[str] = args[3]
         unexpected += [key for key in state_dict if absent and key.startswith(absent)]
-        hint_at_reason(unexpected, prefix)
         weights = (f"{prefix}weight", f"{prefix}parametrizations.weight")
         own = f"{prefix}weight_fake_quantize."
         comes = any(key.startswith(weights) and not key.startswith(own) for key in state_dict)

@@ -1,0 +1,306 @@
+"""A state dict is loaded whole or not at all: everything in it is checked before anything is copied.
+
+PyTorch copies while it goes through the modules and raises at the end, which leaves a half-loaded model behind. So
+loading is rehearsed first, by PyTorch's own code, on stand-ins that share everything with their modules but the
+tensors: those have shapes and no values. What it finds (keys, shapes) and what the modules find wrong with the values
+is raised before the load begins.
+
+A module that has something to say of its values does so in a method
+``state_faults(state, prefix) -> Iterable[str]``, which is given the tensors that came for it, by their whole keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_LISTED = 5  # faults of values that an error lists
+
+_HINT = (
+    "Of quantization nodes: the float model's state_dict loads before prepare(), or with load_float_state_dict(), "
+    "which leaves activations to calibrate(); the state_dict of a model with other nodes loads where prepare() was "
+    "given the same configuration."
+)
+
+State = Mapping[str, Any]
+
+
+def check_state(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Refuses a state that cannot be loaded whole into a module and what it holds: a load pre-hook.
+
+    A model inside of another is checked when its turn comes, before any of its own tensors is copied.
+
+    Raises:
+        RuntimeError: keys are missing or not expected (if the load is strict), a tensor is of another shape or of a
+            dtype that does not go into the module's, or a module refuses its values.
+    """
+    if _is_checked(error_msgs, prefix):
+        return
+    call = _call_of(error_msgs)
+    rehearsal = _Rehearsal(call.metadata, bool(local_metadata.get("assign_to_params_buffers", False)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the load itself warns
+        rehearsal.load_first(module, rehearsal.without_values(state_dict), prefix, local_metadata)
+    _note_checked(error_msgs, prefix)
+    found = rehearsal.report(call.strict)
+    if found:
+        name = type(module).__name__
+        raise RuntimeError(
+            "\n\t".join([f"Error(s) in loading state_dict for {name}, of which nothing was loaded:", *found])
+        )
+
+
+def faults_where(
+    state: State, key: str, own: Tensor, holds: Callable[[Tensor], Tensor], expected: str
+) -> Iterator[str]:
+    """The fault of a tensor, if it came and some of its values, in the dtype of the module's own, are not as expected.
+
+    Args:
+        state: of a module.
+        key: of the tensor.
+        own: the module's tensor of that name.
+        holds: tells elementwise where they are.
+        expected: what they must be, or do.
+    """
+    saved = state.get(key)
+    if not isinstance(saved, Tensor) or saved.is_meta:
+        return
+    wrong = ~holds(saved.detach().to(own.dtype))
+    if bool(wrong.any()):
+        yield f"state_dict's {key} must {expected}, got {_listed(saved.detach()[wrong])}"
+
+
+class _Call(NamedTuple):
+    """What ``load_state_dict`` was asked, as far as hooks are not told."""
+
+    strict: bool
+    metadata: Mapping[str, Any]
+
+
+def _call_of(error_msgs: list[str]) -> _Call:
+    """PyTorch tells hooks ``strict=True`` in any case, and a module inside nothing of its children's versions: both are
+    variables of the ``load_state_dict`` that this list of errors belongs to. Where some other code loads, keys are left
+    to it."""
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "load_state_dict" and frame.f_locals.get("error_msgs") is error_msgs:
+            return _Call(bool(frame.f_locals.get("strict")), frame.f_locals.get("metadata") or {})
+        frame = frame.f_back
+    return _Call(False, {})
+
+
+class _Rehearsal:
+    """A load that copies nothing.
+
+    Args:
+        metadata: of the modules, by their paths.
+        assigns: whether the load puts the state's tensors in the place of the modules'.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], assigns: bool) -> None:
+        self.metadata = metadata
+        self.assigns = assigns
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.errors: list[str] = []
+        self.faults: list[str] = []
+        self.knows_keys = True
+        self._saved: dict[int, tuple[Any, Any]] = {}  # by the id of what stands for it, which is kept with it
+
+    def without_values(self, state: State) -> dict[str, Any]:
+        """The state with tensors that have shapes alone; the real ones are remembered."""
+        empty = {}
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                empty[key] = _without_values(value)
+                self._saved[id(empty[key])] = (empty[key], value)
+            else:
+                empty[key] = value
+        return empty
+
+    def load_first(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        """Goes on from :func:`check_state`, before which a module's own way to load and some of its hooks may have had
+        their turn."""
+        stand_in = _stand_in(module)
+        vars(stand_in)["_load_state_dict_pre_hooks"] = _hooks_after_check(module)
+        own = type(module)._load_from_state_dict
+        self._load(module, stand_in, own if _is_ours(own) else nn.Module._load_from_state_dict, state, prefix, metadata)
+
+    def load(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        """What PyTorch does for a module and its children, which includes the modules' own ways to load."""
+        self._load(module, _stand_in(module), type(module)._load_from_state_dict, state, prefix, metadata)
+
+    def _load(
+        self,
+        module: nn.Module,
+        stand_in: nn.Module,
+        own_load: Callable[..., None],
+        state: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+    ) -> None:
+        _note_checked(self.errors, prefix)
+        lists = (self.missing, self.unexpected, self.errors)
+        before = [len(entries) for entries in lists]
+        try:
+            own_load(stand_in, state, prefix, metadata, True, *lists)
+        except Exception:
+            if not _has_foreign_code(module):
+                raise
+            # Code that needs values. It runs again in the load itself.
+            self.knows_keys = False
+            for entries, length in zip(lists, before, strict=True):
+                del entries[length:]
+        self.knows_keys &= all(_is_ours(hook) for hook in module._load_state_dict_post_hooks.values())
+        self._check_values(module, state, prefix, self.errors[before[2] :])
+        for name, child in module._modules.items():
+            if child is not None:
+                path = f"{prefix}{name}."
+                own_state = {key: value for key, value in state.items() if key.startswith(path)}
+                self.load(child, own_state, path, self._metadata_of(path))
+
+    def report(self, strict: bool) -> list[str]:
+        """What is wrong, a line each."""
+        lines = []
+        if strict and self.knows_keys:
+            for kind, keys in (("Missing", self.missing), ("Unexpected", self.unexpected)):
+                if keys:
+                    listed = ", ".join(f'"{key}"' for key in keys)
+                    lines.append(f"{kind} key(s) in state_dict: {listed}.")
+            if any("fake_quantize." in key for key in (*self.missing, *self.unexpected)):
+                lines.append(_HINT)
+        wrong = [*self.faults, *self.errors]
+        lines += wrong[:_LISTED]
+        if len(wrong) > _LISTED:
+            lines.append(f"and {len(wrong) - _LISTED} more")
+        return lines
+
+    def _metadata_of(self, prefix: str) -> dict[str, Any]:
+        metadata = dict(self.metadata.get(prefix[:-1], {}))
+        return {**metadata, "assign_to_params_buffers": True} if self.assigns else metadata
+
+    def _check_values(self, module: nn.Module, state: State, prefix: str, errors: list[str]) -> None:
+        """Dtypes, and what the module says; not of tensors that PyTorch has found something wrong with."""
+        came = {}
+        for key, value in state.items():
+            if key.startswith(prefix) and "." not in key[len(prefix) :]:
+                came[key] = self._saved[id(value)][1] if id(value) in self._saved else value
+        own = {f"{prefix}{name}": tensor for name, tensor in (*module._parameters.items(), *module._buffers.items())}
+        for key, tensor in own.items():
+            if tensor is not None and any(f" {key}:" in error or f'"{key}"' in error for error in errors):
+                came.pop(key, None)
+        state_faults = getattr(type(module), "state_faults", None)
+        former = getattr(type(module), "former_dtypes", {})
+        for key, tensor in own.items():
+            if tensor is not None and isinstance(came.get(key), Tensor):
+                fault = None
+                if self.assigns or came[key].dtype is not former.get(key[len(prefix) :]):
+                    fault = _dtype_fault(tensor, came[key], state_faults is not None, self.assigns)
+                if fault is not None:
+                    self.faults.append(f"state_dict's {key} must be {fault}")
+                    del came[key]
+        if state_faults is not None:
+            self.faults.extend(state_faults(module, came, prefix))
+
+
+def _dtype_fault(own: Tensor, saved: Tensor, is_ours: bool, assigns: bool) -> str | None:
+    """What a saved tensor must be, where it would lose what it says in the place of a module's own."""
+    if _is_sharded(own) is not _is_sharded(saved):
+        kind = "a DTensor, as in the model" if _is_sharded(own) else "a whole tensor, as in the model"
+        return f"{kind} (torch.distributed.checkpoint.state_dict's set_model_state_dict makes it one), got the other"
+    if own.is_floating_point() and (is_ours or isinstance(own, nn.Parameter)):
+        if not saved.is_floating_point():
+            return f"of a floating-point dtype, got {saved.dtype}"
+        if is_ours and assigns and saved.dtype is not own.dtype:
+            return f"of dtype {own.dtype} to be assigned, got {saved.dtype}"
+    elif (is_ours and saved.dtype is not own.dtype) or (saved.is_complex() and not own.is_complex()):
+        return f"of dtype {own.dtype}, got {saved.dtype}"
+    elif not (own.is_floating_point() or own.is_complex() or assigns or saved.is_meta or saved.dtype is own.dtype):
+        values = saved.detach()
+        if bool((values.to(own.dtype).to(values.dtype) != values).any()):
+            return f"values of dtype {own.dtype}, got {_listed(values)}"
+    return None
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def _stand_in(module: nn.Module) -> Any:
+    """The module with tensors that have shapes alone."""
+    stand_in: Any = object.__new__(type(module))
+    vars(stand_in).update(vars(module))
+    for registry in ("_parameters", "_buffers"):
+        own: dict[str, Tensor | None] = vars(module)[registry]
+        vars(stand_in)[registry] = {
+            name: None if tensor is None else _without_values(tensor) for name, tensor in own.items()
+        }
+    vars(stand_in)["set_extra_state"] = lambda state: None
+    return stand_in
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    if nn.parameter.is_lazy(tensor):
+        return tensor
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def has_check(module: nn.Module) -> bool:
+    """Whether :func:`check_state` is a load pre-hook of the module."""
+    return len(_hooks_after_check(module)) < len(module._load_state_dict_pre_hooks)
+
+
+def _hooks_after_check(module: nn.Module) -> dict[int, Any]:
+    """The load pre-hooks of a module that run when :func:`check_state`, if it is one of them, has run."""
+    hooks = module._load_state_dict_pre_hooks
+    checks = [index for index, hook in enumerate(hooks.values()) if getattr(hook, "hook", hook) is check_state]
+    return dict(list(hooks.items())[checks[0] + 1 :] if checks else hooks)
+
+
+def _has_foreign_code(module: nn.Module) -> bool:
+    """Whether a module loads by code that is neither PyTorch's for any module nor this library's."""
+    if module._load_state_dict_pre_hooks:
+        return True
+    return type(module)._load_from_state_dict is not nn.Module._load_from_state_dict and not _is_ours(
+        type(module)._load_from_state_dict
+    )
+
+
+def _is_ours(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith(f"{__package__}.")
+
+
+# What the present load of a thread has checked already: its list of errors, and the prefix of the module that it began
+# with. Children are checked with their parents.
+_checked = threading.local()
+
+
+def _is_checked(error_msgs: list[str], prefix: str) -> bool:
+    return getattr(_checked, "errors", None) is error_msgs and prefix.startswith(_checked.prefix)
+
+
+def _note_checked(error_msgs: list[str], prefix: str) -> None:
+    _checked.errors, _checked.prefix = error_msgs, prefix
+
+
+def _listed(values: Tensor) -> str:
+    return f"{values.flatten()[:4].tolist()}{' and more' if values.numel() > 4 else ''}"
