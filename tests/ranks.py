@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,30 @@ def process_group(rank: int, folder: str) -> Iterator[None]:
     yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+@contextmanager
+def reductions() -> Iterator[list[int]]:
+    """The bytes of every tensor that ``torch.distributed.all_reduce`` is called with (gradients are not)."""
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def noting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = noting
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def agree(state: dict[str, Tensor]) -> bool:
+    """Whether all ranks have the same values, bit for bit."""
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return all(torch.equal(value, other[name]) for other in states for name, value in state.items())
 
 
 class Branching(nn.Module):

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .activation_observer import ActivationObserver, BatchStatistics
+from .data_parallel import Joinable, JoinHook, after_reducing_gradients, require_joined
 from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed
-from .sharding import is_managed, reshard, run_after_fsdp, unshard_nodes
+from .scale_projection import remember_shards
+from .sharding import is_managed, reshard, run_after_fsdp, run_before_fsdp, unshard_nodes
 
 
 class ObservedLayer(Protocol):
     """What a layer must offer to have its observer updated with those of the whole model."""
 
+    name: str
     observer: ActivationObserver
     learnable: bool
     synchronizer: ObserverSynchronizer | None
@@ -40,24 +43,34 @@ class ObservedLayer(Protocol):
         """Folds statistics in and recomputes what follows from them."""
 
 
-class ObserverSynchronizer:
+class ObserverSynchronizer(Joinable):
     """Collects what a model's observers measure during one forward and folds it in when the forward ends.
 
     Every layer of the model quantizes with what earlier steps have shown, and updates land after the forward: so all
     ranks compute the same function in a step, whatever part of the data they see, and one all-reduce for the whole
     model keeps them agreed. A run in one process takes the same order, and so the same values.
 
+    Within DistributedDataParallel the all-reduce follows on that of the gradients, at the end of backward: there the
+    ranks wait for one another anyway. (If backward never comes, it takes place when the next forward begins.)
+
     A step that the optimizer then does not take (``torch.amp.GradScaler`` skips one whose gradients are not finite)
     has shown its batch all the same, as it has to batch normalization: the batch is one of the data, and where its
     values were not finite, its extremes are ignored.
+
+    Where ranks have different numbers of batches it is listed behind the model:
+    ``Join([parallel, parallel.module.observer_synchronizer])``. A rank that has run out then takes part in the
+    all-reduce with nothing seen.
 
     Args:
         layers: the layers whose observers belong together, in an order that all ranks share.
     """
 
     def __init__(self, layers: Sequence[ObservedLayer]) -> None:
+        super().__init__()
         self.layers = layers
         self.pending: dict[int, BatchStatistics] = {}
+        # Indices of the layers that observed the forward which has ended, until its statistics have landed.
+        self.due: list[int] = []
         self.history = ForwardHistory()
         self.has_warned = False
         for index, layer in enumerate(layers):
@@ -80,34 +93,86 @@ class ObserverSynchronizer:
             for layer in self.layers
         )
 
-    def discard(self) -> None:
-        """Drops what a forward that did not end has left behind."""
+    def begin_forward(self) -> None:
+        """Lets the statistics land of a forward whose backward never came, and drops those of one that did not end.
+
+        Raises:
+            RuntimeError: within ``Join``, which does not list this synchronizer behind the model.
+        """
+        if self.due:
+            self.commit()
         self.pending.clear()
         if not kernels.is_traced():
+            require_joined(self, lambda: any(layer.observes for layer in self.layers))
             self.history.begin()
+
+    def end_forward(self, output: Any) -> None:
+        """Has the statistics land: now, or when DistributedDataParallel has reduced the gradients."""
+        if is_distributed():
+            self.due = [index for index, layer in enumerate(self.layers) if layer.observes]
+        else:
+            self.due = list(self.pending)
+        if self.history.is_kept and not kernels.is_traced():
+            self.history.end()
+        if self.due and not (is_distributed() and after_reducing_gradients(output, self.commit)):
+            self.commit()
 
     def commit(self) -> None:
         """Reduces over ranks, updates every layer and forgets."""
-        pending = dict(self.pending)
-        self.pending.clear()
-        if is_distributed():
-            # A rank whose forward took another branch, or that had an empty batch, takes part with nothing seen: all
-            # ranks pack the same layers, in every forward in which any layer observes.
-            indices = [index for index, layer in enumerate(self.layers) if layer.observes]
+        pending, due = self.pending, self.due
+        self.pending, self.due = {}, []
+        if due and is_distributed():
+            # All ranks pack all layers, whichever of them this rank's forward has reached or observes: another branch
+            # or an empty batch takes part with nothing seen.
             statistics = [
-                pending[index] if index in pending else self.layers[index].observer.nothing() for index in indices
+                pending[index] if index in pending else layer.observer.nothing()
+                for index, layer in enumerate(self.layers)
             ]
-            reduced = reduce_over_ranks(statistics)
+            try:
+                reduced = reduce_over_ranks(statistics)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the statistics of {len(self.layers)} observers, from {self.layers[0].name} to "
+                    f"{self.layers[-1].name}, could not be reduced over {dist.get_world_size()} ranks, all of which "
+                    f"have to run as many training forwards, each observing: {error}"
+                ) from error
             pending = {
-                index: batch
-                for index, batch in zip(indices, reduced, strict=True)
+                index: reduced[index]
+                for index in due
                 # Only a layer that this rank has never reached has to ask whether another one has.
-                if index in pending or self.layers[index].is_initialized or bool(torch.isfinite(batch.extremes).any())
+                if index in pending
+                or self.layers[index].is_initialized
+                or bool(torch.isfinite(reduced[index].extremes).any())
             }
         if self.history.is_kept and not kernels.is_traced():
-            self.history.end({index: self.layers[index].state for index in pending})
+            self.history.replace({index: self.layers[index].state for index in pending})
         for index, batch in pending.items():
             self.layers[index].commit(batch)
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """What ``torch.distributed.algorithms.join.Join`` runs on a rank that has no more batches."""
+        return _Shadow(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """The observers' device."""
+        return self.layers[0].observer.batches.device if self.layers else torch.device("cpu")
+
+    @property
+    def join_process_group(self) -> Any:
+        """All ranks, which statistics are reduced over."""
+        return dist.group.WORLD
+
+
+class _Shadow(JoinHook):
+    """Takes part, with nothing seen, in the all-reduce of the ranks that still have batches."""
+
+    def __init__(self, synchronizer: ObserverSynchronizer) -> None:
+        self.synchronizer = synchronizer
+
+    def main_hook(self) -> None:
+        self.synchronizer.begin_forward()
+        self.synchronizer.end_forward(None)
 
 
 def discard_statistics(module: nn.Module, args: Any) -> None:
@@ -116,7 +181,7 @@ def discard_statistics(module: nn.Module, args: Any) -> None:
         synchronizer: ObserverSynchronizer = module.observer_synchronizer  # type: ignore[assignment]
         unshard_nodes(synchronizer.layers)
         run_after_fsdp(module, commit_statistics)
-        synchronizer.discard()
+        synchronizer.begin_forward()
 
 
 def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
@@ -125,7 +190,8 @@ def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
         synchronizer: ObserverSynchronizer = module.observer_synchronizer  # type: ignore[assignment]
         if not kernels.is_traced() and synchronizer.sets_sharded_parameters:
             reshard(module, synchronizer.layers)
-        synchronizer.commit()
+        run_before_fsdp(module, remember_shards)
+        synchronizer.end_forward(output)
 
 
 def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics]:

@@ -59,10 +59,13 @@ class ForwardHistory:
         """A forward begins."""
         self._first_node = self._next_node()
 
-    def end(self, replaced: dict[int, State]) -> None:
-        """The forward has ended; ``replaced``, by index of the layer, is what it used and what now changes."""
+    def end(self) -> None:
+        """The forward has ended."""
         self._mark(self._first_node, self._state)
         self._last_node = torch._C._autograd._get_sequence_nr()
+
+    def replace(self, replaced: dict[int, State]) -> None:
+        """What the forward used, by index of the layer, is about to change."""
         if replaced:
             self._replaced.append((self._state, replaced))
             self._state += 1

@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..arithmetic import LARGEST_SCALE, SMALLEST_SCALE
 from ..scheme import QuantizationScheme
+from .sharding import is_managed, is_sharded
 
 
 class LearnedGrid(Protocol):
@@ -40,6 +41,7 @@ _LARGEST_CHANGE = 2.0
 
 _learnable_layers: weakref.WeakSet[LearnedGrid] = weakref.WeakSet()
 _before_step: weakref.WeakKeyDictionary[LearnedGrid, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+_sharded: weakref.WeakKeyDictionary[LearnedGrid, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 _hooks_registered = False
 
 
@@ -53,10 +55,26 @@ def project_optimizer_steps(layer: LearnedGrid) -> None:
         _hooks_registered = True
 
 
+def remember_shards(*arguments: object) -> None:
+    """Forward pre-hook of a model that FSDP has sharded: notes the parameters that optimizers have.
+
+    If another forward comes before the optimizer's step, FSDP has put gathered ones in their place.
+    """
+    for layer in _learnable_layers:
+        if is_sharded(layer.scale):
+            _sharded[layer] = layer.scale, layer.zero_point
+
+
+def _parameters_of(layer: LearnedGrid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, as an optimizer has them."""
+    own = layer.scale, layer.zero_point
+    return _sharded.get(layer, own) if is_managed(layer) and not is_sharded(layer.scale) else own
+
+
 def _trained_by(optimizer: torch.optim.Optimizer) -> list[LearnedGrid]:
     """Of other optimizers' parameters nothing is touched: a graph that waits for its backward may have saved them."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [layer for layer in _learnable_layers if not trained.isdisjoint((id(layer.scale), id(layer.zero_point)))]
+    return [layer for layer in _learnable_layers if not trained.isdisjoint(map(id, _parameters_of(layer)))]
 
 
 def _begin_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -83,7 +101,7 @@ def _at_projected_values(closure: Callable[[], Any], layers: list[LearnedGrid]) 
 
     def projected_closure() -> Any:
         remembered = [layer for layer in layers if layer in _before_step]
-        parameters = [parameter for layer in remembered for parameter in (layer.scale, layer.zero_point)]
+        parameters = [parameter for layer in remembered for parameter in _parameters_of(layer)]
         before = [parameter.detach().clone() for parameter in parameters]
         _project(remembered)
         moved = [parameter.detach() != value for parameter, value in zip(parameters, before, strict=True)]
@@ -100,7 +118,8 @@ def _at_projected_values(closure: Callable[[], Any], layers: list[LearnedGrid]) 
 def _remember(layers: list[LearnedGrid]) -> None:
     for layer in layers:
         if layer.is_initialized:
-            _before_step[layer] = (layer.scale.detach().clone(), layer.zero_point.detach().clone())
+            scale, zero_point = _parameters_of(layer)
+            _before_step[layer] = scale.detach().clone(), zero_point.detach().clone()
 
 
 @torch.no_grad()
@@ -108,17 +127,20 @@ def _project(layers: list[LearnedGrid]) -> None:
     """All of a device together: each alone is too small for the operations that it takes."""
     together: dict[Any, list[LearnedGrid]] = {}
     for layer in layers:
-        is_plain = type(layer.scale.data) is Tensor  # and not, say, a shard
-        together.setdefault(layer.scale.device if is_plain else layer, []).append(layer)
+        scale, _ = _parameters_of(layer)
+        is_plain = type(scale.data) is Tensor  # and not, say, a shard
+        together.setdefault(scale.device if is_plain else layer, []).append(layer)
     for group in together.values():
-        _replace([layer.scale for layer in group], [_before_step[layer][0] for layer in group], _projected_scale)
-        moving = [layer for layer in group if layer.zero_point.requires_grad]
+        scales = [_parameters_of(layer)[0] for layer in group]
+        _replace(scales, [_before_step[layer][0] for layer in group], _projected_scale)
         ends: dict[tuple[int, int], list[LearnedGrid]] = {}
-        for layer in moving:
-            ends.setdefault((layer.scheme.quant_min, layer.scheme.quant_max), []).append(layer)
+        for layer in group:
+            if _parameters_of(layer)[1].requires_grad:
+                ends.setdefault((layer.scheme.quant_min, layer.scheme.quant_max), []).append(layer)
         for (lowest, highest), same in ends.items():
+            zero_points = [_parameters_of(layer)[1] for layer in same]
             old = [_before_step[layer][1] for layer in same]
-            _replace([layer.zero_point for layer in same], old, partial(_projected_zero_point, lowest, highest))
+            _replace(zero_points, old, partial(_projected_zero_point, lowest, highest))
 
 
 def _replace(tensors: list[Tensor], old: list[Tensor], projected: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -33,6 +33,17 @@ def run_after_fsdp(model: nn.Module, hook: Callable[..., object]) -> None:
                 hooks[identifier] = hooks.pop(identifier)
 
 
+def run_before_fsdp(model: nn.Module, hook: Callable[..., None]) -> None:
+    """Gives a sharded model a forward pre-hook that runs before the one of FSDP: from the next forward on."""
+    if dist.is_available() and isinstance(model, FSDPModule) and hook not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(hook, prepend=True)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is this rank's shard of one, as optimizers hold it."""
+    return dist.is_available() and isinstance(tensor, DTensor)
+
+
 def reshard(model: nn.Module, nodes: Iterable[object]) -> None:
     """Reshards all of a model that a forward has gathered, as FSDP does after the forward of an inner module.
 
