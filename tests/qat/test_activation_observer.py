@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mlframework.quantization import (
     ActivationObserver,
@@ -236,6 +237,21 @@ def test_state_round_trips_and_goes_on_alike(make: MakeObserver) -> None:
         either(batch)
     assert ends(observer) == ends(other)
     assert observer.due() == other.due()
+
+
+@each_observer
+def test_an_average_of_states_without_data_is_one(make: MakeObserver) -> None:
+    """Averages of the infinities that stand for no data are NaN."""
+    observer, expected = make(), make()
+    averaged = AveragedModel(observer, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for _ in range(3):
+        averaged.update_parameters(observer)
+    observer.load_state_dict(averaged.module.state_dict())
+    assert ends(observer) == ([0.0], [0.0])
+    batch = torch.linspace(-1, 3, 50)
+    observer(batch)
+    expected(batch)
+    assert ends(observer) == ends(expected)
 
 
 @each_observer

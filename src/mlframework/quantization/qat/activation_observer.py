@@ -159,7 +159,7 @@ class MinMaxObserver(ActivationObserver):
         self.register_buffer("extremes", torch.full((2, num_channels), -torch.inf))
 
     def _update(self, statistics: BatchStatistics) -> None:
-        self.extremes.copy_(torch.maximum(self.extremes, statistics.extremes))
+        self.extremes.copy_(torch.fmax(self.extremes, statistics.extremes))  # NaN is an average of nothing
 
     def state_faults(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
         yield from super().state_faults(state, prefix)

@@ -53,7 +53,7 @@ class _DistributionObserver(ActivationObserver):
 
     def _update(self, statistics: BatchStatistics) -> None:
         assert statistics.counts is not None
-        self.extremes.copy_(torch.maximum(self.extremes, statistics.extremes))
+        self.extremes.copy_(torch.fmax(self.extremes, statistics.extremes))  # NaN is an average of nothing
         self.counts.add_(statistics.counts)
 
     def state_faults(self, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
