@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from export.exported_file import ExportedFile, inputs_of, prepared_model
 from mlframework.quantization.export import decompositions, torch_export
-from mlframework.quantization.export.optimization import without_slow_rules
+from mlframework.quantization.export.optimization import with_kept_translations, without_slow_rules
 
 pytestmark = pytest.mark.slow  # exports many files
 
@@ -135,3 +135,18 @@ def test_a_rule_that_is_quadratic_is_left_out_for_the_time() -> None:
         within = [rule.name for rule in rewriter._DEFAULT_REWRITE_RULES]
     assert within == [name for name in names if name != "SlicesSplit"]
     assert [rule.name for rule in rewriter._DEFAULT_REWRITE_RULES] == names
+
+
+def test_translations_are_kept_and_each_export_has_a_table_of_its_own() -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    built = ONNXRegistry.from_torchlib(opset_version=20)
+    with with_kept_translations():
+        first, second = (ONNXRegistry.from_torchlib(opset_version=20) for _ in range(2))
+    assert first.functions.keys() == second.functions.keys() == built.functions.keys()
+    for name, functions in first.functions.items():
+        assert [meta.onnx_function for meta in functions] == [meta.onnx_function for meta in built.functions[name]]
+        assert functions == second.functions[name]
+    first.register_op(torch.ops.aten.sin.default, lambda x: x)
+    assert first.functions != second.functions
+    assert ONNXRegistry.from_torchlib(opset_version=20) is not second

@@ -1,9 +1,13 @@
-"""torch.onnx's optimization in linear time."""
+"""What torch.onnx does for longer than it need."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+_registries: dict[Any, Any] = {}
 
 
 @contextmanager
@@ -19,3 +23,26 @@ def without_slow_rules() -> Iterator[None]:
         yield
     finally:
         rewriter._DEFAULT_REWRITE_RULES = rules
+
+
+@contextmanager
+def with_kept_translations() -> Iterator[None]:
+    """Keeps the table of how operators are written in ONNX, which torch.onnx builds anew for every export: it parses the
+    source of 500 functions, which takes as long as all the rest for a small model."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    build = ONNXRegistry.__dict__["from_torchlib"]
+
+    def kept(cls: Any, /, **options: Any) -> Any:
+        key = tuple(options.items())
+        if key not in _registries:
+            _registries[key] = build.__get__(None, cls)(**options)
+        registry = copy.copy(_registries[key])
+        registry.functions = {name: list(functions) for name, functions in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = classmethod(kept)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = build  # type: ignore[method-assign]

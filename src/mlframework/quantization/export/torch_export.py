@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .batch_guards import batch_guards
 from .decompositions import decompose_if_needed
-from .optimization import without_slow_rules
+from .optimization import with_kept_translations, without_slow_rules
 from .qdq_operators import translations
 from .running_modules import running_modules
 
@@ -64,7 +64,7 @@ def onnx_model(
             program = _program(model, arguments, None)
         decompose_if_needed(program)
         try:
-            with without_slow_rules():
+            with without_slow_rules(), with_kept_translations():
                 exported = torch.onnx.export(
                     program,
                     dynamo=True,
