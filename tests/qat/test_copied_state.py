@@ -13,9 +13,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from mlframework.quantization import HistogramObserver, QATConfig, convert, prepare
+from mlframework.quantization import (
+    FakeQuantizeLayer,
+    HistogramObserver,
+    QATConfig,
+    QATModuleWrapper,
+    convert,
+    prepare,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +126,110 @@ def test_an_average_of_models_evaluates_and_loads(config: QATConfig, average: Ca
     with torch.no_grad():
         assert torch.equal(convert(averaged.module)(INPUTS), averaged(INPUTS))
     assert_evaluates_the_same(_loaded(averaged.module, config), averaged.module)
+
+
+def states_of(model: nn.Module, steps: int) -> list[dict[str, torch.Tensor]]:
+    """The state after each of some steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    states = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(INPUTS).square().mean().backward()
+        optimizer.step()
+        states.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+    return states
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+@CONFIGS
+def test_an_average_from_before_the_first_batch_is_of_what_data_has_shown(
+    config: QATConfig, decay: float | None
+) -> None:
+    """Not of the scale 1 and the zero point that a node is constructed with."""
+    model = prepared_model(config)
+    averaged = AveragedModel(
+        model, use_buffers=True, multi_avg_fn=None if decay is None else get_ema_multi_avg_fn(decay)
+    )
+    averaged.update_parameters(model)
+    states = []
+    for _ in range(12):
+        states += states_of(model, 1)
+        averaged.update_parameters(model)
+    weights = [1.0 if decay is None else decay ** (len(states) - 1 - index) for index in range(len(states))]
+    averaged.eval()
+    with torch.no_grad():
+        expected = averaged(INPUTS)
+        assert torch.equal(convert(averaged.module)(INPUTS), expected)
+    for name, module in averaged.module.named_modules():
+        if isinstance(module, FakeQuantizeLayer) and module.reduces_over_ranks:
+            for part in ("scale", "zero_point"):
+                values = [weight * state[f"{name}.{part}"] for weight, state in zip(weights, states, strict=True)]
+                # Float32 rounding, magnified by taking 1 out of an average of little else.
+                torch.testing.assert_close(getattr(module, part), sum(values) / sum(weights), rtol=1e-4, atol=1e-2)
+    averaged.update_parameters(model)  # goes on from there
+    assert all(bool((module.initialized == 1).all()) for module in nodes_of(averaged))
+    update_bn([INPUTS, 2 * INPUTS], averaged)
+    averaged.eval()
+    with torch.no_grad():
+        assert torch.isfinite(averaged(INPUTS)).all()
+        assert torch.equal(convert(averaged.module)(INPUTS), averaged(INPUTS))
+
+
+def nodes_of(model: nn.Module) -> list[FakeQuantizeLayer]:
+    return [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_averages_weights_are_quantized_on_their_own_range(bits: int, use_buffers: bool) -> None:
+    """Not on the newest model's, nor on the average of its scales."""
+    model = prepared_model(QATConfig(weight_bits=bits))
+    averaged = AveragedModel(model, use_buffers=use_buffers)
+    for step in range(4):
+        states_of(model, 1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + step)
+        averaged.update_parameters(model)
+    averaged.eval()
+    with torch.no_grad():
+        assert torch.equal(convert(averaged.module)(INPUTS), averaged(INPUTS))
+    for layer in averaged.module.modules():
+        if isinstance(layer, QATModuleWrapper):
+            largest = layer.weight.detach().abs().amax(1)
+            statistics = layer.weight_fake_quantize.observer.statistics
+            assert torch.equal(torch.maximum(-statistics.minimum, statistics.maximum), largest)
+            if bits == 8:
+                assert torch.equal(layer.weight_fake_quantize.scale, largest / 127)
+
+
+@CONFIGS
+def test_batch_statistics_of_an_average_are_those_of_its_quantized_activations(config: QATConfig) -> None:
+    model = prepared_model(config)
+    averaged = AveragedModel(model)
+    for _ in range(3):
+        states_of(model, 1)
+        averaged.update_parameters(model)
+    before = {name: value.clone() for name, value in averaged.module.named_parameters()}
+    seen: list[torch.Tensor] = []
+    batches = [INPUTS[:8], INPUTS[8:], 2 * INPUTS[:8]]
+    reference = copy.deepcopy(averaged.module)
+    update_bn([(batch,) for batch in batches], averaged)
+    batch_norm = reference.get_submodule("1")
+    batch_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in batches:
+            reference(batch)
+    updated = averaged.module.get_submodule("1")
+    means = torch.stack([values.mean(0) for values in seen])
+    variances = torch.stack([values.var(0) for values in seen])
+    # Sums of floats in another order.
+    torch.testing.assert_close(updated.running_mean, means.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(updated.running_var, variances.mean(0), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in averaged.module.named_parameters())
+    averaged.eval()
+    with torch.no_grad():
+        assert torch.equal(convert(averaged.module)(INPUTS), averaged(INPUTS))
 
 
 def test_a_state_with_the_old_flag_loads() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import arithmetic, kernels
+from ..arithmetic import SMALLEST_SCALE
 from ..kernels.differentiable.layer import Codes
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
@@ -52,8 +53,9 @@ class FakeQuantizeLayer(nn.Module):
 
     Attributes:
         scale, zero_point: float32, shape (1,) or (num_channels,); ``nn.Parameter`` if learnable, otherwise buffers.
-        initialized: float32 buffer of shape (1,): 1 if they come from data, else 0. An average of models averages it
-            too; from one half on it counts as 1.
+        initialized: float32 buffer of shape (1,): 1 if they come from data, else 0. In an average of models it is the
+            share of those that had data: from one half on, the values from before any data are taken out of the
+            average of scales and zero points at its first use.
         observer: the observer; ``observer.enabled`` switches it.
         calibration_observer: makes the one that :func:`calibrate` uses in its place; None for itself.
         fake_quantize_enabled: False lets values pass as they are.
@@ -124,6 +126,7 @@ class FakeQuantizeLayer(nn.Module):
         self.reduces_over_ranks = True
         # The fingerprint of the weight in evaluation that the scale is of, or LOADED (weight_range).
         self.range_of: int | str | None = None
+        self.range_in: Tensor | None = None  # the buffer with that scale, for which a call may have another
         self.has_warned = False
         # By the model's graph: whether layers alone read the values, each in its channel; and the module making these
         # for the node alone, in a tuple so that nn.Module does not register it: it is registered elsewhere.
@@ -148,8 +151,12 @@ class FakeQuantizeLayer(nn.Module):
         """Whether ``scale`` and ``zero_point`` come from data (or :meth:`set_parameters`)."""
         known: HostValue = self.__dict__["_initialized"]
         buffer: Any = self._buffers["initialized"]
-        # A copy that evaluates may have been given its buffers in any way.
-        return known.read(buffer) >= 0.5 or (not self.training and known.read(buffer, anew=True) >= 0.5)
+        share = known.read(buffer)
+        if share < 0.5 and not self.training:  # a copy that evaluates may have been given its buffers in any way
+            share = known.read(buffer, anew=True)
+        if 0.5 <= share < 1 and not kernels.is_traced():
+            self._take_initial_values_out(share)
+        return share >= 0.5
 
     @property
     def lets_pass(self) -> bool:
@@ -289,12 +296,25 @@ class FakeQuantizeLayer(nn.Module):
 
     def observe(self, input: Tensor) -> None:
         """Folds a tensor into the statistics: now, or when the model's forward ends."""
+        self._require_own_level(input)
         if self.synchronizer is not None:
             self.synchronizer.defer(self.synchronizer_index, self.observer.measure(input))
         elif self.reduces_over_ranks and is_distributed():
             self.commit(*reduce_over_ranks([self.observer.measure(input)]))
         elif not self._commit_at_once(input, self.scheme.resolve_channel_axis(input.dim()), is_measured=False):
             self.commit(self.observer.measure(input))
+
+    def _require_own_level(self, input: Tensor) -> None:
+        """Refuses to observe within a transform of ``torch.func`` what it would have to write to other buffers."""
+        if not torch._C._are_functorch_transforms_active():
+            return
+        level = torch._C._functorch.maybe_get_level
+        if level(input) > level(self.observer.batches):  # -1 of a tensor that no transform wraps
+            raise RuntimeError(
+                f"{self.name or 'this layer'} observes a tensor that torch.func transforms, and its statistics are not "
+                "among what is transformed: switch observation off (eval(), QATSchedule, observer.enabled), or hand "
+                "the buffers to torch.func.functional_call in the transformed function"
+            )
 
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds measured statistics in and, where due, recomputes the parameters from them."""
@@ -369,6 +389,19 @@ class FakeQuantizeLayer(nn.Module):
         self._set(parameters.scale, parameters.zero_point)
         self.initialized.fill_(1)
 
+    @torch.no_grad()
+    def _take_initial_values_out(self, share: float) -> None:
+        """Makes an average of models, of which that share had data, one of those alone.
+
+        Where a linear average has ``initialized`` among its tensors, the rest of its weights is on the values that
+        scale and zero point were constructed with.
+        """
+        self.scale.sub_(1 - share).div_(share).clamp_(SMALLEST_SCALE)
+        if not self.scheme.symmetric:
+            initial = (1 - share) * self.scheme.symmetric_zero_point
+            self.zero_point.sub_(initial).div_(share).clamp_(self.scheme.quant_min, self.scheme.quant_max)
+        self._mark_initialized()
+
     def _set(self, scale: Tensor, zero_point: Tensor) -> None:
         if self.learnable:
             require_writable(self, self.scale, self.name)
@@ -400,7 +433,10 @@ class FakeQuantizeLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantizeLayer:
         if self.layer is not None:
             self.layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return super()._apply(keep_float32(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+        is_own = self.range_in is self.scale
+        super()._apply(keep_float32(fn), recurse)  # type: ignore[no-untyped-call]
+        self.range_in = self.scale if is_own else None
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_state(self, state_dict, prefix, *args)
