@@ -15,7 +15,7 @@ from ..int8.operations import in_format_of
 from ..kernels.operators.integer_layers import OutputGrid, integer_layer
 from ..scheme import QuantizationScheme
 from .layer_types import Application, layer_type_of
-from .weight_range import is_up_to_date, require_finite, update_range
+from .weight_range import is_up_to_date, range_of_weight, require_finite
 from .wrapped_layer import WrappedLayer
 
 
@@ -84,8 +84,8 @@ class IntegerEvaluation(WrappedLayer):
         node = self.weight_fake_quantize
         if node is None:
             raise RuntimeError("weight_fake_quantize is None: the weight has no grid")
-        update_range(node, weight)
-        return node.to_codes(weight).detach(), node.scale.detach(), node.scheme
+        with range_of_weight(node, weight):
+            return node.to_codes(weight).detach(), node.scale.detach(), node.scheme
 
     def _folded(self, weight: Tensor, bias: Tensor | None) -> IntegerWeights:
         source, layer_type = self.input_source, layer_type_of(self.layer)
@@ -125,7 +125,8 @@ class IntegerEvaluation(WrappedLayer):
         source, output = self.input_source, self.output_fake_quantize
         assert source is not None
         codes = source.to_codes(input)
-        result: Tensor = self._in_graph(codes) if kernels.is_traced() else self._integer_layer()(codes)
+        reads_nothing = kernels.is_traced() or torch._C._are_functorch_transforms_active()
+        result: Tensor = self._in_graph(codes) if reads_nothing else self._integer_layer()(codes)
         if output is not None:
             result = output.to_values(result)
         if self.input_fake_quantize is not None:  # alone between floats, where code may rely on the memory format
@@ -133,7 +134,8 @@ class IntegerEvaluation(WrappedLayer):
         return in_dtype_of(input, result)
 
     def _in_graph(self, codes: Tensor) -> Tensor:
-        """What the integer layer computes, of weights folded in the same graph: a compiler reads nothing back."""
+        """What the integer layer computes, of weights folded in the same graph: a compiler reads nothing back, nor does
+        a transform of ``torch.func``."""
         source, output, application = self.input_source, self.output_fake_quantize, self._application()
         assert source is not None
         weights = application.oriented(self._folded(*self._parameters_now()))

@@ -13,7 +13,7 @@ from ..kernels.differentiable.layer import Computation
 from .attached_codes import Way
 from .integer_product import integer_product, training_description
 from .quantized_output import any_dropout_is_active, clipped_and_quantized, normalized_and_quantized
-from .weight_range import update_range
+from .weight_range import range_of_weight
 from .wrapped_layer import WrappedLayer
 
 
@@ -28,7 +28,11 @@ class TrainingForward(WrappedLayer):
             if node.range_of is not None:
                 node.range_of = None  # training sets the scale without comparing weights
         elif node is not None and node.quantizes and not node.observes:
-            update_range(node, weight)
+            with range_of_weight(node, weight):
+                return self._quantized_forward(input, weight, bias)
+        return self._quantized_forward(input, weight, bias)
+
+    def _quantized_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         values = self.input_fake_quantize(input) if self.input_fake_quantize is not None else input
         product = self._on_codes(values, weight, bias)
         if product is None:

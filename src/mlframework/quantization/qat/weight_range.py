@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,8 @@ def is_up_to_date(node: FakeQuantizeLayer, fingerprint: int) -> bool:
     A learned scale and one whose observer is switched off do not follow; nor does that of an observer which remembers
     more than the newest weight, and learns only in training.
     """
-    return (node.range_of == fingerprint and not node.training) or not _follows_newest(node)
+    is_known = node.range_of == fingerprint and (node.range_in is None or node.range_in is node.scale)
+    return (is_known and not node.training) or not _follows_newest(node)
 
 
 def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | None = None) -> None:
@@ -92,8 +94,6 @@ def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | Non
         _observe(node, weight)  # where no value can be compared on the host
         node.range_of = None
         return
-    if torch._C._are_functorch_transforms_active():  # which allow no update in place
-        return
     if fingerprint is None:
         (fingerprint,) = kernels.fingerprints([weight])
     if node.range_of == LOADED:
@@ -101,6 +101,40 @@ def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | Non
     if not is_up_to_date(node, fingerprint):
         _observe(node, weight)
         node.range_of = None if node.training else fingerprint
+        node.range_in = node.scale
+
+
+@contextmanager
+def range_of_weight(node: FakeQuantizeLayer, weight: Tensor) -> Iterator[None]:
+    """The node with the scale of a weight about to be evaluated.
+
+    What a transform of ``torch.func`` batches or differentiates can be neither compared on the host nor written to a
+    buffer that the transform was not given, so within one the scale is the node's for this call alone.
+    """
+    if kernels.is_traced() or not torch._C._are_functorch_transforms_active():
+        update_range(node, weight)
+        yield
+        return
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(weight)
+    if not _follows_newest(node) or (not is_wrapped and is_up_to_date(node, kernels.fingerprints([weight])[0])):
+        yield
+        return
+    observer: Any = node.observer
+    negated_minimum, maximum = observer.measure(weight).extremes
+    with _exchanged(observer.statistics._buffers, {"minimum": -negated_minimum, "maximum": maximum}):
+        scale, zero_point = arithmetic.range_to_scale_and_zero_point(*observer.range(node.scheme), node.scheme)
+    with _exchanged(node._buffers, {"scale": scale, "zero_point": zero_point}):
+        yield
+
+
+@contextmanager
+def _exchanged(buffers: dict[str, Any], others: dict[str, Tensor]) -> Iterator[None]:
+    own = {name: buffers[name] for name in others}
+    buffers.update(others)
+    try:
+        yield
+    finally:
+        buffers.update(own)
 
 
 def _observe(node: FakeQuantizeLayer, weight: Tensor) -> None:
@@ -145,6 +179,7 @@ def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor | None) -> None:
         scale, _ = arithmetic.range_to_scale_and_zero_point(*node.observer.range(node.scheme), node.scheme)
         if isinstance(node.observer, LeastSquaresObserver) or not torch.equal(scale, node.scale):
             node.range_of = LOADED if weight is None else kernels.fingerprints([weight])[0]
+            node.range_in = node.scale
 
 
 @contextmanager
