@@ -15,11 +15,11 @@ RANKS = 2
 
 
 @contextmanager
-def process_group(rank: int, folder: str) -> Iterator[None]:
-    """A gloo group of :data:`RANKS` processes that meet by a file in a folder, each with one thread."""
+def process_group(rank: int, folder: str, ranks: int = RANKS) -> Iterator[None]:
+    """A gloo group of that many processes that meet by a file in a folder, each with one thread."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
     yield
     dist.barrier()

@@ -311,11 +311,29 @@ class Counted(nn.Linear):
         super()._load_from_state_dict(state, prefix, *args)
 
 
-class Root(Counted):
-    """One that is no layer to :func:`prepare` (and the model itself)."""
+class Renamed(nn.Module):
+    """Once had another name for its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.tanh(input)
+        return self.layer(input).relu()  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state: State, prefix: str, *args: Any) -> None:
+        state["layer.weight"] = state.pop("old.weight")
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def test_a_model_that_loads_in_a_way_of_its_own() -> None:
+    model = prepare(Renamed(), QATConfig(), (INPUTS,))
+    state = changed(model.state_dict())
+    saved: State = {"old.weight" if key == "layer.weight" else key: value for key, value in state.items()}
+    assert_refused(model, {**saved, "layer.bias": torch.ones(3)}, "size mismatch for layer.bias")
+    assert_refused(model, {**saved, "old.weight": torch.ones(3)}, "size mismatch for layer.weight")
+    model.load_state_dict(saved)
+    assert_same(model.state_dict(), state)
 
 
 @pytest.mark.parametrize("skip", [(), ("0",)])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import shutil
 from typing import Any
+
+from ..replaced_file import replaced_file
 
 _LARGEST = 2**31 - 1  # what a protocol buffer holds
 
@@ -39,17 +38,5 @@ def write_atomically(model: Any, path: str | os.PathLike[str]) -> None:
     """
     if model.ByteSize() > _LARGEST:
         raise ValueError(f"model must fit one ONNX file of 2 GiB, got {model.ByteSize()} bytes")
-    target = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(model.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(target):
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with replaced_file(path) as file:
+        file.write(model.SerializeToString())

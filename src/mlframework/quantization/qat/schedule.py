@@ -98,8 +98,15 @@ class QATSchedule:
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a saved number of steps."""
-        self.steps = int(state_dict["steps"])
+        """Goes on from a saved number of steps.
+
+        Raises:
+            ValueError: there is none.
+        """
+        steps = state_dict.get("steps")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"state_dict must hold a number of steps from 0, got {steps!r}")
+        self.steps = steps
         self._apply()
 
     def _apply(self) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..qat.observer_synchronizer import mean_over_ranks
-from .oscillation import OscillationFreezer
+from .checkpoint import require_fields, require_optimizer_state
+from .oscillation import OscillationFreezer, require_freezer_state
 
 # Of the mean loss of a window over the least before it.
 _GROWTH_THAT_DIVERGES = 1.3
@@ -95,5 +96,27 @@ class BackingOff:
         return {"least": self._least, "kept": self._kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a saved state."""
-        self._least, self._kept = float(state_dict["least"]), state_dict["kept"]
+        """Goes on from a saved state, which :meth:`require_fitting` lets pass."""
+        self._least, self._kept = state_dict["least"], state_dict["kept"]
+
+    def require_fitting(self, state: Any) -> None:
+        """Refuses the state of another training.
+
+        Raises:
+            ValueError: fields are missing, losses are not numbers, or tensors are those of another model.
+        """
+        require_fields(state, self.state_dict(), "backing_off")
+        kept = state["kept"]
+        require_fields(kept, self._kept, "backing_off's kept state")
+        for name, loss in (("least", state["least"]), ("loss", kept["loss"])):
+            if not isinstance(loss, float) or math.isnan(loss):
+                raise ValueError(f"backing_off's {name} must be a float, got {loss!r}")
+        require_fields(kept["tensors"], self._kept["tensors"], "backing_off's tensors")
+        for name, own in self._kept["tensors"].items():
+            saved = kept["tensors"][name]
+            if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                got = (tuple(saved.shape), saved.dtype) if isinstance(saved, Tensor) else saved
+                raise ValueError(f"backing_off's {name} must be of {tuple(own.shape)} and {own.dtype}, got {got}")
+        require_optimizer_state(self._optimizer, kept["optimizer"])
+        if self._freezer is not None:
+            require_freezer_state(self._freezer, kept["freezer"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint import read_checkpoint, write_checkpoint
 from .recipe import Recipe
 from .teacher import require_own_parameters
 from .training_loop import Loss, TrainingLoop
@@ -74,7 +75,8 @@ def finetune(
     Raises:
         ValueError: the teacher shares Parameters with the model, there is neither teacher nor loss, ``steps`` is not
             positive, ``batches`` end too soon, or can be gone through only once where running statistics are
-            re-estimated from them at the end (``batch_norm="batch"``); or no module of ``recipe.features`` is called.
+            re-estimated from them at the end (``batch_norm="batch"``); no module of ``recipe.features`` is called; or
+            ``checkpoint`` exists and is cut off, or of another model or recipe (nothing has changed then).
         TypeError: a batch does not fit the model's forward.
         ImportError: ``progress`` without rich.
         KeyboardInterrupt: when interrupted; the model is as the last step left it, and usable.
@@ -104,12 +106,19 @@ def finetune(
     loop.require_batches(batches)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        loop.load_state_dict(torch.load(path, weights_only=True))
+        state = read_checkpoint(path)
+        try:
+            loop.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint {str(path)!r} must be of this training, give another path or remove the file to start "
+                f"anew: {error}"
+            ) from error
     try:
         loop.run(batches, progress)
     except KeyboardInterrupt:
         if path is not None:
-            torch.save(loop.state_dict(), path)
+            write_checkpoint(loop.state_dict(), path)
         raise
     if path is not None:
         path.unlink(missing_ok=True)

@@ -8,11 +8,13 @@ by chance. With few bits, and most of all in depthwise convolutions, batch stati
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import require_fields
 from .latent_weights import LatentWeight, latent_weights, require_quantized_layers
 
 OSCILLATES = 0.005  # the frequency from which a weight counts as oscillating (the paper's table 2)
@@ -144,13 +146,10 @@ class OscillationFreezer:
         """Goes on from a saved state.
 
         Raises:
-            ValueError: it is of other layers.
+            ValueError: it is of other layers, and nothing has changed.
         """
-        layers = state_dict["layers"]
-        own = set(dict(self.model.named_modules()))
-        if not layers or not own.issuperset(layers):
-            raise ValueError(f"state_dict must be of layers of the model, got {sorted(set(layers) - own) or 'none'}")
-        self._loaded = dict(layers)
+        require_freezer_state(self, state_dict)
+        self._loaded = dict(state_dict["layers"])
         self._trackers.clear()
         self._track()
         self.steps_taken = int(state_dict["steps_taken"])
@@ -162,6 +161,29 @@ class OscillationFreezer:
                 tracker = self._trackers[weight.name] = _Tracker(weight)
                 if weight.name in self._loaded:
                     tracker.load(self._loaded.pop(weight.name))
+
+
+def require_freezer_state(freezer: OscillationFreezer, state_dict: Any) -> None:
+    """Refuses a state that the freezer cannot go on from.
+
+    Raises:
+        ValueError: it is no such state, or of layers that the model does not have.
+    """
+    require_fields(state_dict, {"steps_taken": 0, "layers": {}}, "state_dict")
+    steps, layers = state_dict["steps_taken"], state_dict["layers"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps_taken must be a number of steps, got {steps!r}")
+    own = set(dict(freezer.model.named_modules()))
+    if not isinstance(layers, Mapping) or not layers or not own.issuperset(layers):
+        others = sorted(set(layers) - own) if isinstance(layers, Mapping) else layers
+        raise ValueError(f"state_dict must be of layers of the model, got {others or 'none'}")
+    shapes = {weight.name: weight.weight.shape for weight in latent_weights(freezer.model)}
+    for layer, tensors in layers.items():
+        require_fields(tensors, dict.fromkeys(_Tracker.tensors), f"state_dict's {layer or 'layer'}")
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.shape != shapes.get(layer, tensor.shape):
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
+                raise ValueError(f"{layer}'s {name} must be of shape {tuple(shapes.get(layer, ()))}, got {got}")
 
 
 def _shares(selected: dict[str, Tensor]) -> dict[str, float]:
@@ -206,6 +228,8 @@ class OscillationFrequency:
 class _Tracker(OscillationFrequency):
     """One layer's integers: where they were most of the time, and which of them are frozen."""
 
+    tensors = ("last_codes", "last_direction", "frequency", "average", "is_frozen")
+
     def __init__(self, weight: LatentWeight) -> None:
         codes = weight.codes
         super().__init__(codes)
@@ -230,8 +254,8 @@ class _Tracker(OscillationFrequency):
         latent.copy_(torch.where(self.is_frozen, self.weight.values(codes).to(latent.dtype), latent))
 
     def state(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+        return {name: getattr(self, name).clone() for name in self.tensors}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        for name in self.state():
+        for name in self.tensors:
             getattr(self, name).copy_(state[name])

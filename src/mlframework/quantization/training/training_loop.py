@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any
@@ -20,9 +20,10 @@ from ..progress import progress_bar
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.observer_synchronizer import mean_over_ranks
 from .backing_off import BackingOff
+from .checkpoint import require_fields, require_optimizer_state
 from .distillation import FeatureMatching, distillation_loss
 from .modes import in_fine_tuning
-from .oscillation import OscillationFreezer, dampening_loss
+from .oscillation import OscillationFreezer, dampening_loss, require_freezer_state
 from .recipe import Recipe
 
 Loss = Callable[[Any, Any], Tensor]
@@ -255,17 +256,53 @@ class TrainingLoop:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a saved state; raises what loading the model's or the optimizer's raises."""
+        """Goes on from a saved state; one that is refused changes nothing.
+
+        Raises:
+            ValueError: it is no such state, or of another optimizer or recipe.
+            RuntimeError: it is of another model.
+        """
+        self._require_fitting(state_dict)
         self.model.load_state_dict(state_dict["model"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.scheduler.load_state_dict(state_dict["scheduler"])
         if self.freezer is not None:
             self.freezer.load_state_dict(state_dict["freezer"])
-        if self.backing_off is not None and state_dict["backing_off"] is not None:
+        if state_dict["backing_off"] is None:
+            self.backing_off = None
+        elif self.backing_off is not None:
             self.backing_off.load_state_dict(state_dict["backing_off"])
-        self.started = int(state_dict["started"])
+        self.started = state_dict["started"]
         self.losses = list(state_dict["losses"])
         self.learning_rates = list(state_dict["learning_rates"])
+
+    def _require_fitting(self, state: Any) -> None:
+        own = self.state_dict()
+        require_fields(state, own, "state_dict")
+        if not isinstance(state["model"], Mapping):
+            raise ValueError(f"model must be a state_dict, got {type(state['model']).__name__}")
+        require_optimizer_state(self.optimizer, state["optimizer"])
+        require_fields(state["scheduler"], own["scheduler"], "scheduler")
+        if self.freezer is not None:
+            require_freezer_state(self.freezer, state["freezer"])
+        elif state["freezer"] is not None:
+            raise ValueError("freezer must be None as the recipe freezes no weights, got the state of one")
+        if state["backing_off"] is not None:
+            if self.backing_off is None:
+                raise ValueError(
+                    "backing_off must be None as the learning rate is given, got a state to start over from"
+                )
+            self.backing_off.require_fitting(state["backing_off"])
+        losses, rates = state["losses"], state["learning_rates"]
+        if not _are(losses, Tensor) or not _are(rates, float) or len(losses) != len(rates):
+            raise ValueError(f"losses and learning_rates must be lists of a tensor and a float a step, got {rates!r}")
+        started = state["started"]
+        if isinstance(started, bool) or not isinstance(started, int) or not 0 <= started <= len(rates):
+            raise ValueError(f"started must be an int between 0 and the {len(rates)} steps taken, got {started!r}")
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
