@@ -18,6 +18,7 @@ from .calibration.smoothing import smooth_activations
 from .conversion.convert import convert
 from .export.export_onnx import export_onnx
 from .export.torch_export import NotExportableError
+from .integrations.quantization_metrics import log_quantization, quantization_metrics
 from .parameters import QuantizationParameters, dequantize, quantize, requantize
 from .preparation.float_state import float_state_dict, load_float_state_dict
 from .preparation.parameter_groups import parameter_groups, quantization_parameters
@@ -84,10 +85,12 @@ __all__ = [
     "finetune",
     "float_state_dict",
     "load_float_state_dict",
+    "log_quantization",
     "parameter_groups",
     "plots",
     "preparation_report",
     "prepare",
+    "quantization_metrics",
     "quantization_parameters",
     "quantize",
     "recommended_recipe",

@@ -84,7 +84,7 @@ class QuantizationHistory:
             return
         self.steps.append(self._steps_taken)
         for name, node in self._nodes.items():
-            self.scales[name].append(float(node.scale.median()))
+            self.scales[name].append(median_scale(node))
             if name in self.ranges:
                 lowest, highest = grid_ends(node)
                 self.ranges[name].append((float(lowest), float(highest)))
@@ -123,3 +123,8 @@ class QuantizationHistory:
             "flips": {name: list(values) for name, values in self.flips.items()},
             "oscillating": {name: list(values) for name, values in self.oscillating.items()},
         }
+
+
+def median_scale(node: FakeQuantizeLayer) -> float:
+    """The scale of a node as one number: its median over channels."""
+    return float(node.scale.median())

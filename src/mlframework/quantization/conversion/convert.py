@@ -24,6 +24,7 @@ from ..state_check import check_state, has_check
 from .between_floats import between_floats
 from .lowering import lower
 from .planning import plan
+from .save_pretrained import refuse_save_pretrained
 from .unreached import restore_float, unreached_parts
 
 
@@ -76,6 +77,7 @@ def convert(model: nn.Module) -> nn.Module:
             module.pack()
     if not (isinstance(converted, IntegerModule) or has_check(converted)):
         converted.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
+    refuse_save_pretrained(converted)
     return converted.eval()
 
 

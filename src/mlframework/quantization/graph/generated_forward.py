@@ -11,7 +11,7 @@ import inspect
 import itertools
 import linecache
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import fx, nn
 from .attributes_read import warn_of_change
 from .hooks import is_traced, is_watched
 from .sequences import METHODS
-from .signatures import FLAT, VARIANT, Given, dispatcher, parameters_of
+from .signatures import FLAT, VARIANT, Given, dispatcher, is_example_call, parameters_of
 from .values import Path, with_parts
 
 # One class for each forward: copies and what is unpickled share it.
@@ -186,6 +186,14 @@ def source_of(module: nn.Module) -> Source:
     """What a module's generated forward was made from."""
     source: Source = type(module)._generated_from  # type: ignore[attr-defined]
     return source
+
+
+def runs_graph(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call with these arguments runs what the module was prepared for, rather than its own code because of
+    the arguments."""
+    if not has_generated_forward(module) or not source_of(module).given:
+        return True
+    return is_example_call(base_of_generated(type(module)), source_of(module).given[0], args, kwargs)
 
 
 def _with_direct_access(source: str, graph: fx.Graph) -> str:

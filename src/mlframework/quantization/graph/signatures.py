@@ -49,6 +49,25 @@ def fits(value: Any, like: Any) -> bool:
     return all(fits(part, other) for (_, part), (_, other) in zip(children, expected, strict=True))
 
 
+def is_example_call(
+    base: type[nn.Module], given: Sequence[Given], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a call gives what a graph is for that was made for these arguments of the forward of that class."""
+    like_given = {each.name: each.like for each in given}
+    try:
+        bound = inspect.signature(base.forward).bind(None, *args, **kwargs).arguments
+    except TypeError:
+        return False
+    for parameter in parameters_of(base):
+        name = parameter.name
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name not in like_given:
+            if bound.get(name):
+                return False
+        elif not fits(bound.get(name, parameter.default), like_given.get(name, parameter.default)):
+            return False
+    return True
+
+
 def parameters_of(base: type[nn.Module]) -> list[inspect.Parameter]:
     """Those of a class's forward, without ``self``."""
     return list(inspect.signature(base.forward).parameters.values())[1:]

@@ -1,0 +1,1 @@
+"""The library inside of trainers: Lightning's and Hugging Face's, and what they log."""
