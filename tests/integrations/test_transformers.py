@@ -114,7 +114,7 @@ def logits_of(model: nn.Module) -> Tensor:
 
 def test_a_training_validates_in_integers_and_exports_the_best(tmp_path: Path) -> None:
     """Evaluation before any data is in float, with one warning; later ones are of what convert() and the file compute.
-    The learning rate makes every step after the first worse: what is exported is that first checkpoint."""
+    The best checkpoint, by a measure that rewards the loss, is not the last."""
     model, file = prepared_network(), tmp_path / "model.onnx"
     callback = QATTrainerCallback(
         schedule={"observe_until": 3}, export_path=file, example_kwargs={"pixel_values": IMAGES[:2]}
@@ -125,6 +125,7 @@ def test_a_training_validates_in_integers_and_exports_the_best(tmp_path: Path) -
         tmp_path,
         callback,
         load_best_model_at_end=True,
+        greater_is_better=True,
         learning_rate=0.5,
         max_steps=6,
         eval_on_start=True,
@@ -134,7 +135,7 @@ def test_a_training_validates_in_integers_and_exports_the_best(tmp_path: Path) -
         training.train()
     losses = [entry["eval_loss"] for entry in training.state.log_history if "eval_loss" in entry]
     assert losses[0] == pytest.approx(float(F.cross_entropy(logits_of(network()), LABELS)), abs=1e-4)  # printed so
-    best = min(losses[1:])
+    best = max(losses[1:])
     assert best != losses[-1]
     integers = logits_of(convert(model))
     # The sum over batches is in another order there; the loss is a mean of one batch.
@@ -239,14 +240,12 @@ def test_tied_parameters_and_shards_load(tmp_path: Path) -> None:
 
 def test_the_state_of_another_preparation_is_refused_whatever_the_trainer_would_ignore(tmp_path: Path) -> None:
     """Trainer loads with strict=False."""
-    other = prepare(network(), QATConfig(skip=("classifier",)), example_kwargs={"pixel_values": IMAGES[:2]})
+    other: Any = prepare(network(), QATConfig(skip=("classifier",)), example_kwargs={"pixel_values": IMAGES[:2]})
+    trainer(other, tmp_path, QATTrainerCallback())
     model = prepared_network()
-    trainer(model, tmp_path, QATTrainerCallback())
-    calibrate(model, [{"pixel_values": IMAGES}])
-    other.load_state_dict(model.state_dict(), strict=False)
-    more = {**model.state_dict(), "classifier.other_fake_quantize.scale": torch.ones(1)}
-    with pytest.raises(RuntimeError, match="must be that of a model prepared alike; not expected"):
-        model.load_state_dict(more, strict=False)
+    with pytest.raises(RuntimeError, match=r"must be that of a model prepared alike; not expected: .*classifier"):
+        other.load_state_dict(model.state_dict(), strict=False)
+    other.load_state_dict(network().state_dict(), strict=False)  # of the float model, as ever
 
 
 def test_a_converted_model_is_not_saved_as_a_float_one(tmp_path: Path) -> None:
@@ -293,7 +292,6 @@ def test_figures_go_to_the_writer_and_change_nothing(tmp_path: Path) -> None:
     trainer(plain, tmp_path, QATTrainerCallback()).train()
     callback = QATTrainerCallback(writer=writer, log_every_n_steps=3)
     trainer(logged, tmp_path, callback, gradient_accumulation_steps=2, max_steps=4).train()
-    trainer(logged, tmp_path, callback, max_steps=0)
     again = prepared_network()
     trainer(again, tmp_path, QATTrainerCallback(writer=writer, log_every_n_steps=3)).train()
     assert same_state(state_of(plain), state_of(again))

@@ -48,7 +48,7 @@ def quantization_metrics(model: nn.Module, batch: Any = None) -> dict[str, float
         >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), QATConfig(), (torch.randn(1, 4),))
         >>> calibrate(prepared, [torch.randn(32, 4)])
         >>> sorted(quantization_metrics(prepared, torch.randn(8, 4)))[:2]
-        ['quantization/clipped_share/0', 'quantization/clipped_share/input_1_fake_quantize']
+        ['quantization/clipped_share/0', 'quantization/clipped_share/input_1']
     """
     model = unwrapped(model)
     return metrics_of_call(model, None if batch is None else arguments_of(model, batch))
@@ -93,17 +93,20 @@ def metrics_of_call(model: nn.Module, call: Call | None) -> dict[str, float]:
     if sharded is not None:
         raise ValueError(f"model must hold whole parameters, got {sharded} split over ranks")
     metrics = {
-        f"quantization/scale/{name.removesuffix('_fake_quantize')}": median_scale(node)
+        f"quantization/scale/{_tag(name)}": median_scale(node)
         for name, node in model.named_modules()
         if isinstance(node, FakeQuantizeLayer) and node.is_initialized
     }
     if call is None or not _has_reached_layers(model):
         return metrics
     for layer in explanation_of(model, [call]).layers:
-        name = layer.name or "(the model)"
-        metrics[f"quantization/clipped_share/{name}"] = layer.own.clipped_share
-        metrics[f"quantization/snr/{name}"] = layer.snr
+        metrics[f"quantization/clipped_share/{_tag(layer.name)}"] = layer.own.clipped_share
+        metrics[f"quantization/snr/{_tag(layer.name)}"] = layer.snr
     return metrics
+
+
+def _tag(name: str) -> str:
+    return name.removesuffix("_fake_quantize") or "(the model)"
 
 
 def _has_reached_layers(model: nn.Module) -> bool:

@@ -73,7 +73,7 @@ def _before_load(
     state_dict: dict[str, Any],
     prefix: str,
     local_metadata: Any,
-    strict: bool,
+    strict: bool,  # True whatever load_state_dict() was given
     missing_keys: list[str],
     unexpected_keys: list[str],
     error_messages: list[str],
@@ -83,7 +83,7 @@ def _before_load(
     _take_own_names(model, state_dict)
     own = model.state_dict()
     unknown = [key for key in state_dict if key not in own]
-    if unknown and not strict and any(key in state_dict for key in own.keys() - float_state_dict(model).keys()):
+    if unknown and any(key in state_dict for key in own.keys() - float_state_dict(model).keys()):
         error_messages.append(f"state_dict must be that of a model prepared alike; not expected: {unknown[:5]}")
 
 
