@@ -42,13 +42,13 @@ def start(kind: str, folder: Path, ranks: int = 1) -> list[BaseProcess]:
 def finish(processes: list[BaseProcess]) -> None:
     """Waits for a training that nobody kills."""
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
 
 
 def wait_for_steps(folder: Path, count: int) -> None:
     """Until that many steps are saved."""
-    log, until = folder / "steps", time.monotonic() + 60
+    log, until = folder / "steps", time.monotonic() + 300
     while not log.exists() or len(log.read_text().split()) < count:
         assert time.monotonic() < until, "the training did not get there"
         time.sleep(0.001)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,6 +84,35 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
         assert_refused(path, "must be a whole file")
     path.write_bytes(content)
     finetune(*networks(), BATCHES, steps=4, recipe=RECIPE, checkpoint=path)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_an_interruption_in_the_middle_of_a_step_waits_for_its_end(learnable: bool, tmp_path: Path) -> None:
+    """Observers have seen the batch by then, and would see it again."""
+
+    def run(path: Path | None) -> tuple[nn.Module, list[float]]:
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        model = prepare(copy.deepcopy(teacher), QATConfig(learnable=learnable), (BATCHES[0],))
+        calls: list[Any] = []
+
+        def interrupt(module: nn.Module, args: Any) -> None:
+            calls.append(args)
+            if len(calls) == 2 and path is not None and not path.exists():
+                signal.raise_signal(signal.SIGINT)
+
+        teacher.register_forward_pre_hook(interrupt)
+        recipe = Recipe(lr=1e-2, observe_until=1.0)
+        return model, finetune(model, teacher, BATCHES, steps=4, recipe=recipe, checkpoint=path).losses
+
+    path = tmp_path / "tuning.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(path)
+    assert len(read_checkpoint(path)["losses"]) == 2
+    (model, losses), (expected, expected_losses) = run(path), run(None)
+    assert losses == expected_losses
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class Harmful:

@@ -103,6 +103,17 @@ def test_all_of_the_first_batches_tell_the_learning_rate() -> None:
     assert rate == pytest.approx(5e-3 * math.sqrt(sum(expected) / 4), rel=1e-3)
 
 
+def test_what_tells_the_learning_rate_is_not_observed() -> None:
+    counts = []
+    for lr in (1e-4, None):
+        student, teacher, batches = student_and_teacher(bits=8)
+        finetune(student, teacher, batches, steps=4, lr=lr)
+        counts.append(
+            [node.observer.batches.item() for node in student.modules() if isinstance(node, FakeQuantizeLayer)]
+        )
+    assert counts[0] == counts[1]
+
+
 def _diverging(student: nn.Module, teacher: nn.Module, batches: list[Tensor], first: int, last: int) -> History:
     """A training whose outputs are far off in some of its 64 steps, as the first rate has it."""
     steps = 0

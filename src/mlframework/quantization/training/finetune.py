@@ -62,11 +62,11 @@ def finetune(
         lr: in the place of the recipe's.
         recipe: everything else (:class:`Recipe`); the defaults where not given.
         loss: of the model's outputs and the second of a pair; added to the distance from the teacher.
-        checkpoint: a file. An interruption (Ctrl-C) saves there what it takes to go on, which the same call does when
-            the file exists; it is removed at the end. ``batches`` then start from the beginning, and as many as were
-            trained on are skipped. With a list, or a loader that shuffles by a seed, training goes on as if it had not
-            been interrupted; a loader that shuffles anew skips other batches than it trained on. A generator must be a
-            new one.
+        checkpoint: a file. An interruption (Ctrl-C), which waits for the end of the step at hand, saves there what it
+            takes to go on, which the same call does when the file exists; it is removed at the end. ``batches`` then
+            start from the beginning, and as many as were trained on are skipped. With a list, or a loader that shuffles
+            by a seed, training goes on as if it had not been interrupted; a loader that shuffles anew skips other
+            batches than it trained on. A generator must be a new one.
         progress: shows a bar, through rich.
 
     Returns:

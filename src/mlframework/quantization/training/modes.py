@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -37,3 +37,16 @@ def in_fine_tuning(model: nn.Module, *, regularizes: bool, batch_statistics: boo
         finally:
             for node, was in zip(nodes, enabled, strict=True):
                 node.observer.enabled = was
+
+
+@contextmanager
+def without_observers(nodes: Iterable[FakeQuantizeLayer]) -> Iterator[None]:
+    """Nodes quantize and observe nothing; which observers run is as before afterwards."""
+    enabled = {node: node.observer.enabled for node in nodes}
+    for node in enabled:
+        node.observer.enabled = False
+    try:
+        yield
+    finally:
+        for node, was in enabled.items():
+            node.observer.enabled = was

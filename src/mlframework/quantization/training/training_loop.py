@@ -22,7 +22,8 @@ from ..qat.observer_synchronizer import mean_over_ranks
 from .backing_off import BackingOff
 from .checkpoint import require_fields, require_optimizer_state
 from .distillation import FeatureMatching, distillation_loss
-from .modes import in_fine_tuning
+from .interruption import interrupted_at_end
+from .modes import in_fine_tuning, without_observers
 from .oscillation import OscillationFreezer, dampening_loss, require_freezer_state
 from .recipe import Recipe
 
@@ -123,12 +124,12 @@ class TrainingLoop:
             stream: Iterator[Any] = (
                 islice(_repeated(batches), self.done, self.steps) if self.done < self.steps else iter(())
             )
-            self._hold_ranges()
             if not self.done:
                 stream = self._begin(stream, features)
             for batch in stream:
-                self._hold_ranges()
-                self._step(batch, features)
+                with interrupted_at_end():
+                    self._hold_ranges()
+                    self._step(batch, features)
                 advance(f"loss {self.losses[-1].item():.4g}" if progress else "")
         if batch_statistics:
             from ..calibration.batch_norm import reestimate_batch_norm
@@ -201,7 +202,7 @@ class TrainingLoop:
         if rate is None:
             first = list(islice(batches, _FIRST_BATCHES))
             batches = chain(first, batches)
-            with torch.no_grad():
+            with torch.no_grad(), without_observers(self.nodes):
                 distances = [self._distance(batch, features)[1] for batch in first]
             distance = mean_over_ranks(torch.stack(distances).mean()).item()  # type: ignore[arg-type]
             if not math.isfinite(distance):
