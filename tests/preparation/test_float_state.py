@@ -123,10 +123,7 @@ def test_scales_of_activations_stay() -> None:
         (lambda state: state.update({"0.bias": 1}), r"0\.bias must be a tensor, got int"),
         (lambda state: state["0.bias"].fill_(torch.nan), r"0\.bias holds NaN or infinite values"),
         (lambda state: state.update({"0.bias": torch.ones(3)}), r"0\.bias must be of shape \(2,\), got \(3,\)"),
-        (
-            lambda state: state.update({"0.bias": torch.ones(2).int()}),
-            r"0\.bias must be of a floating-point dtype, got",
-        ),
+        (lambda state: state.update({"0.bias": torch.ones(2).int()}), r"0\.bias must be of a floating-point"),
     ],
 )
 def test_another_models_state_changes_nothing(change: object, message: str) -> None:
