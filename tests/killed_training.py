@@ -47,7 +47,7 @@ def finish(processes: list[BaseProcess]) -> None:
 
 
 def wait_for_steps(folder: Path, count: int) -> None:
-    """Until that many steps are saved."""
+    """Until that many steps were saved since the training began."""
     log, until = folder / "steps", time.monotonic() + 300
     while not log.exists() or len(log.read_text().split()) < count:
         assert time.monotonic() < until, "the training did not get there"

@@ -38,8 +38,9 @@ def _assert_same(one: Any, other: Any, path: str = "") -> None:
 def _train_until_killed(kind: str, folder: Path, ranks: int, killed: list[int], seed: int) -> None:
     """Kills some of the ranks at a random time; what is left of the others then ends, too."""
     chance = random.Random(seed)
+    saved = checkpoint_of(folder)["schedule"]["steps"] if (folder / "state.pt").exists() else 0
     processes = start(kind, folder, ranks)
-    wait_for_steps(folder, chance.randrange(1, STEPS // 2))
+    wait_for_steps(folder, saved + chance.randrange(1, STEPS // 3))
     time.sleep(chance.random() * 0.02)
     for rank in killed:
         os.kill(processes[rank].pid or 0, signal.SIGKILL)
