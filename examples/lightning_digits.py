@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export_path=file,
     )
     module.learning_rate /= 10
+    module.train()  # a fit leaves modes as they are, and in evaluation nothing is observed
     trainer(options.epochs, [callback]).fit(module, batches, held_out)
 
     int8_model = convert(module.model)

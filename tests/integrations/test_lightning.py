@@ -271,6 +271,14 @@ def test_what_cannot_be_prepared_is_refused_by_name(tmp_path: Path) -> None:
         qat(schedule=100)
 
 
+def test_a_fit_in_evaluation_mode_is_refused(tmp_path: Path) -> None:
+    """Lightning leaves modes as they are; observers of a model in evaluation mode would never see data."""
+    module = Lit()
+    module.model.eval()
+    with pytest.raises(ValueError, match=r"model must be in training mode, or calibrated, .* got 0.output_fake_quant"):
+        trainer(tmp_path, qat()).fit(module, loader(), loader(64))
+
+
 def test_another_call_than_the_examples_is_refused(tmp_path: Path) -> None:
     """A call that would run the model's own code, without the nodes of activations, is refused before any step."""
 

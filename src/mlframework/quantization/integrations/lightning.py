@@ -14,7 +14,14 @@ from ..export.export_onnx import export_onnx
 from ..preparation.prepare import prepare
 from ..qat.config import QATConfig
 from ..qat.schedule import QATSchedule
-from .training_run import TrainingRun, checked_schedule, checked_steps, is_prepared, warn_of_scales
+from .training_run import (
+    TrainingRun,
+    checked_schedule,
+    checked_steps,
+    is_prepared,
+    require_data_to_come,
+    warn_of_scales,
+)
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -54,7 +61,7 @@ class QATCallback(Callback):
     Raises:
         TypeError: an argument is not of its type; or the training calls the model in another way than the example does.
         ValueError: ``schedule`` is impossible, or ``log_every_n_steps`` is not positive; in ``trainer.fit``: the model
-            was to be prepared before.
+            was to be prepared before, or is in evaluation mode, where it sees no data.
         AttributeError: in ``trainer.fit``: the module has no such attribute.
 
     Warns:
@@ -157,6 +164,7 @@ class QATCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         warn_of_scales(self._running.model, groups)
+        require_data_to_come(self._running.model)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._steps_before_batch = trainer.global_step

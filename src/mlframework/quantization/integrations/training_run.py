@@ -16,6 +16,7 @@ from ..graph.example_run import copies
 from ..graph.generated_forward import runs_graph
 from ..preparation.parameter_groups import quantization_parameters
 from ..preparation.report import PreparationReport
+from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.schedule import QATSchedule
 from .quantization_metrics import metrics_of_call
 
@@ -133,6 +134,20 @@ def require_example_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mappin
             f"call with ({given}): prepare it with an example of the call that will be deployed, and compute the loss "
             "of its outputs"
         )
+
+
+def require_data_to_come(model: nn.Module) -> None:
+    """Refuses nodes that have seen no data and are in evaluation mode, where they see none: they would train in float.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, node in model.named_modules():
+        if isinstance(node, FakeQuantizeLayer) and not node.training and not node.is_initialized:
+            raise ValueError(
+                f"model must be in training mode, or calibrated, for training with quantization, got {name or 'it'} in "
+                "evaluation mode without data: call model.train() before the fit, which leaves modes as they are"
+            )
 
 
 def warn_of_scales(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
