@@ -1,7 +1,10 @@
-"""What DistributedDataParallel offers beside the plain loop, on two gloo processes."""
+"""What DistributedDataParallel offers beside the plain loop, on two gloo processes; four under ``torchrun``."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -13,9 +16,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.scale import size_of
 from mlframework.quantization import QATConfig, prepare
 from ranks import RANKS, Branching, agree, process_group, reductions
 
@@ -50,7 +57,7 @@ def _batches(count: int = 4) -> list[Tensor]:
 
 
 def _mine(batches: list[Tensor], rank: int) -> list[Tensor]:
-    return [batch.chunk(RANKS)[rank] for batch in batches]
+    return [batch.chunk(dist.get_world_size())[rank] for batch in batches]
 
 
 def _train(model: nn.Module, batches: list[Tensor], micro_batches: int = 1) -> None:
@@ -149,10 +156,11 @@ def _hooks_on_communication(rank: int, alone: dict[str, State]) -> None:
     """An all-reduce that a hook starts when another one has ended is in the order of all ranks."""
 
     def twice(state, bucket):  # type: ignore[no-untyped-def]  # DistributedDataParallel knows no names of types
-        first = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-        return first.then(
-            lambda done: dist.all_reduce(done.value()[0], async_op=True).get_future().wait()[0].div_(RANKS**2)
-        )
+        def again(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+            (total,) = dist.all_reduce(done.value()[0], async_op=True).get_future().wait()
+            return total.div_(dist.get_world_size() ** 2)  # type: ignore[no-any-return]
+
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(again)
 
     parallel = DistributedDataParallel(_model())
     parallel.register_comm_hook(None, twice)
@@ -193,7 +201,44 @@ def _resumes(rank: int, alone: dict[str, State]) -> None:
         assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-CHECKS: list[Callable[[int, dict[str, State]], None]] = [
+def _sends_what_is_computed(rank: int, alone: dict[str, State]) -> None:
+    """The formulae of docs/scale.md."""
+    for learnable in (False, True):
+        model = _model(learnable)
+        size = size_of(model)
+        assert size.buffers(learnable) == sum(each.numel() * each.element_size() for each in model.buffers())
+        buckets: list[int] = []
+
+        def noting(state, bucket, buckets=buckets):  # type: ignore[no-untyped-def]
+            buckets.append(bucket.buffer().numel() * bucket.buffer().element_size())
+            future: torch.futures.Future[Tensor] = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        parallel = DistributedDataParallel(model)
+        parallel.register_comm_hook(None, noting)
+        for is_first in (True, False):
+            buckets.clear()
+            with reductions() as sizes:
+                parallel(_mine(_batches(), rank)[0]).sum().backward()
+            assert sizes == ([size.statistics] if is_first or not learnable else [])
+            assert sum(buckets) == size.gradients + (size.learned if learnable else 0)
+
+
+def _shards(rank: int, alone: dict[str, State]) -> None:
+    """``fully_shard`` on so many ranks that some have no part of a scale."""
+    parallel = DistributedDataParallel(_model(learnable=True))
+    _train(parallel, _mine(_batches(), rank))
+    sharded: nn.Module = fully_shard(_model(learnable=True), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    _train(sharded, _mine(_batches(), rank))
+    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        _assert_close(state, _state(parallel.module))
+
+
+Check = Callable[[int, dict[str, State]], None]
+
+CHECKS: list[Check] = [
     _accumulates,
     _has_a_static_graph,
     _leaves_parameters_unused,
@@ -201,7 +246,9 @@ CHECKS: list[Callable[[int, dict[str, State]], None]] = [
     _hooks_on_communication,
     _lands_without_backward,
     _resumes,
+    _sends_what_is_computed,
 ]
+CHECKS_ON_MORE_RANKS: list[Check] = [_accumulates, _hooks_on_communication, _sends_what_is_computed, _shards]
 
 
 def _alone() -> dict[str, State]:
@@ -250,3 +297,30 @@ def _is_left_alone(rank: int, folder: str) -> None:
 
 def test_data_parallel_training(tmp_path: Path) -> None:
     mp.spawn(_worker, (str(tmp_path),), nprocs=RANKS)
+
+
+def test_four_ranks_under_torchrun() -> None:
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", __file__]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "4 ranks agree" in done.stdout
+
+
+def main() -> None:
+    """What ``torchrun`` starts."""
+    torch.set_num_threads(1)
+    alone = _alone()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for check in CHECKS_ON_MORE_RANKS:
+        check(dist.get_rank(), alone)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} ranks agree")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

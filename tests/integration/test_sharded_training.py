@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoints
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -23,6 +25,7 @@ from mlframework.quantization import (
     QATConfig,
     calibrate,
     convert,
+    export_onnx,
     load_float_state_dict,
     parameter_groups,
     prepare,
@@ -239,3 +242,138 @@ def _refused_worker(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
     mp.spawn(_refused_worker, (str(tmp_path),), nprocs=RANKS)
+
+
+def _layers(learnable: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    return prepare(model, QATConfig(learnable=learnable), (torch.randn(2, 12),))
+
+
+def _rows(rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 12, generator=generator).chunk(RANKS)[rank] for _ in range(STEPS)]
+
+
+def _sharded(model: Any) -> Any:
+    fully_shard(model[2], mesh=init_device_mesh("cpu", (RANKS,)))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+
+
+def _steps_are_projected_after_another_forward(rank: int) -> None:
+    """A forward between backward and step has FSDP put gathered parameters in the place of the optimizer's."""
+    model = _sharded(_layers(learnable=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e4)
+    _train_on(model, _rows(rank)[:1])  # sets the scales
+    for batch in _rows(rank):
+        before = _state(model)
+        model(batch).square().mean().backward()
+        with torch.no_grad():
+            model(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.reshard()  # FSDP itself computes with what it has gathered until then
+        ratios = [value / before[name] for name, value in _state(model).items() if name.endswith("scale")]
+        assert all(((ratio >= 0.5) & (ratio <= 2)).all() for ratio in ratios)
+        assert rank > 0 or any((ratio != 1).any() for ratio in ratios)
+
+
+def _weights_have_their_own_scales(rank: int) -> None:
+    """Of the whole weight, channel by channel, whatever rows a rank has; in a parameter that is sharded or not."""
+    for learnable in (False, True):
+        model = _sharded(_layers(learnable))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for batch in _rows(rank)[:2]:
+            model(batch).square().mean().backward()
+            assert model[2].weight.to_local().shape == (2, 16)
+            weight = model[2].weight.full_tensor().detach()
+            scale = model[2].weight_fake_quantize.scale
+            if learnable:
+                assert scale.to_local().shape == (2,)
+                assert scale.grad.full_tensor().ne(0).any()
+                scale = scale.full_tensor().detach()
+            # Learned ones start at the least squared error, somewhat below the extremes.
+            torch.testing.assert_close(scale, weight.abs().amax(1) / 127, rtol=0.2 if learnable else 1e-6, atol=0)
+            optimizer.step()
+
+
+def _one_rank_loads(rank: int) -> None:
+    """A whole state on the first rank, which FSDP hands out, trains as one that every rank had before sharding."""
+    trained = _layers(learnable=True)
+    parallel = DistributedDataParallel(trained)
+    _train_on(parallel, _rows(rank))
+    del parallel
+    checkpoint = {name: value.clone() for name, value in trained.state_dict().items()}
+    whole = _layers(learnable=True)
+    whole.load_state_dict(checkpoint)
+    sharded = _sharded(_layers(learnable=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(sharded, checkpoint if rank == 0 else {}, options=options)
+    parallel = DistributedDataParallel(whole)
+    _train_on(parallel, _rows(rank))
+    _train_on(sharded, _rows(rank))
+    state = _state(sharded)
+    if rank == 0:
+        assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())
+    del parallel
+
+
+def _train_on(model: nn.Module, batches: list[Tensor]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for batch in batches:
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _one_rank_deploys(rank: int, folder: str) -> None:
+    """Written by all ranks, read by the first: integers as the sharded model evaluates, and a file that gives them."""
+    model = _sharded(_layers(learnable=True))
+    _train_on(model, _rows(rank))
+    checkpoints.save({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/checkpoint")
+    same_for_all = _rows(0)[0]
+    with torch.no_grad():
+        evaluated = model.eval()(same_for_all)
+    if rank == 0:
+        whole = _layers(learnable=True)
+        state = {"model": whole.state_dict()}
+        checkpoints.load(state, checkpoint_id=f"{folder}/checkpoint", no_dist=True)
+        whole.load_state_dict(state["model"])
+        with torch.no_grad():
+            assert torch.equal(convert(whole)(same_for_all), evaluated)
+        export_onnx(whole, (same_for_all,), f"{folder}/model.onnx")
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+        (outputs,) = session.run(None, {session.get_inputs()[0].name: same_for_all.numpy()})
+        # ONNX Runtime requantizes in float32, which may end a step away; the range has 255.
+        step = float(evaluated.max() - evaluated.min()) / 100
+        torch.testing.assert_close(torch.from_numpy(outputs), evaluated, rtol=0, atol=step)
+
+
+def _half_precision_checkpointed(rank: int) -> None:
+    """Mixed precision and activation checkpointing together: learned scales stay float32, and the same everywhere."""
+    model: Any = _model(learnable=True)
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpoint_wrapper(block)
+    _half_precision(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    losses = _train(model, _halves(rank))
+    state = _state(model)
+    again = _model(learnable=True)
+    _half_precision(again, mesh=init_device_mesh("cpu", (RANKS,)))
+    assert _train(again, _halves(rank)) == losses
+    if rank == 0:
+        assert all(value.dtype is torch.float32 for name, value in state.items() if name.endswith("scale"))
+        assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+
+
+def _features_worker(rank: int, folder: str) -> None:
+    with process_group(rank, folder):
+        _steps_are_projected_after_another_forward(rank)
+        _weights_have_their_own_scales(rank)
+        _one_rank_loads(rank)
+        _one_rank_deploys(rank, folder)
+        _half_precision_checkpointed(rank)
+
+
+@pytest.mark.slow
+def test_sharded_models_are_loaded_stepped_and_deployed(tmp_path: Path) -> None:
+    mp.spawn(_features_worker, (str(tmp_path),), nprocs=RANKS)
