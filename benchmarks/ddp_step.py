@@ -92,8 +92,9 @@ def section(times: dict[str, Times], steps: int) -> str:
         "## A step on two ranks",
         "",
         "`python benchmarks/ddp_step.py`: ResNet-20, 64 images of 32x32 a rank, DistributedDataParallel with gloo,",
-        f"{RANKS} processes of one thread each; medians of {steps} steps taken in turn, ratios of neighbouring steps. *CPU*",
-        f"is the time of the first process's threads. Reducing statistics is to add no more than {LIMIT - 1:.0%}.",
+        f"{RANKS} processes of one thread each; medians of {steps} steps taken in turn, ratios of neighbouring steps.",
+        "*CPU* is the time of the first process's threads. Reducing statistics is to add no more than "
+        f"{LIMIT - 1:.0%}.",
         environment(),
         "",
         "| | ms | CPU ms | of the one whose ranks do not reduce | CPU |",
