@@ -9,18 +9,19 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.scale import size_of
 from mlframework.quantization import QATConfig, prepare
@@ -31,22 +32,14 @@ pytestmark = pytest.mark.slow
 State = dict[str, Tensor]
 
 
-class Checkpointed(nn.Module):
-    """A module whose forward runs again in backward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return checkpoint(self.module, inputs, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-def _model(learnable: bool = False, checkpointed: bool = False) -> nn.Module:
+def _model(learnable: bool = False, checkpointed: bool = False) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 4))
     prepared = prepare(model, QATConfig(learnable=learnable), (torch.randn(1, 12),))
-    return Checkpointed(prepared) if checkpointed else prepared
+    if checkpointed:
+        for index in (0, 2):
+            prepared[index] = checkpoint_wrapper(prepared[index])
+    return prepared
 
 
 def _batches(count: int = 4) -> list[Tensor]:
@@ -105,7 +98,9 @@ def _has_a_static_graph(rank: int, alone: dict[str, State]) -> None:
             _train(parallel, _mine(_batches(), rank))
             state = _state(parallel.module)
             assert agree(state)
-            states[str(options)] = {name.removeprefix("module."): value for name, value in state.items()}
+            states[str(options)] = {
+                name.replace("_checkpoint_wrapped_module.", ""): value for name, value in state.items()
+            }
         plain, *others = states.values()
         assert plain["input_1_fake_quantize.scale"] != 1
         assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())
@@ -150,6 +145,9 @@ def _joins(rank: int, alone: dict[str, State]) -> None:
     ):
         with pytest.raises(RuntimeError, match=r"list them behind the model, Join\(\[parallel, "), Join(joinables):
             observed(halves[0])
+    inside = DistributedDataParallel(nn.Sequential(_model()))
+    with pytest.raises(RuntimeError, match="of just what"), Join([inside, inside.module[0].observer_synchronizer]):
+        inside(halves[0])
 
 
 def _hooks_on_communication(rank: int, alone: dict[str, State]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
@@ -21,21 +21,23 @@ else:
     Joinable = JoinHook = object
 
 
-def after_reducing_gradients(output: Any, call: Callable[[], None]) -> bool:
+def after_reducing_gradients(model: nn.Module | None, output: Any, call: Callable[[], None]) -> bool:
     """Has something called when the backward of the present forward has reduced the gradients.
 
     Args:
+        model: whose forward it is.
         output: of the forward, at whose end this is.
         call: without arguments; called in any backward that reaches the output.
 
     Returns:
-        Whether it will be called: not where no DistributedDataParallel runs the forward or is going to reduce gradients
-        in its backward (``no_sync``, no gradients), nor under ``torch.compile``.
+        Whether it will be called: not where this is no forward of a DistributedDataParallel of just that model (ranks
+        may then run backward without reaching its output), or one whose backward reduces no gradients (``no_sync``),
+        nor under ``torch.compile``.
     """
     if kernels.is_traced() or not torch.is_grad_enabled():
         return False
     parallel = _running()
-    if parallel is None or not parallel.require_backward_grad_sync:
+    if parallel is None or parallel.module is not model or not parallel.require_backward_grad_sync:
         return False
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not outputs:
@@ -51,17 +53,19 @@ def after_reducing_gradients(output: Any, call: Callable[[], None]) -> bool:
     return True
 
 
-def require_joined(joinable: Joinable, communicates: Callable[[], bool]) -> None:
+def require_joined(model: nn.Module | None, joinable: Joinable, communicates: Callable[[], bool]) -> None:
     """Raises RuntimeError in a forward within ``Join``, which does not list a joinable that communicates in it."""
     parallel = _running()
     if parallel is None or not parallel._join_config.enable:
         return
     config = joinable._join_config
-    if (not config.enable or config.is_first_joinable) and communicates():
+    is_in_order = config.enable and not config.is_first_joinable and parallel.module is model
+    if not is_in_order and communicates():
         raise RuntimeError(
             "within torch.distributed.algorithms.join.Join, a rank without data has to take part in reducing the "
             "statistics of observers: list them behind the model, "
-            "Join([parallel, parallel.module.observer_synchronizer])"
+            "Join([parallel, parallel.module.observer_synchronizer]), where parallel is the DistributedDataParallel of "
+            "just what prepare() returned"
         )
 
 

@@ -50,8 +50,9 @@ class ObserverSynchronizer(Joinable):
     ranks compute the same function in a step, whatever part of the data they see, and one all-reduce for the whole
     model keeps them agreed. A run in one process takes the same order, and so the same values.
 
-    Within DistributedDataParallel the all-reduce follows on that of the gradients, at the end of backward: there the
-    ranks wait for one another anyway. (If backward never comes, it takes place when the next forward begins.)
+    Where DistributedDataParallel has wrapped the model, the all-reduce follows on that of the gradients, at the end of
+    backward: there the ranks wait for one another anyway. (If backward never comes, it takes place when the next
+    forward begins.)
 
     A step that the optimizer then does not take (``torch.amp.GradScaler`` skips one whose gradients are not finite)
     has shown its batch all the same, as it has to batch normalization: the batch is one of the data, and where its
@@ -93,20 +94,19 @@ class ObserverSynchronizer(Joinable):
             for layer in self.layers
         )
 
-    def begin_forward(self) -> None:
+    def begin_forward(self, model: nn.Module | None) -> None:
         """Lets the statistics land of a forward whose backward never came, and drops those of one that did not end.
 
         Raises:
             RuntimeError: within ``Join``, which does not list this synchronizer behind the model.
         """
-        if self.due:
-            self.commit()
+        self.commit()
         self.pending.clear()
         if not kernels.is_traced():
-            require_joined(self, lambda: any(layer.observes for layer in self.layers))
+            require_joined(model, self, lambda: any(layer.observes for layer in self.layers))
             self.history.begin()
 
-    def end_forward(self, output: Any) -> None:
+    def end_forward(self, model: nn.Module | None, output: Any) -> None:
         """Has the statistics land: now, or when DistributedDataParallel has reduced the gradients."""
         if is_distributed():
             self.due = [index for index, layer in enumerate(self.layers) if layer.observes]
@@ -114,14 +114,17 @@ class ObserverSynchronizer(Joinable):
             self.due = list(self.pending)
         if self.history.is_kept and not kernels.is_traced():
             self.history.end()
-        if self.due and not (is_distributed() and after_reducing_gradients(output, self.commit)):
-            self.commit()
+        if self.due and is_distributed() and after_reducing_gradients(model, output, self.commit):
+            return
+        self.commit()
 
     def commit(self) -> None:
-        """Reduces over ranks, updates every layer and forgets."""
+        """Reduces over ranks, updates every layer and forgets: what a forward has shown that has ended, if any."""
+        if not self.due:
+            return
         pending, due = self.pending, self.due
         self.pending, self.due = {}, []
-        if due and is_distributed():
+        if is_distributed():
             # All ranks pack all layers, whichever of them this rank's forward has reached or observes: another branch
             # or an empty batch takes part with nothing seen.
             statistics = [
@@ -171,8 +174,8 @@ class _Shadow(JoinHook):
         self.synchronizer = synchronizer
 
     def main_hook(self) -> None:
-        self.synchronizer.begin_forward()
-        self.synchronizer.end_forward(None)
+        self.synchronizer.begin_forward(None)
+        self.synchronizer.end_forward(None, None)
 
 
 def discard_statistics(module: nn.Module, args: Any) -> None:
@@ -181,7 +184,7 @@ def discard_statistics(module: nn.Module, args: Any) -> None:
         synchronizer: ObserverSynchronizer = module.observer_synchronizer  # type: ignore[assignment]
         unshard_nodes(synchronizer.layers)
         run_after_fsdp(module, commit_statistics)
-        synchronizer.begin_forward()
+        synchronizer.begin_forward(module)
 
 
 def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
@@ -191,7 +194,7 @@ def commit_statistics(module: nn.Module, args: Any, output: Any) -> None:
         if not kernels.is_traced() and synchronizer.sets_sharded_parameters:
             reshard(module, synchronizer.layers)
         run_before_fsdp(module, remember_shards)
-        synchronizer.end_forward(output)
+        synchronizer.end_forward(module, output)
 
 
 def reduce_over_ranks(statistics: list[BatchStatistics]) -> list[BatchStatistics]:
