@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from example_models import EXAMPLES, Example, train_briefly
-from export.exported_file import FLOAT_COMPUTATION, ExportedFile, inputs_of, prepared_model
+from export.exported_file import FLOAT_COMPUTATION, ExportedFile, inputs_of, prepared_model, session_of
 from export.small_networks import INTEGER_NETWORKS, SHAPE, UNEVEN_POOLS, make
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, QuantizationScheme, calibrate, prepare
 from mlframework.quantization.verification.saturation import plain_sessions_saturate
@@ -37,6 +37,8 @@ def test_integer_networks(name: str, tmp_path: Path) -> None:
     assert differing == {}
     assert compared >= 2
     assert not FLOAT_COMPUTATION & set(file.optimized_kinds())
+    assert_exact_products_give_the_same(file)
+    assert not FLOAT_COMPUTATION & set(file.optimized_kinds(exact=True))
 
 
 @pytest.mark.slow
@@ -44,6 +46,16 @@ def test_integer_networks(name: str, tmp_path: Path) -> None:
 def test_pools_with_windows_of_several_sizes(name: str, tmp_path: Path) -> None:
     file = ExportedFile.of(make(UNEVEN_POOLS[name]), SHAPE, tmp_path)
     assert file.differences(inputs_of(SHAPE, 1000))[0] == {}
+    assert_exact_products_give_the_same(file)
+
+
+def assert_exact_products_give_the_same(file: ExportedFile) -> None:
+    """ONNX Runtime runs the file with exact products, too, which it takes where its own saturate; and loads it as it is
+    by default."""
+    x = inputs_of(SHAPE, 200)
+    with torch.no_grad():
+        assert torch.equal(file.exact_results(x), file.converted(x))
+    session_of(file.path.read_bytes(), exact=False)
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""ONNX Runtime runs the files with exact products, too, which it takes where its own saturate."""
+"""ONNX Runtime runs files with exact products, too, which it takes where its own saturate: those for other engines, and
+with what it rewrites for that. (That it computes the same in all networks is in test_bit_equality.)"""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.exported_file import FLOAT_COMPUTATION, ExportedFile, inputs_of, session_of
+from export.exported_file import ExportedFile, inputs_of, session_of
 from export.small_networks import INTEGER_NETWORKS, SHAPE, UNEVEN_POOLS, make
 from mlframework.quantization.export.targets import CONVENTIONS
 
@@ -33,22 +34,6 @@ def calls_twice() -> nn.Module:
     return nn.Sequential(CallsTwice(), nn.Conv2d(32, 4, 1))
 
 
-def exact_results(file: ExportedFile, x: Tensor) -> Tensor:
-    (result,) = session_of(file.path.read_bytes(), exact=True).run(None, {file.graph.input[0].name: x.numpy()})
-    return torch.from_numpy(result)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_loads_and_computes_the_same(name: str, tmp_path: Path) -> None:
-    file = ExportedFile.of(make(NETWORKS[name]), SHAPE, tmp_path)
-    x = inputs_of(SHAPE, 200)
-    with torch.no_grad():
-        assert torch.equal(exact_results(file, x), file.converted(x))
-    session_of(file.path.read_bytes(), exact=False)
-    if name in INTEGER_NETWORKS:
-        assert not FLOAT_COMPUTATION & set(file.optimized_kinds(exact=True))
-
-
 # One of them in every run, the others in the long ones.
 OTHERS = [target for target in CONVENTIONS if target != "onnxruntime"]
 
@@ -71,9 +56,9 @@ def test_a_layer_called_twice(target: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = file.converted(x)
     if target == "onnxruntime":
-        assert torch.equal(exact_results(file, x), expected)
+        assert torch.equal(file.exact_results(x), expected)
     else:  # in part floats, whose sums may fall on the other side of a boundary
-        assert exact_results(file, x).shape == expected.shape
+        assert file.exact_results(x).shape == expected.shape
 
 
 def test_only_what_is_rewritten_is_copied(tmp_path: Path) -> None:

@@ -25,6 +25,18 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], ConvolutionGeometry | N
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 AXES = pytest.mark.parametrize("axis", [None, 0], ids=["per tensor", "per channel"])
+STATES: list[dict[str, Any]] = [{"observes": True}, {"averages": None}, {}]
+# Each layer with each state and each axis, and each state with each axis; all of them in the long tests.
+UNDER_A_COMPILER = pytest.mark.parametrize(
+    ("name", "axis", "state"),
+    [
+        pytest.param(name, axis, state, marks=[] if (one + two + three) % 2 == 0 else pytest.mark.long)
+        for one, name in enumerate(CASES)
+        for two, axis in enumerate((None, 0))
+        for three, state in enumerate(STATES)
+    ],
+    ids=str,
+)
 both_paths = pytest.mark.usefixtures("_path")
 
 
@@ -239,10 +251,9 @@ def test_kernels_for_gpus_return_the_dtype_of_a_float_layer(case: Any, under_aut
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by the compiler itself
-@pytest.mark.parametrize("state", [{"observes": True}, {"averages": None}, {}], ids=str)
-@AXES
-@EVERY_CASE
-def test_under_a_compiler(case: Any, axis: int | None, state: dict[str, Any]) -> None:
+@UNDER_A_COMPILER
+def test_under_a_compiler(name: str, axis: int | None, state: dict[str, Any]) -> None:
+    case = CASES[name]
     torch.compiler.reset()
     results = []
     for compiles in (False, True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,12 +29,8 @@ WITH_OWN_VALUES = {"fingerprints"}
 NOT_ON_A_CPU = {"snapshot", "folded_layer"}
 
 
-def one_of_each_kind() -> list[tuple[str, str]]:
-    """Of the calls with the same dtypes, dimensions and options, one each: what is compiled once serves them all."""
-
-    def kind(argument: Any) -> Any:
-        return (argument.dtype, argument.dim()) if isinstance(argument, Tensor) else type(argument)
-
+def one_of_each(kind: Callable[[Any], Any]) -> list[tuple[str, str]]:
+    """Of the calls whose arguments are of the same kinds, one each."""
     chosen: dict[Any, tuple[str, str]] = {}
     for name, label in LABELS:
         if name not in WITHOUT_FAKE_FORM:
@@ -41,7 +38,17 @@ def one_of_each_kind() -> list[tuple[str, str]]:
     return list(chosen.values())
 
 
-ONE_OF_EACH_KIND = pytest.mark.parametrize(("name", "label"), one_of_each_kind())
+def kind_of(argument: Any) -> Any:
+    """What is compiled once serves all of the same dtypes, dimensions and options."""
+    return (argument.dtype, argument.dim()) if isinstance(argument, Tensor) else type(argument)
+
+
+def dtype_of(argument: Any) -> Any:
+    return argument.dtype if isinstance(argument, Tensor) else type(argument)
+
+
+ONE_OF_EACH_KIND = one_of_each(kind_of)
+OF_EACH_DTYPE = set(one_of_each(dtype_of))
 
 
 def test_every_operator_has_samples() -> None:
@@ -66,7 +73,7 @@ def test_schema_and_fake_form(name: str, label: str) -> None:
 
 @needs_kernels
 @pytest.mark.slow
-@ONE_OF_EACH_KIND
+@pytest.mark.parametrize(("name", "label"), ONE_OF_EACH_KIND)
 def test_dispatch_by_a_compiler(name: str, label: str) -> None:
     """With sizes that are symbols. (It takes no NaN for equal to another.)"""
     opcheck(DECLARED[name].overload, samples(name)[label], test_utils="test_aot_dispatch_dynamic")
@@ -93,8 +100,12 @@ def test_the_reference_gives_the_same(name: str, label: str) -> None:
 
 @needs_kernels
 @pytest.mark.slow
-@ONE_OF_EACH_KIND
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [pytest.param(*sample, marks=[] if sample in OF_EACH_DTYPE else pytest.mark.long) for sample in ONE_OF_EACH_KIND],
+)
 def test_compiled_functions_call_it(name: str, label: str) -> None:
+    """Those of each dtype, and of other dimensions in the long tests: what differs with these, the tests above see."""
     torch.compiler.reset()  # or all these are one function that is compiled too often
     operator = DECLARED[name]
 

@@ -27,8 +27,8 @@ def without_slow_rules() -> Iterator[None]:
 
 @contextmanager
 def with_kept_translations() -> Iterator[None]:
-    """Keeps the table of how operators are written in ONNX, which torch.onnx builds anew for every export: it parses the
-    source of 500 functions, which takes as long as all the rest for a small model."""
+    """Keeps the table of how operators are written in ONNX, which torch.onnx builds anew for every export: it parses
+    the source of 500 functions, which takes nearly as long as all the rest for a small model."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     build = ONNXRegistry.__dict__["from_torchlib"]
