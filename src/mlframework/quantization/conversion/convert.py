@@ -47,7 +47,8 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: the model is not prepared.
         ValueError: nothing in the model was quantized; a parameter of a quantized layer is not finite; or the model was
-            cast to a dtype (bfloat16) with too few digits for its codes, so that it could not compute the same.
+            cast to a dtype (bfloat16) with too few digits for its codes, so that it could not compute the same; or
+            adapters of ``peft`` compute the weights of wrappers.
         RuntimeError: no data was seen, a node is switched off, or parameters are split over ranks.
 
     Warns:
@@ -167,6 +168,12 @@ def _check(model: nn.Module) -> None:
             "torch.distributed.checkpoint.state_dict, get_model_state_dict with full_state_dict=True) and load it into "
             "a model that was prepared alike"
         )
+    adapted = _adapted_layers(model)
+    if adapted:
+        raise ValueError(
+            f"model must have its adapters merged, which peft computes the weights of {', '.join(adapted)} with: "
+            "call merge_and_unload() before converting"
+        )
     for node in nodes:
         if not node.fake_quantize_enabled:
             raise RuntimeError(f"{node.name or 'a node'} is switched off: set fake_quantize_enabled before converting")
@@ -190,6 +197,16 @@ def _check(model: nn.Module) -> None:
             for called in (module, getattr(module, "output_fake_quantize", None)):
                 if isinstance(called, FakeQuantizeLayer):
                     called.require_initialized()
+
+
+def _adapted_layers(model: nn.Module) -> list[str]:
+    """The wrappers whose weight a module around them computes in every call, as that of ``target_parameters`` in
+    ``peft`` does."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "parameter_name") and isinstance(module._modules.get("base_layer"), QATModuleWrapper)
+    ]
 
 
 def _loses_codes(node: FakeQuantizeLayer, dtype: torch.dtype) -> bool:
