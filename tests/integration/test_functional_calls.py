@@ -159,7 +159,7 @@ def test_a_function_trains_with_buffers_that_it_is_given() -> None:
 def test_observing_what_a_transform_batches_is_refused_by_name() -> None:
     prepared, inputs = prepared_network("transformer", QATConfig())
     state = state_of(prepared)
-    with pytest.raises(RuntimeError, match="norm1_fake_quantize observes a tensor that torch.func transforms"):
+    with pytest.raises(RuntimeError, match=r"norm1_fake_quantize observes a tensor that torch\.func transforms"):
         vmap(lambda input: prepared(input[None]))(inputs)
     assert all(torch.equal(tensor, state[key]) for key, tensor in state_of(prepared).items())
     for module in prepared.modules():

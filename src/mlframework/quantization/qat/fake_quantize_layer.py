@@ -126,7 +126,9 @@ class FakeQuantizeLayer(nn.Module):
         self.reduces_over_ranks = True
         # The fingerprint of the weight in evaluation that the scale is of, or LOADED (weight_range).
         self.range_of: int | str | None = None
-        self.range_in: Tensor | None = None  # the buffer with that scale, for which a call may have another
+        # The buffer with that scale, in the place of which a call may have another one; in a tuple, so that nn.Module
+        # does not register it a second time.
+        self.range_in: tuple[Tensor, ...] = ()
         self.has_warned = False
         # By the model's graph: whether layers alone read the values, each in its channel; and the module making these
         # for the node alone, in a tuple so that nn.Module does not register it: it is registered elsewhere.
@@ -154,9 +156,7 @@ class FakeQuantizeLayer(nn.Module):
         share = known.read(buffer)
         if share < 0.5 and not self.training:  # a copy that evaluates may have been given its buffers in any way
             share = known.read(buffer, anew=True)
-        if 0.5 <= share < 1 and not kernels.is_traced():
-            self._take_initial_values_out(share)
-        return share >= 0.5
+        return self._settled(share)
 
     @property
     def lets_pass(self) -> bool:
@@ -390,17 +390,21 @@ class FakeQuantizeLayer(nn.Module):
         self.initialized.fill_(1)
 
     @torch.no_grad()
-    def _take_initial_values_out(self, share: float) -> None:
-        """Makes an average of models, of which that share had data, one of those alone.
+    def _settled(self, share: float) -> bool:
+        """Whether ``initialized``, which is that share, says that there was data; an average of models, of which that
+        share had data, is made one of those alone.
 
-        Where a linear average has ``initialized`` among its tensors, the rest of its weights is on the values that
+        A linear average that has ``initialized`` among its tensors has the rest of its weights on the values that
         scale and zero point were constructed with.
         """
+        if not 0.5 <= share < 1 or kernels.is_traced():
+            return share >= 0.5
         self.scale.sub_(1 - share).div_(share).clamp_(SMALLEST_SCALE)
         if not self.scheme.symmetric:
             initial = (1 - share) * self.scheme.symmetric_zero_point
             self.zero_point.sub_(initial).div_(share).clamp_(self.scheme.quant_min, self.scheme.quant_max)
         self._mark_initialized()
+        return True
 
     def _set(self, scale: Tensor, zero_point: Tensor) -> None:
         if self.learnable:
@@ -427,15 +431,15 @@ class FakeQuantizeLayer(nn.Module):
         self._initialized.set(self.initialized, 1.0)
 
     def train(self, mode: bool = True) -> FakeQuantizeLayer:
-        self._initialized.read(self.initialized, anew=True)  # for a compiler, which cannot
+        self._settled(self._initialized.read(self.initialized, anew=True))  # for a compiler, which cannot
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantizeLayer:
         if self.layer is not None:
             self.layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        is_own = self.range_in is self.scale
+        is_own = bool(self.range_in) and self.range_in[0] is self.scale
         super()._apply(keep_float32(fn), recurse)  # type: ignore[no-untyped-call]
-        self.range_in = self.scale if is_own else None
+        self.range_in = (self.scale,) if is_own else ()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -147,10 +147,17 @@ class ObserverSynchronizer(Joinable):
                 or self.layers[index].is_initialized
                 or bool(torch.isfinite(reduced[index].extremes).any())
             }
-        if self.history.is_kept and not kernels.is_traced():
-            self.history.replace({index: self.layers[index].state for index in pending})
+        if not kernels.is_traced():
+            pending = {index: batch for index, batch in pending.items() if not self._starts_from_nothing(index, batch)}
+            if self.history.is_kept:
+                self.history.replace({index: self.layers[index].state for index in pending})
         for index, batch in pending.items():
             self.layers[index].commit(batch)
+
+    def _starts_from_nothing(self, index: int, batch: BatchStatistics) -> bool:
+        """Whether a batch without finite values would give a learned scale the value that it starts from."""
+        layer = self.layers[index]
+        return layer.learnable and not layer.is_initialized and not bool(torch.isfinite(batch.extremes).any())
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """What ``torch.distributed.algorithms.join.Join`` runs on a rank that has no more batches."""

@@ -73,7 +73,7 @@ def is_up_to_date(node: FakeQuantizeLayer, fingerprint: int) -> bool:
     A learned scale and one whose observer is switched off do not follow; nor does that of an observer which remembers
     more than the newest weight, and learns only in training.
     """
-    is_known = node.range_of == fingerprint and (node.range_in is None or node.range_in is node.scale)
+    is_known = node.range_of == fingerprint and (not node.range_in or node.range_in[0] is node.scale)
     return (is_known and not node.training) or not _follows_newest(node)
 
 
@@ -101,7 +101,7 @@ def update_range(node: FakeQuantizeLayer, weight: Tensor, fingerprint: int | Non
     if not is_up_to_date(node, fingerprint):
         _observe(node, weight)
         node.range_of = None if node.training else fingerprint
-        node.range_in = node.scale
+        node.range_in = (node.scale,)
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def keep_loaded_scale(node: FakeQuantizeLayer, weight: Tensor | None) -> None:
         scale, _ = arithmetic.range_to_scale_and_zero_point(*node.observer.range(node.scheme), node.scheme)
         if isinstance(node.observer, LeastSquaresObserver) or not torch.equal(scale, node.scale):
             node.range_of = LOADED if weight is None else kernels.fingerprints([weight])[0]
-            node.range_in = node.scale
+            node.range_in = (node.scale,)
 
 
 @contextmanager
