@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import arithmetic, kernels
 from ..arithmetic import SMALLEST_SCALE
+from ..kernels.differentiable.function import refuse_export_with_gradients
 from ..kernels.differentiable.layer import Codes
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
@@ -239,6 +240,8 @@ class FakeQuantizeLayer(nn.Module):
         return self._quantized(input, *args, **kwargs)
 
     def _quantized(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.training:
+            refuse_export_with_gradients()
         output = input if self.layer is None else self.layer(input, *args, **kwargs)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = output.dtype if isinstance(output, Tensor) else type(output).__name__
@@ -340,8 +343,6 @@ class FakeQuantizeLayer(nn.Module):
         if self.calibrating or self.learnable or not isinstance(observer, MovingAverageObserver):
             return False
         is_initialized = self.is_initialized
-        if not is_initialized and kernels.is_traced():  # it may be, but cannot be read
-            return False
         done = observer.update_with_parameters(
             batch,
             axis,

@@ -12,6 +12,7 @@ from .. import arithmetic, kernels
 from ..int8.folding import IntegerWeights, fold
 from ..int8.layers import Int8Embedding, Int8Layer, padded
 from ..int8.operations import in_format_of
+from ..kernels.operators.declaration import records_gradients
 from ..kernels.operators.integer_layers import OutputGrid, integer_layer
 from ..scheme import QuantizationScheme
 from .layer_types import Application, layer_type_of
@@ -26,7 +27,7 @@ class IntegerEvaluation(WrappedLayer):
     def computes_integers(self) -> bool:
         """Whether a call now computes on integers: evaluation mode, no gradients, and every node switched on."""
         batch_norm = self._batch_norm[0]
-        if self.training or torch.is_grad_enabled() or (batch_norm is not None and batch_norm.training):
+        if self.training or records_gradients() or (batch_norm is not None and batch_norm.training):
             return False
         nodes = [self.input_source, self.weight_fake_quantize]
         if self.output_fake_quantize is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .. import arithmetic
@@ -12,6 +11,8 @@ from ..graph.hooks import has_user_hooks
 from ..int8.integer_operation import Addition, Grid, IntegerOperation
 from ..int8.lookup import Lookup
 from ..int8.operations import Int8Operation
+from ..kernels.differentiable.function import refuse_export_with_gradients
+from ..kernels.operators.declaration import records_gradients
 from .attached_codes import Way
 from .config import QATConfig
 from .fake_quantize_layer import FakeQuantizeLayer
@@ -89,7 +90,7 @@ class QATOperation(nn.Module):
     @property
     def computes_integers(self) -> bool:
         """Whether a call now computes on codes: evaluation mode, no gradients, and every node switched on."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or records_gradients():
             return False
         nodes = (*self.sources, self.output_fake_quantize)
         return all(node.quantizes for node in nodes)
@@ -102,6 +103,8 @@ class QATOperation(nn.Module):
         return self._forward(*operands)
 
     def _forward(self, *operands: Tensor) -> Tensor:
+        if self.training:
+            refuse_export_with_gradients()
         integers = self.computes_integers
         if integers and not has_user_hooks(*self.operation.modules(), *self._activation):
             return self._on_codes(*operands)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import arithmetic, kernels
 from ..graph.hooks import is_watched
 from ..int8.operations import in_format_of
+from ..kernels.differentiable.function import refuse_export_with_gradients
 from ..kernels.differentiable.layer import Computation
 from .attached_codes import Way
 from .integer_product import integer_product, training_description
@@ -22,6 +23,8 @@ class TrainingForward(WrappedLayer):
 
     def _train_forward(self, input: Tensor) -> Tensor:
         """The layer's output with quantization noise, differentiable."""
+        if self.training:
+            refuse_export_with_gradients()
         weight, bias = self._parameters_now()
         node = self.weight_fake_quantize
         if node is not None and self.training:

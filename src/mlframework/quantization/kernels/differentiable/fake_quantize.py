@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from ... import arithmetic
 from ..devices import is_traced
+from ..operators.declaration import records_gradients
 from ..operators.fake_quantization import (
     fake_quantize,
     fake_quantize_backward,
@@ -152,7 +153,7 @@ def fake_quantize_with_codes(
         and has_kernel(input)
         and (is_traced() or forward_ad._current_level < 0)
     )
-    if compiled and not (torch.is_grad_enabled() and (learns or input.requires_grad)):
+    if compiled and not (records_gradients() and (learns or input.requires_grad)):
         result = fake_quantize(input, scale, zero_point, *options[:3], codes=code_dtype)
         assert result.values is not None
         return result.values, result.codes, result.grid

@@ -17,6 +17,20 @@ def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
+def refuse_export_with_gradients() -> None:
+    """For what trains.
+
+    Raises:
+        RuntimeError: ``torch.export`` traces it with gradients enabled. Its programs have no gradient of what the
+            functions of this package compute, and one that trained would learn from what is left of them.
+    """
+    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+        raise RuntimeError(
+            "torch.export keeps no gradients of quantized training: call model.eval() before it, or, for a program "
+            "that observes but does not learn, export in training mode under torch.no_grad()"
+        )
+
+
 def refuse_gradient_of_gradient() -> None:
     """For the backward of a function whose own derivative is not known.
 

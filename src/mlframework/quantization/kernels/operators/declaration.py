@@ -99,6 +99,8 @@ class Operator:
 
     def run(self, *arguments: Any) -> Any:
         """The kernels; callers have asked :meth:`has_kernel`."""
+        if torch.compiler.is_exporting():
+            arguments = tuple(_finite(each) if type(each) is float else each for each in arguments)
         if devices.interprets():
             assert self.on_gpu is not None
             return self.on_gpu(*arguments)
@@ -115,11 +117,24 @@ class Operator:
         return result
 
 
+def _finite(number: float) -> float:
+    """A number for a program of ``torch.export``: AOTInductor writes infinite ones in a way that it cannot read. An end
+    of a clip at the largest float32 changes no value but an infinite one."""
+    largest = torch.finfo(torch.float32).max
+    return min(max(number, -largest), largest)
+
+
 def operator(schema: str, dtypes: tuple[torch.dtype, ...]) -> Callable[[Callable[..., Any]], Operator]:
     """Declares the operator whose reference is the decorated function."""
     return lambda reference: Operator(schema, reference, dtypes)
 
 
+def records_gradients() -> bool:
+    """Whether autograd records, where anybody can ask for the gradients: a program of ``torch.export`` has none of the
+    functions of :mod:`..differentiable`, whether gradients were enabled or not while it was made."""
+    return torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
 def is_recorded(*tensors: Tensor) -> bool:
     """Whether autograd records what is computed of these: then the reference does it, whose operations it knows."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return records_gradients() and any(tensor.requires_grad for tensor in tensors)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import arithmetic
 from .. import devices
-from ..geometry import ConvolutionGeometry, is_dense_or_depthwise
+from ..geometry import POINTWISE, ConvolutionGeometry, is_dense_or_depthwise
 from .declaration import CODES, Operator, operator
 from .layer_sums import GEOMETRY, Ints, exact_sums, geometry_arguments, output_like
 
@@ -102,6 +102,12 @@ def integer_layer(
         geometry: of a convolution; None for a linear layer.
         output_padding: of a transposed convolution; None for any other layer.
     """
+    if geometry is None and torch.compiler.is_exporting():
+        # A linear layer's geometry is empty lists, which the packages of AOTInductor hand to the operator as None.
+        weight = weight[..., None, None]
+        pixels = codes.reshape(-1, codes.shape[-1], 1, 1)
+        each = integer_layer(pixels, zero_point, weight, bias, multiplier, output, clip, POINTWISE)
+        return each.reshape(*codes.shape[:-1], weight.shape[0])
     grid = (None, None, None, *clip, torch.float32) if output is None else (*output[:3], *clip, output.dtype)
     arguments = (codes, zero_point, weight, bias, multiplier, *grid, *geometry_arguments(geometry))
     groups = 1 if geometry is None else geometry.groups

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...scheme import QuantizationScheme
 from .declaration import operator
-from .fake_quantization import Clip, fake_quantize_sums, gradient_scale, mask_gradient
+from .fake_quantization import Clip, fake_quantize_sums, mask_gradient, shared_gradient_scale
 from .layout import with_channels_last
 from .normalization import affine_of, normalize_backward
 
@@ -78,7 +78,8 @@ def learned_normalize_backward(
 
     The latter are :func:`.fake_quantize_backward`'s, of :func:`.normalize`'s :math:`y`, each of shape (1,).
     """
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _learned_normalize_backward(
+    own, remaining = shared_gradient_scale(values, scale, scheme.quant_max)
+    *gradients, to_scale, to_zero_point = _learned_normalize_backward(
         with_channels_last(gradient),
         mask,
         values,
@@ -93,9 +94,12 @@ def learned_normalize_backward(
         *clip,
         math.inf if gradient_clip is None else gradient_clip,
         is_frozen,
-        gradient_scale(values, scale, scheme.quant_max),
+        own,
     )
-    return results
+    if remaining is not None:
+        to_scale, to_zero_point = to_scale * remaining, to_zero_point * remaining
+    to_values, to_weight, to_bias = gradients
+    return to_values, to_weight, to_bias, to_scale, to_zero_point
 
 
 @operator(
@@ -150,7 +154,8 @@ def learned_clip_backward(
         values: float32, of any layout.
         addend: shape and dtype of ``values``; None for none.
     """
-    results: tuple[Tensor, Tensor, Tensor] = _learned_clip_backward(
+    own, remaining = shared_gradient_scale(values, scale, scheme.quant_max)
+    to_values, to_scale, to_zero_point = _learned_clip_backward(
         gradient,
         mask,
         values,
@@ -161,6 +166,8 @@ def learned_clip_backward(
         scheme.quant_max,
         *clip,
         math.inf if gradient_clip is None else gradient_clip,
-        gradient_scale(values, scale, scheme.quant_max),
+        own,
     )
-    return results
+    if remaining is not None:
+        to_scale, to_zero_point = to_scale * remaining, to_zero_point * remaining
+    return to_values, to_scale, to_zero_point
