@@ -23,9 +23,9 @@ CONFIGS = {
     "learnable": QATConfig(weight_bits=4, learnable=True),
 }
 
-# One process imports everything, and is forked for each that trains.
+# One process imports what takes long, and is forked for each that trains.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "mlframework.quantization"])
 
 
 def start(kind: str, folder: Path, ranks: int = 1) -> list[BaseProcess]:
