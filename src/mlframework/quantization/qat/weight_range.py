@@ -119,7 +119,8 @@ def range_of_weight(node: FakeQuantizeLayer, weight: Tensor) -> Iterator[None]:
     if not _follows_newest(node) or (not is_wrapped and is_up_to_date(node, kernels.fingerprints([weight])[0])):
         yield
         return
-    observer: Any = node.observer
+    observer = node.observer
+    assert isinstance(observer, MovingAverageObserver)
     negated_minimum, maximum = observer.measure(weight).extremes
     with _exchanged(observer.statistics._buffers, {"minimum": -negated_minimum, "maximum": maximum}):
         scale, zero_point = arithmetic.range_to_scale_and_zero_point(*observer.range(node.scheme), node.scheme)
