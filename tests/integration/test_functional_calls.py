@@ -112,8 +112,8 @@ def test_an_ensemble_is_its_members_in_a_loop(name: str, config: QATConfig) -> N
             assert (output - member(inputs)).abs().max() <= 1e-4 * output.abs().max()
 
 
-@EVERY_NETWORK
-@EVERY_CONFIG
+@pytest.mark.parametrize("name", ["resnet", "transformer"])
+@pytest.mark.parametrize("config", [CONFIGS["learned"], CONFIGS["4 bits"]], ids=["learned", "4 bits"])
 def test_gradients_of_samples_are_those_of_a_loop(name: str, config: QATConfig) -> None:
     prepared, inputs = prepared_network(name, config)
     state = {key: tensor.detach() for key, tensor in state_of(prepared.eval()).items()}
