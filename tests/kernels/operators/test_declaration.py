@@ -62,6 +62,7 @@ def test_names_of_exceptions_are_operators() -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 @EVERY_SAMPLE
 def test_schema_and_fake_form(name: str, label: str) -> None:
     """Nothing changes but what the schema says, no result is an argument, and fake results lie as real ones do."""
