@@ -91,7 +91,8 @@ def _train(kind: str, folder: Path, rank: int, ranks: int) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-    trained = model if ranks == 1 else DistributedDataParallel(model)
+    # Learned scales have no gradients until the schedule quantizes.
+    trained = model if ranks == 1 else DistributedDataParallel(model, find_unused_parameters=True)
     for step in range(schedule.steps, STEPS):
         optimizer.zero_grad()
         trained(_batch_of(step).chunk(ranks)[rank]).square().mean().backward()
