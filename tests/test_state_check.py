@@ -17,8 +17,17 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mlframework.quantization import HistogramObserver, QATConfig, calibrate, convert, prepare
+from mlframework.quantization import (
+    ActivationObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    QATConfig,
+    calibrate,
+    convert,
+    prepare,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +118,7 @@ TAMPERINGS: dict[str, tuple[str, str, Callable[[Tensor], Any], str]] = {
     ),
     "flag": ("observed", "0.weight_fake_quantize.initialized", lambda value: value * torch.nan, "be 0 or 1, got"),
     "negative count": ("observed", f"{OBSERVER}.batches", lambda value: -value, "not be negative, got [-3]"),
-    "infinite extremes": ("histogram", f"{OBSERVER}.extremes", lambda value: value + torch.inf, "be finite"),
+    "infinite extremes": ("histogram", f"{OBSERVER}.extremes", lambda value: value + torch.inf, "not be infinite"),
     "negative histogram": ("histogram", f"{OBSERVER}.counts", lambda value: value - 2, "not negative, got"),
     "other bits": ("observed", "3.weight_fake_quantize.grid", lambda value: value - torch.eye(6).long()[0], "int7"),
     "newer format": ("observed", "3.weight_fake_quantize.grid", lambda value: value + torch.eye(6).long()[5], "newer"),
@@ -409,3 +418,22 @@ def test_tensors_without_values() -> None:
     other.load_state_dict(model.state_dict(), assign=True)
     with torch.no_grad():
         assert torch.equal(other.eval()(INPUTS), model.eval()(INPUTS))
+
+
+@pytest.mark.parametrize("observer", [MinMaxObserver, HistogramObserver])
+def test_an_average_begun_before_any_data_loads(observer: type[ActivationObserver]) -> None:
+    """The infinities that stand for no data make NaN in it, which stands for the same."""
+    model = prepare(network(), QATConfig(activation_observer=observer), (INPUTS,))
+    average = AveragedModel(model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for _ in range(2):
+        average.update_parameters(model)
+    state = average.module.state_dict()
+    assert any(tensor.isnan().any() for name, tensor in state.items() if name.endswith("extremes"))
+    model.load_state_dict(state)
+    other = prepare(network(), QATConfig(activation_observer=observer), (INPUTS,))
+    other.load_state_dict({**other.state_dict(), **dict(model.named_parameters())})
+    for each in (model, other):
+        each(INPUTS)
+        each.eval()
+    with torch.no_grad():
+        assert torch.equal(model(INPUTS), other(INPUTS))

@@ -254,8 +254,8 @@ class MovingAverageObserver(ActivationObserver):
 
 
 def extremes_faults(state: Mapping[str, Any], key: str, own: Tensor) -> Iterator[str]:
-    """Of what only ever grows: from NaN or infinity it would never come back."""
-    return faults_where(state, key, own, lambda ends: ends < torch.inf, "be finite, or minus infinity before any data")
+    """Of what only ever grows: from infinity it would never come back. (NaN is an average of states without data.)"""
+    return faults_where(state, key, own, lambda ends: ends != torch.inf, "not be infinite")
 
 
 def batch_extremes(input: Tensor, channel_axis: int | None, num_channels: int) -> Tensor:
