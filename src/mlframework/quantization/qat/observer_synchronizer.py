@@ -147,7 +147,9 @@ class ObserverSynchronizer(Joinable):
                 or self.layers[index].is_initialized
                 or bool(torch.isfinite(reduced[index].extremes).any())
             }
-        if not kernels.is_traced():
+        if kernels.is_traced():
+            self.history.is_compiled = bool(pending)
+        else:
             pending = {index: batch for index, batch in pending.items() if not self._starts_from_nothing(index, batch)}
             if self.history.is_kept:
                 self.history.replace({index: self.layers[index].state for index in pending})

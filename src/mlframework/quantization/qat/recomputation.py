@@ -47,6 +47,7 @@ class ForwardHistory:
 
     def __init__(self) -> None:
         self.is_kept = False
+        self.is_compiled = False  # whether the latest forward's statistics landed where torch.compile keeps nothing
         self._state = 0  # how many times it has been replaced
         self._recomputed = 0
         self._first_node = 0  # of the present forward
@@ -57,6 +58,7 @@ class ForwardHistory:
 
     def begin(self) -> None:
         """A forward begins."""
+        self.is_compiled = False
         self._first_node = self._next_node()
 
     def end(self) -> None:
@@ -71,7 +73,17 @@ class ForwardHistory:
             self._state += 1
 
     def state_of(self, index: int) -> State | None:
-        """A layer's state in the forward that is being recomputed; None for the present one."""
+        """A layer's state in the forward that is being recomputed; None for the present one.
+
+        Raises:
+            RuntimeError: it is not known, since the model around what is recomputed is compiled.
+        """
+        if self.is_compiled:
+            raise RuntimeError(
+                "torch.utils.checkpoint inside of a compiled model cannot be recomputed with the scales that its "
+                "forward had: train with checkpoints or with torch.compile, whose own partitioner recomputes what is "
+                "cheap (torch._functorch.config.activation_memory_budget)"
+            )
         if not self.is_kept:
             return None
         used = self._state_used()
