@@ -144,15 +144,14 @@ def test_training_mode_without_gradients_observes_as_the_model_does(learnable: b
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("state", ["prepared", "converted"])
-def test_a_package_of_aotinductor_computes_the_same_integers(state: str, tmp_path: Path) -> None:
+def test_a_package_of_aotinductor_computes_the_same_integers(tmp_path: Path) -> None:
     shape = (3, 6, 6)
     convolution = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     network = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     prepared = prepare(network, QATConfig(), (torch.randn(4, *shape),))
     for _ in range(2):
         prepared(torch.randn(4, *shape))
-    model = prepared.eval() if state == "prepared" else convert(prepared.eval())
+    model = convert(prepared.eval())
     with torch.no_grad():
         program = torch.export.export(
             model, (torch.randn(4, *shape),), strict=False, dynamic_shapes=({0: Dim("batch", min=1, max=64)},)
