@@ -93,3 +93,25 @@ def test_checkpoints_inside_are_refused(fullgraph: bool) -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
     with pytest.raises(RuntimeError, match=message):
         compiled(torch.randn(shape)).sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_around_a_compiled_model_is_refused(use_reentrant: bool) -> None:
+    """As it is compiled. With learned scales nothing lands in between, and gradients are those of the plain model."""
+
+    def gradients(compiled: Callable[..., Tensor], model: nn.Module) -> list[Tensor]:
+        input = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        model.zero_grad()
+        checkpoint(compiled, input, use_reentrant=use_reentrant).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    for learnable in (False, True):
+        model = prepare(network, QATConfig(learnable=learnable), (torch.randn(8, 6),))
+        model(torch.randn(8, 6))
+        compiled = torch.compile(model, backend="eager")
+        if learnable:
+            torch.testing.assert_close(gradients(compiled, model), gradients(model, model))
+        else:
+            with pytest.raises(RuntimeError, match="checkpoint around a compiled model cannot be recomputed"):
+                gradients(compiled, model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import kernels
 from .activation_observer import ActivationObserver, BatchStatistics
 from .data_parallel import Joinable, JoinHook, after_reducing_gradients, require_joined
-from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed
+from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed, require_no_checkpoint
 from .scale_projection import remember_shards
 from .sharding import is_managed, reshard, run_after_fsdp, run_before_fsdp, unshard_nodes
 
@@ -102,7 +102,10 @@ class ObserverSynchronizer(Joinable):
         """
         self.commit()
         self.pending.clear()
-        if not kernels.is_traced():
+        if kernels.is_traced():
+            if any(layer.observes for layer in self.layers):
+                require_no_checkpoint()
+        else:
             require_joined(model, self, lambda: any(layer.observes for layer in self.layers))
             self.history.begin()
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from .. import kernels
@@ -21,6 +22,11 @@ State = dict[str, Tensor]
 
 FORWARDS_KEPT = 64
 
+_CANNOT_RECOMPUTE = (
+    "cannot be recomputed with the scales that its forward had: train with checkpoints or with torch.compile, whose "
+    "own partitioner recomputes what is cheap (torch._functorch.config.activation_memory_budget)"
+)
+
 
 def is_recomputing() -> bool:
     """Whether a backward pass is running, in which a forward only repeats an earlier one.
@@ -28,6 +34,15 @@ def is_recomputing() -> bool:
     Always False under ``torch.compile``, whose partitioner recomputes without calling modules.
     """
     return not kernels.is_traced() and torch._C._current_graph_task_id() != -1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def require_no_checkpoint() -> None:
+    """Raises RuntimeError while a compiler traces a model that observes, for ``torch.utils.checkpoint`` to run."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    is_checkpoint = hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
+    if is_checkpoint or torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(f"torch.utils.checkpoint around a compiled model {_CANNOT_RECOMPUTE}")
 
 
 def may_be_recomputed() -> bool:
@@ -79,11 +94,7 @@ class ForwardHistory:
             RuntimeError: it is not known, since the model around what is recomputed is compiled.
         """
         if self.is_compiled:
-            raise RuntimeError(
-                "torch.utils.checkpoint inside of a compiled model cannot be recomputed with the scales that its "
-                "forward had: train with checkpoints or with torch.compile, whose own partitioner recomputes what is "
-                "cheap (torch._functorch.config.activation_memory_budget)"
-            )
+            raise RuntimeError(f"torch.utils.checkpoint inside of a compiled model {_CANNOT_RECOMPUTE}")
         if not self.is_kept:
             return None
         used = self._state_used()
