@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from example_models import EXAMPLES
-from mlframework.quantization import FakeQuantizeLayer, QATConfig, convert, prepare
+from mlframework.quantization import FakeQuantizeLayer, MovingAverageObserver, QATConfig, convert, prepare
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 LEARNABLE = pytest.mark.parametrize("learnable", [False, True])
@@ -179,3 +181,19 @@ def test_a_batch_that_overflows_shows_nothing(overflows_first: bool, learnable: 
         bias.copy_(own)
         assert torch.isfinite(prepared.eval()(*inputs)).all()
         assert torch.equal(convert(prepared)(*inputs), prepared(*inputs))
+
+
+@LEARNABLE
+def test_a_first_batch_of_nan_is_no_data(learnable: bool) -> None:
+    """Nor is it counted, where scales are recomputed every so many batches."""
+    observer = None if learnable else functools.partial(MovingAverageObserver, update_every=100)
+    config = QATConfig(learnable=learnable, activation_observer=observer)
+    models = [prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), config, (torch.ones(2, 4),))]
+    models.append(copy.deepcopy(models[0]))
+    models[0](torch.full((8, 4), torch.nan))
+    assert not models[0].get_submodule("input_1_fake_quantize").is_initialized
+    batch = torch.randn(8, 4)
+    for model in models:
+        model(batch)
+    states = [model.get_submodule("input_1_fake_quantize").state_dict() for model in models]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

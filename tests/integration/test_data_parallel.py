@@ -175,6 +175,10 @@ def _lands_without_backward(rank: int, alone: dict[str, State]) -> None:
         with nullcontext() if deferred else torch.no_grad():
             parallel(mine[0])
         assert parallel.module.input_1_fake_quantize.is_initialized != deferred
+        if rank == 0:  # one rank may evaluate alone
+            with torch.no_grad():
+                parallel.module.eval()(mine[0])
+            parallel.train()
         with torch.no_grad():
             parallel(mine[1])
         assert agree(_state(parallel.module))

@@ -242,9 +242,10 @@ def test_the_state_of_another_preparation_is_refused_whatever_the_trainer_would_
     """Trainer loads with strict=False."""
     other: Any = prepare(network(), QATConfig(skip=("classifier",)), example_kwargs={"pixel_values": IMAGES[:2]})
     trainer(other, tmp_path, QATTrainerCallback())
-    model = prepared_network()
+    model, before = prepared_network(), state_of(other)
     with pytest.raises(RuntimeError, match=r"must be that of a model prepared alike; not expected: .*classifier"):
         other.load_state_dict(model.state_dict(), strict=False)
+    assert same_state(state_of(other), before)
     other.load_state_dict(network().state_dict(), strict=False)  # of the float model, as ever
 
 

@@ -20,6 +20,7 @@ from mlframework.quantization import (
     HistogramObserver,
     QATConfig,
     QATModuleWrapper,
+    QuantizationScheme,
     convert,
     prepare,
 )
@@ -256,3 +257,18 @@ def _loaded(model: nn.Module, config: QATConfig) -> nn.Module:
     fresh = prepared_model(config)
     fresh.load_state_dict(model.state_dict())
     return fresh
+
+
+def test_the_mean_of_many_alike_is_one_of_them() -> None:
+    """A share of 1 that is rounded says nothing of data that were missing."""
+    node = FakeQuantizeLayer(QuantizationScheme())
+    node(torch.randn(64) * 1e-3)
+    state = {name: tensor.clone() for name, tensor in node.state_dict().items()}
+    mean = {name: torch.zeros_like(tensor) for name, tensor in state.items() if name in ("scale", "initialized")}
+    for name, tensor in mean.items():
+        for _ in range(40):
+            tensor += state[name] * (1 / 40)
+    assert 0 < 1 - mean["initialized"].item() < 1e-5
+    node.load_state_dict({**state, **mean})
+    assert node.eval().is_initialized
+    torch.testing.assert_close(node.scale, state["scale"], rtol=1e-5, atol=0)

@@ -167,6 +167,22 @@ TAMPERINGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(7)),
         "exp_avg of parameter 0",
     ),
+    "a missing momentum": (
+        lambda state: state["optimizer"]["state"][0].pop("exp_avg"),
+        "optimizer's state of parameter 0 must have the fields",
+    ),
+    "no momenta": (lambda state: state["optimizer"]["state"].update({0: 5}), "parameter 0 must be a dictionary"),
+    "a rate": (
+        lambda state: state["optimizer"]["param_groups"][0].update(lr="x"),
+        "lr of group 0 must be a finite float",
+    ),
+    "betas": (
+        lambda state: state["optimizer"]["param_groups"][0].update(betas=3),
+        "betas of group 0 must be a tuple of 2",
+    ),
+    "rates": (lambda state: state["scheduler"].update(base_lrs=[1.0]), "scheduler's base_lrs must be a list of"),
+    "no number": (lambda state: state["scheduler"].update(last_epoch="x"), "last_epoch must be a finite int, got 'x'"),
+    "a loss": (lambda state: state["losses"].__setitem__(0, torch.ones(3)), "losses and learning_rates must be lists"),
     "another's": (lambda state: state["optimizer"]["state"].update({99: {}}), "parameters, got that of others"),
     "the schedule": (lambda state: state["scheduler"].pop("base_lrs"), "scheduler must have the fields"),
     "the freezer": (lambda state: state["freezer"].update(steps_taken=-1), "steps_taken must be a number of steps"),

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from mlframework.quantization import History, QATConfig, Recipe, calibrate, convert, finetune, prepare
 from mlframework.quantization.qat.fake_quantize_layer import FakeQuantizeLayer
+from mlframework.quantization.training.training_loop import TrainingLoop
 
 
 def float_model() -> nn.Module:
@@ -150,6 +151,21 @@ def test_a_training_that_diverges_starts_over_at_a_third_of_the_rate() -> None:
     for name, tensor in student.state_dict().items():
         # A third of a rate is rounded one way or another.
         torch.testing.assert_close(tensor, again.state_dict()[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_training_that_starts_over_goes_on_freezing() -> None:
+    """A freezer counts the steps of the whole training, also where it knows no layer before the first."""
+    student, teacher, _ = student_and_teacher(bits=3)
+    loop = TrainingLoop(student, teacher, None, Recipe(freeze_oscillations=True), 64)
+    assert loop.freezer is not None
+    assert loop.backing_off is not None
+    for count in (1, 0):
+        loop.freezer.steps_taken = 7
+        if not count:
+            loop.backing_off._kept["freezer"]["layers"].clear()
+        loop.backing_off.require_fitting(loop.backing_off.state_dict())
+        assert loop.backing_off.goes_back([torch.tensor(torch.nan)] * 8)
+        assert loop.freezer.steps_taken == 8
 
 
 def test_late_divergence_goes_back_to_the_least_loss() -> None:

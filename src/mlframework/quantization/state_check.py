@@ -99,8 +99,11 @@ def _call_of(error_msgs: list[str]) -> _Call:
     to it."""
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "load_state_dict" and frame.f_locals.get("error_msgs") is error_msgs:
-            return _Call(bool(frame.f_locals.get("strict")), frame.f_locals.get("metadata") or {})
+        if frame.f_code.co_name == "load_state_dict":
+            if frame.f_locals.get("error_msgs") is error_msgs:
+                return _Call(bool(frame.f_locals["strict"]), frame.f_locals.get("metadata") or {})
+            if frame.f_code is nn.Module.load_state_dict.__code__ and "error_msgs" not in frame.f_locals:
+                raise RuntimeError(f"load_state_dict of PyTorch {torch.__version__} is not one that can be checked")
         frame = frame.f_back
     return _Call(False, {})
 

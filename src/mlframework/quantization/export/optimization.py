@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 _registries: dict[Any, Any] = {}
+_patching = threading.RLock()
 
 
 @contextmanager
@@ -31,8 +33,6 @@ def with_kept_translations() -> Iterator[None]:
     the source of 500 functions, which takes nearly as long as all the rest for a small model."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    build = ONNXRegistry.__dict__["from_torchlib"]
-
     def kept(cls: Any, /, **options: Any) -> Any:
         key = tuple(options.items())
         if key not in _registries:
@@ -41,8 +41,10 @@ def with_kept_translations() -> Iterator[None]:
         registry.functions = {name: list(functions) for name, functions in registry.functions.items()}
         return registry
 
-    ONNXRegistry.from_torchlib = classmethod(kept)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        ONNXRegistry.from_torchlib = build  # type: ignore[method-assign]
+    with _patching:
+        build = ONNXRegistry.__dict__["from_torchlib"]
+        ONNXRegistry.from_torchlib = classmethod(kept)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            ONNXRegistry.from_torchlib = build  # type: ignore[method-assign]

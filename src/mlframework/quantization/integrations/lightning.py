@@ -158,7 +158,7 @@ class QATCallback(Callback):
             self._require_prepared_in_main_process(pl_module)
         self.prepare(pl_module)
         model = unwrapped(self._model_of(pl_module))
-        if self._run is None or self._run.model is not model:
+        if stage == "fit" and (self._run is None or self._run.model is not model):
             self._run = TrainingRun(model, self._schedule, self._log_every_n_steps)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

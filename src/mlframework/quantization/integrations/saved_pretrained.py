@@ -84,7 +84,7 @@ def _before_load(
     own = model.state_dict()
     unknown = [key for key in state_dict if key not in own]
     if unknown and any(key in state_dict for key in own.keys() - float_state_dict(model).keys()):
-        error_messages.append(f"state_dict must be that of a model prepared alike; not expected: {unknown[:5]}")
+        raise RuntimeError(f"state_dict must be that of a model prepared alike; not expected: {unknown[:5]}")
 
 
 def _take_own_names(model: nn.Module, state_dict: dict[str, Any]) -> None:

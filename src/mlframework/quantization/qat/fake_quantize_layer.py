@@ -29,6 +29,8 @@ from .scale_projection import project_optimizer_steps
 from .sharding import copy_replicated, require_float32, require_writable
 from .straight_through_estimator import StraightThroughEstimator
 
+_ALL_HAD_DATA = 1 - 1e-4  # of an average's share: what is nearer to 1 is rounding
+
 
 class FakeQuantizeLayer(nn.Module):
     """Observes what passes, keeps ``scale`` and ``zero_point`` for it, and fake-quantizes it.
@@ -398,7 +400,7 @@ class FakeQuantizeLayer(nn.Module):
         A linear average that has ``initialized`` among its tensors has the rest of its weights on the values that
         scale and zero point were constructed with.
         """
-        if not 0.5 <= share < 1 or kernels.is_traced():
+        if not 0.5 <= share < _ALL_HAD_DATA or kernels.is_traced():
             return share >= 0.5
         self.scale.sub_(1 - share).div_(share).clamp_(SMALLEST_SCALE)
         if not self.scheme.symmetric:

@@ -100,26 +100,30 @@ class ObserverSynchronizer(Joinable):
         Raises:
             RuntimeError: within ``Join``, which does not list this synchronizer behind the model.
         """
-        self.commit()
-        self.pending.clear()
-        if kernels.is_traced():
-            if any(layer.observes for layer in self.layers):
-                require_no_checkpoint()
-        else:
-            require_joined(model, self, lambda: any(layer.observes for layer in self.layers))
+        observes = any(layer.observes for layer in self.layers)
+        if observes:  # one rank alone may evaluate, which leaves what is due to the next forward that observes
+            self.commit()
+        if not self.due:
+            self.pending.clear()
+        if not kernels.is_traced():
+            require_joined(model, self, lambda: observes)
             self.history.begin()
+        elif observes:
+            require_no_checkpoint()
 
     def end_forward(self, model: nn.Module | None, output: Any) -> None:
         """Has the statistics land: now, or when DistributedDataParallel has reduced the gradients."""
         if is_distributed():
-            self.due = [index for index, layer in enumerate(self.layers) if layer.observes]
+            observed = [index for index, layer in enumerate(self.layers) if layer.observes]
         else:
-            self.due = list(self.pending)
+            observed = list(self.pending)
         if self.history.is_kept and not kernels.is_traced():
             self.history.end()
-        if self.due and is_distributed() and after_reducing_gradients(model, output, self.commit):
+        if not observed:
             return
-        self.commit()
+        self.due = observed
+        if not (is_distributed() and after_reducing_gradients(model, output, self.commit)):
+            self.commit()
 
     def commit(self) -> None:
         """Reduces over ranks, updates every layer and forgets: what a forward has shown that has ended, if any."""
@@ -160,9 +164,8 @@ class ObserverSynchronizer(Joinable):
             self.layers[index].commit(batch)
 
     def _starts_from_nothing(self, index: int, batch: BatchStatistics) -> bool:
-        """Whether a batch without finite values would give a learned scale the value that it starts from."""
-        layer = self.layers[index]
-        return layer.learnable and not layer.is_initialized and not bool(torch.isfinite(batch.extremes).any())
+        """Whether a layer's first batch has no finite values, of which no scale can be made."""
+        return not self.layers[index].is_initialized and not bool(torch.isfinite(batch.extremes).any())
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """What ``torch.distributed.algorithms.join.Join`` runs on a rank that has no more batches."""

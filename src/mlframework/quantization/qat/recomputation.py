@@ -38,7 +38,7 @@ def is_recomputing() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def require_no_checkpoint() -> None:
-    """Raises RuntimeError while a compiler traces a model that observes, for ``torch.utils.checkpoint`` to run."""
+    """Raises RuntimeError if ``torch.utils.checkpoint`` runs the forward that a compiler now traces."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     is_checkpoint = hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
     if is_checkpoint or torch._C._current_graph_task_id() != -1:

@@ -62,7 +62,7 @@ class BackingOff:
             return False
         mean = mean_over_ranks(torch.stack(losses[-self.window :]).mean()).item()
         if not mean <= _GROWTH_THAT_DIVERGES * self._least:  # or not a number
-            self._restore()
+            self._restore(len(losses))
             return True
         if mean < self._least:
             self._least = mean
@@ -83,13 +83,13 @@ class BackingOff:
         }
 
     @torch.no_grad()
-    def _restore(self) -> None:
+    def _restore(self, steps_taken: int) -> None:
         self._least = self._kept["loss"]
         for name, tensor in self._tensors().items():
             tensor.copy_(self._kept["tensors"][name])
         self._optimizer.load_state_dict(copy.deepcopy(self._kept["optimizer"]))
         if self._freezer is not None:
-            self._freezer.load_state_dict(copy.deepcopy(self._kept["freezer"]))
+            self._freezer.load_state_dict({**copy.deepcopy(self._kept["freezer"]), "steps_taken": steps_taken})
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` goes on from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..replaced_file import replaced_file
+
+_OF_A_PARAMETER = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"))  # what AdamW keeps
 
 
 def write_checkpoint(state: Mapping[str, Any], path: Path) -> None:
@@ -47,6 +50,21 @@ def require_fields(state: Any, own: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"{name} must have the fields {sorted(own)}, got {sorted(map(str, state))}")
 
 
+def require_like(saved: Any, own: Any, name: str) -> None:
+    """Refuses a plain value that is not of the kind of one's own.
+
+    Raises:
+        ValueError: it is of another type or length, or a number that is not finite.
+    """
+    if isinstance(own, (list, tuple)):
+        if type(saved) is not type(own) or len(saved) != len(own):
+            raise ValueError(f"{name} must be a {type(own).__name__} of {len(own)} values, got {saved!r}")
+        for value, own_value in zip(saved, own, strict=True):
+            require_like(value, own_value, name)
+    elif type(saved) is not type(own) or (isinstance(saved, float) and not math.isfinite(saved)):
+        raise ValueError(f"{name} must be a finite {type(own).__name__}, got {saved!r}")
+
+
 def require_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Refuses the state of an optimizer of other parameters, of which PyTorch compares no shapes.
 
@@ -62,6 +80,8 @@ def require_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> Non
         raise ValueError(f"optimizer must have groups of {counts} parameters, got {found}")
     for index, (group, own_group) in enumerate(zip(groups, own["param_groups"], strict=True)):
         require_fields(group, own_group, f"optimizer's group {index}")
+        for name in own_group.keys() - {"params"}:
+            require_like(group[name], own_group[name], f"optimizer's {name} of group {index}")
     parameters = dict(
         zip(
             (index for group in groups for index in group["params"]),
@@ -73,7 +93,8 @@ def require_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> Non
         raise ValueError(f"optimizer's state must be of its {len(parameters)} parameters, got that of others")
     for index, values in state["state"].items():
         shape = parameters[index].shape
-        for name, value in values.items() if isinstance(values, Mapping) else ():
+        require_fields(values, _OF_A_PARAMETER, f"optimizer's state of parameter {index}")
+        for name, value in values.items():
             expected = () if name == "step" else tuple(shape)
             if not isinstance(value, Tensor) or tuple(value.shape) != expected:
                 got = tuple(value.shape) if isinstance(value, Tensor) else value

@@ -21,7 +21,7 @@ class History:
     """What a training went through.
 
     Attributes:
-        losses: of every step, without dampening.
+        losses: of every step, without dampening; also of those before the training started over.
         learning_rates: of every step, of the weights.
         oscillating: by layer, the share of the weights that oscillate at the end; empty where the recipe does not
             freeze oscillating weights, and nothing counted them.
@@ -49,8 +49,9 @@ def finetune(
     """Trains a prepared model to compute what its teacher computes, in place.
 
     AdamW with the groups of :func:`parameter_groups`, a warm-up and a cosine, clipped gradients, and the schedule of
-    the recipe. With a teacher no labels are needed, and the model computes as in evaluation, without dropout and
-    stochastic depth: they would be noise that the teacher does not have.
+    the recipe. Where the recipe gives no learning rate, a training that diverges starts over at a lower one. With a
+    teacher no labels are needed, and the model computes as in evaluation, without dropout and stochastic depth: they
+    would be noise that the teacher does not have.
 
     Args:
         model: from :func:`prepare`, and calibrated; otherwise the first batch sets the scales.

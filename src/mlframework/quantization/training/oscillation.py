@@ -174,9 +174,9 @@ def require_freezer_state(freezer: OscillationFreezer, state_dict: Any) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps_taken must be a number of steps, got {steps!r}")
     own = set(dict(freezer.model.named_modules()))
-    if not isinstance(layers, Mapping) or not layers or not own.issuperset(layers):
+    if not isinstance(layers, Mapping) or not own.issuperset(layers):
         others = sorted(set(layers) - own) if isinstance(layers, Mapping) else layers
-        raise ValueError(f"state_dict must be of layers of the model, got {others or 'none'}")
+        raise ValueError(f"state_dict must be of layers of the model, got {others}")
     shapes = {weight.name: weight.weight.shape for weight in latent_weights(freezer.model)}
     for layer, tensors in layers.items():
         require_fields(tensors, dict.fromkeys(_Tracker.tensors), f"state_dict's {layer or 'layer'}")

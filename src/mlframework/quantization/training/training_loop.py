@@ -20,7 +20,7 @@ from ..progress import progress_bar
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.observer_synchronizer import mean_over_ranks
 from .backing_off import BackingOff
-from .checkpoint import require_fields, require_optimizer_state
+from .checkpoint import require_fields, require_like, require_optimizer_state
 from .distillation import FeatureMatching, distillation_loss
 from .interruption import interrupted_at_end
 from .modes import in_fine_tuning, without_observers
@@ -284,6 +284,8 @@ class TrainingLoop:
             raise ValueError(f"model must be a state_dict, got {type(state['model']).__name__}")
         require_optimizer_state(self.optimizer, state["optimizer"])
         require_fields(state["scheduler"], own["scheduler"], "scheduler")
+        for name, value in own["scheduler"].items():
+            require_like(state["scheduler"][name], value, f"scheduler's {name}")
         if self.freezer is not None:
             require_freezer_state(self.freezer, state["freezer"])
         elif state["freezer"] is not None:
@@ -295,8 +297,11 @@ class TrainingLoop:
                 )
             self.backing_off.require_fitting(state["backing_off"])
         losses, rates = state["losses"], state["learning_rates"]
-        if not _are(losses, Tensor) or not _are(rates, float) or len(losses) != len(rates):
-            raise ValueError(f"losses and learning_rates must be lists of a tensor and a float a step, got {rates!r}")
+        is_like = _are(losses, Tensor) and _are(rates, float) and len(losses) == len(rates)
+        if not is_like or any(loss.dim() for loss in losses):
+            raise ValueError(
+                f"losses and learning_rates must be lists of a scalar tensor and a float a step, got {rates!r}"
+            )
         started = state["started"]
         if isinstance(started, bool) or not isinstance(started, int) or not 0 <= started <= len(rates):
             raise ValueError(f"started must be an int between 0 and the {len(rates)} steps taken, got {started!r}")
