@@ -155,7 +155,7 @@ def _distilled(rank: int, folder: str) -> None:
         teacher = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 4))
         calibrate(model, halves)
         parallel = DistributedDataParallel(model)
-        history = finetune(parallel, teacher, halves, steps=STEPS, recipe=Recipe(warmup=0.0))
+        history = finetune(parallel, teacher, halves[:1], steps=STEPS, recipe=Recipe(warmup=0.0))
         torch.save((history.learning_rates, history.losses, model.state_dict()), f"{folder}/{rank}.pt")
         del parallel
 
@@ -169,7 +169,7 @@ def test_fine_tuning_takes_one_learning_rate_on_all_ranks(tmp_path: Path) -> Non
     )
     assert losses[0] != other_losses[0]
     assert rates == other_rates
-    assert rates[0] == pytest.approx(5e-4 * math.sqrt((losses[0] + other_losses[0]) / 2))
+    assert rates[0] == pytest.approx(5e-3 * math.sqrt((losses[0] + other_losses[0]) / 2))
     assert all(torch.equal(value, other_state[name]) for name, value in state.items())
 
 

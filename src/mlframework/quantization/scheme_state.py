@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .scheme import QuantizationScheme
@@ -43,8 +44,15 @@ def without_schemes(
 ) -> dict[str, Any]:
     """The state dict without the module's schemes, which are not for PyTorch to load; notes those that are missing."""
     own = {f"{prefix}{name}" for name in _grids_of(module)}
-    missing_keys += sorted(own.difference(state_dict))
+    if not _is_handed_out():
+        missing_keys += sorted(own.difference(state_dict))
     return {key: value for key, value in state_dict.items() if key not in own}
+
+
+def _is_handed_out() -> bool:
+    """Whether the state may be what the first rank hands out to the others (``broadcast_from_rank0`` of
+    torch.distributed.checkpoint): parameters and buffers alone. The first rank has checked the rest."""
+    return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
 
 
 def grid_faults(module: nn.Module, state: Mapping[str, Any], prefix: str) -> Iterator[str]:

@@ -100,16 +100,16 @@ class ObserverSynchronizer(Joinable):
         Raises:
             RuntimeError: within ``Join``, which does not list this synchronizer behind the model.
         """
+        if kernels.is_traced():
+            self.pending.clear()
+            return
         observes = any(layer.observes for layer in self.layers)
         if observes:  # one rank alone may evaluate, which leaves what is due to the next forward that observes
             self.commit()
         if not self.due:
             self.pending.clear()
-        if not kernels.is_traced():
-            require_joined(model, self, lambda: observes)
-            self.history.begin()
-        elif observes:
-            require_no_checkpoint()
+        require_joined(model, self, lambda: observes)
+        self.history.begin()
 
     def end_forward(self, model: nn.Module | None, output: Any) -> None:
         """Has the statistics land: now, or when DistributedDataParallel has reduced the gradients."""
@@ -156,6 +156,8 @@ class ObserverSynchronizer(Joinable):
             }
         if kernels.is_traced():
             self.history.is_compiled = bool(pending)
+            if pending:
+                require_no_checkpoint()
         else:
             pending = {index: batch for index, batch in pending.items() if not self._starts_from_nothing(index, batch)}
             if self.history.is_kept:

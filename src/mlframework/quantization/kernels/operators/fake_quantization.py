@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ... import arithmetic
-from ..devices import is_traced
 from .declaration import FLOATS, is_recorded, operator
 from .layout import dense, laid_out_like, memory_order
 from .masks import pack_mask, unpack_mask
@@ -316,7 +315,7 @@ def fake_quantize_backward(
         gradient_clip = _representable(gradient_clip, gradient.dtype)
     compute = _fake_quantize_backward
     takes_reference = is_recorded(gradient, input, scale, zero_point) or gradient.dtype is not input.dtype
-    own, remaining = shared_gradient_scale(input, scale, highest)
+    factor = gradient_scale(input, scale, highest)
     to_input, to_scale, to_zero_point = (compute.reference if takes_reference else compute)(
         gradient,
         input,
@@ -327,11 +326,10 @@ def fake_quantize_backward(
         -1 if axis is None else axis,
         pass_saturated,
         gradient_clip,
-        own,
+        1.0,  # see gradient_scale
         needs[0],
     )
-    if remaining is not None:
-        to_scale, to_zero_point = to_scale * remaining, to_zero_point * remaining
+    to_scale, to_zero_point = to_scale * factor, to_zero_point * factor
     return (
         to_input,
         to_scale.reshape(scale.shape).to(scale.dtype) if needs[1] else None,
@@ -358,18 +356,12 @@ def fake_quantize_sums(
 
 
 def gradient_scale(input: Tensor, scale: Tensor, highest: int) -> float:
-    r""":math:`1 / \sqrt{N q_{max}}`: a scale of N elements learns at the pace of a weight (LSQ, section 2.2)."""
-    return 1.0 / math.sqrt(max(input.numel() // max(scale.numel(), 1), 1) * highest)
+    r""":math:`1 / \sqrt{N q_{max}}`: a scale of N elements learns at the pace of a weight (LSQ, section 2.2).
 
-
-def shared_gradient_scale(input: Tensor, scale: Tensor, highest: int) -> tuple[float, float | None]:
-    """:func:`gradient_scale` as an operator's argument, and what its sums are to be multiplied by after it.
-
-    While a compiler traces, sizes may be symbols: a number made of them that goes into an operator fixes them, so that
-    every batch size would be compiled anew.
+    To multiply what an operator returns by, and no argument of one: it is made of sizes, which may be symbols while a
+    compiler traces; an argument would fix them, and every batch size would be compiled anew.
     """
-    number = gradient_scale(input, scale, highest)
-    return (1.0, number) if is_traced() else (number, None)
+    return 1.0 / math.sqrt(max(input.numel() // max(scale.numel(), 1), 1) * highest)
 
 
 def _sum(values: Tensor, dimensions: list[int]) -> Tensor:

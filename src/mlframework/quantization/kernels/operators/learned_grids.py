@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...scheme import QuantizationScheme
 from .declaration import operator
-from .fake_quantization import Clip, fake_quantize_sums, mask_gradient, shared_gradient_scale
+from .fake_quantization import Clip, fake_quantize_sums, gradient_scale, mask_gradient
 from .layout import with_channels_last
 from .normalization import affine_of, normalize_backward
 
@@ -78,7 +78,7 @@ def learned_normalize_backward(
 
     The latter are :func:`.fake_quantize_backward`'s, of :func:`.normalize`'s :math:`y`, each of shape (1,).
     """
-    own, remaining = shared_gradient_scale(values, scale, scheme.quant_max)
+    factor = gradient_scale(values, scale, scheme.quant_max)
     *gradients, to_scale, to_zero_point = _learned_normalize_backward(
         with_channels_last(gradient),
         mask,
@@ -94,10 +94,9 @@ def learned_normalize_backward(
         *clip,
         math.inf if gradient_clip is None else gradient_clip,
         is_frozen,
-        own,
+        1.0,  # see gradient_scale
     )
-    if remaining is not None:
-        to_scale, to_zero_point = to_scale * remaining, to_zero_point * remaining
+    to_scale, to_zero_point = to_scale * factor, to_zero_point * factor
     to_values, to_weight, to_bias = gradients
     return to_values, to_weight, to_bias, to_scale, to_zero_point
 
@@ -154,7 +153,7 @@ def learned_clip_backward(
         values: float32, of any layout.
         addend: shape and dtype of ``values``; None for none.
     """
-    own, remaining = shared_gradient_scale(values, scale, scheme.quant_max)
+    factor = gradient_scale(values, scale, scheme.quant_max)
     to_values, to_scale, to_zero_point = _learned_clip_backward(
         gradient,
         mask,
@@ -166,8 +165,7 @@ def learned_clip_backward(
         scheme.quant_max,
         *clip,
         math.inf if gradient_clip is None else gradient_clip,
-        own,
+        1.0,  # see gradient_scale
     )
-    if remaining is not None:
-        to_scale, to_zero_point = to_scale * remaining, to_zero_point * remaining
+    to_scale, to_zero_point = to_scale * factor, to_zero_point * factor
     return to_values, to_scale, to_zero_point
