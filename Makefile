@@ -54,6 +54,7 @@ bench: $(PEERS_INSTALLED)
 	$(BIN)/python benchmarks/processors.py
 	$(BIN)/python benchmarks/reduce_range.py
 	$(BIN)/python benchmarks/observers.py
+	$(BIN)/python benchmarks/ddp_step.py --write
 
 # Hours; interrupted, it goes on where it stopped. A part: make study ARGS="--network crepe --width W8A8"
 study: $(STUDY_INSTALLED)

@@ -1,4 +1,4 @@
-"""``torch.compile`` of training with batches of any size, and with checkpoints.
+"""``torch.compile`` of training with batches of any size, under autocast, on ranks, by Inductor, and with checkpoints.
 
 Models have seen two batches before, so that one training graph is compiled and not two.
 """
@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from example_models import EXAMPLES
-from mlframework.quantization import QATConfig, prepare
+from mlframework.quantization import QATConfig, convert, prepare
+from ranks import RANKS, process_group
 
 # The compiler warns of its own internals (autograd.Function instantiated, .grad of a non-leaf read) while it traces.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -44,14 +51,16 @@ def _train(
     model: nn.Module,
     batches: Batches,
     compiled: Callable[..., Any] | None = None,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Tensor]:
     """Steps of SGD; the outputs and, of the last step, gradients."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     outputs = []
     for batch in batches:
         optimizer.zero_grad()
-        output = (model if compiled is None else compiled)(*batch)
-        output.square().mean().backward()
+        with context():
+            output = (model if compiled is None else compiled)(*batch)
+        output.float().square().mean().backward()
         optimizer.step()
         outputs.append(output.detach())
     return outputs + [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -63,11 +72,70 @@ def test_batches_of_all_sizes_share_a_graph() -> None:
     eager = copy.deepcopy(model)
     batches = [EXAMPLES["transformer"].inputs(size) for size in (16, 12, 9)]
     compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
-    # aot_eager calls the operators that eager code calls. Gradients of learned scales alone are rounded once more,
+    # aot_eager calls the operators that eager code calls; sums of gradients may be in another order,
     # which moves what comes after by a few units in the last place.
     torch.testing.assert_close(_train(model, batches, compiled), _train(eager, batches), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(("name", "learnable"), [("resnet", True), ("transformer", False)])
+def test_training_under_autocast(name: str, learnable: bool) -> None:
+    model = _prepared(name, learnable)
+    eager, batches = copy.deepcopy(model), [EXAMPLES[name].inputs(8) for _ in range(3)]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    # aot_eager calls the operators that eager code calls, but the compiler may add gradients up in another order.
+    results = _train(model, batches, compiled, autocast), _train(eager, batches, None, autocast)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def _on_half_of_the_batches(rank: int, folder: str) -> None:
+    with process_group(rank, folder):
+        dist._DEFAULT_FIRST_BUCKET_BYTES = 512  # which no other bucket may fall below
+        for learnable in (False, True):
+            torch.manual_seed(0)
+            model = _prepared("transformer", learnable)
+            batches = [(batch.chunk(RANKS)[rank],) for (batch,) in (EXAMPLES["transformer"].inputs(16),) * 3]
+            states = []
+            for compiles in (False, True):
+                wrapped = DistributedDataParallel(copy.deepcopy(model), bucket_cap_mb=0.0005)
+                compiled = torch.compile(wrapped, backend="aot_eager") if compiles else wrapped
+                gradients = _train(wrapped, batches, compiled)
+                states.append((gradients, wrapped.module.state_dict()))
+            torch.save(states, f"{folder}/{rank}_{learnable}.pt")
+
+
+def test_training_on_two_ranks(tmp_path: Path) -> None:
+    """DDPOptimizer splits the graph where a bucket of gradients is complete: these are of half a kilobyte."""
+    mp.spawn(_on_half_of_the_batches, (str(tmp_path),), nprocs=RANKS)
+    for learnable in (False, True):
+        states = [torch.load(tmp_path / f"{rank}_{learnable}.pt") for rank in range(RANKS)]
+        for eager, compiled in states:
+            # Buckets may be summed in another order.
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(states[0][1][1], states[1][1][1], rtol=0, atol=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_inductor_trains_evaluates_and_runs_what_is_converted(mode: str) -> None:
+    batches = [EXAMPLES["mlp"].inputs(64) for _ in range(3)]
+    prepared = _prepared("mlp")
+    eager = copy.deepcopy(prepared)
+    compiled = torch.compile(prepared, fullgraph=True, mode=mode)
+    losses = [
+        [output.square().mean() for output in _train(model, batches, call)[: len(batches)]]
+        for model, call in ((prepared, compiled), (eager, None))
+    ]
+    # Compiled sums run in another order, so that a value next to a rounding boundary may fall to the other side of it.
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-4)
+    prepared.eval()
+    with torch.no_grad():
+        expected = prepared(*batches[0])
+        assert torch.equal(compiled(*batches[0]), expected)
+        assert torch.equal(torch.compile(convert(prepared), fullgraph=True, mode=mode)(*batches[0]), expected)
 
 
 class Checkpointed(nn.Module):
