@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from multiprocessing.process import BaseProcess
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mlframework.quantization import MinMaxObserver, QATConfig, QATSchedule, parameter_groups, prepare
-from ranks import process_group
+from ranks import FORK_SERVER, process_group
 
 STEPS = 30
 CONFIGS = {
@@ -23,16 +22,12 @@ CONFIGS = {
     "learnable": QATConfig(weight_bits=4, learnable=True),
 }
 
-# One process imports what takes long, and is forked for each that trains.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "mlframework.quantization"])
-
 
 def start(kind: str, folder: Path, ranks: int = 1) -> list[BaseProcess]:
     """Starts the processes of a training whose files are in a folder."""
     meeting = mkdtemp(dir=folder)
     processes: list[BaseProcess] = [
-        _CONTEXT.Process(target=_run, args=(rank, kind, folder, ranks, meeting)) for rank in range(ranks)
+        FORK_SERVER.Process(target=_run, args=(rank, kind, folder, ranks, meeting)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 RANKS = 2
+
+# One process imports what takes long, and is forked for each rank.
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "mlframework.quantization",
+        "pytest",
+    ]
+)
+
+
+def run_ranks(worker: Callable[..., None], *args: Any) -> None:
+    """Calls ``worker(rank, *args)`` in a process for each rank; raises what one of them raises."""
+    mp.start_processes(worker, args, nprocs=RANKS, start_method="forkserver")
 
 
 @contextmanager

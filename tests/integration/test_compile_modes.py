@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from example_models import EXAMPLES
 from mlframework.quantization import QATConfig, convert, prepare
-from ranks import RANKS, process_group
+from ranks import RANKS, process_group, run_ranks
 
 # The compiler warns of its own internals (autograd.Function instantiated, .grad of a non-leaf read) while it traces.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -109,7 +108,7 @@ def _on_half_of_the_batches(rank: int, folder: str) -> None:
 
 def test_training_on_two_ranks(tmp_path: Path) -> None:
     """DDPOptimizer splits the graph where a bucket of gradients is complete: these are of half a kilobyte."""
-    mp.spawn(_on_half_of_the_batches, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(_on_half_of_the_batches, str(tmp_path))
     for learnable in (False, True):
         states = [torch.load(tmp_path / f"{rank}_{learnable}.pt") for rank in range(RANKS)]
         for eager, compiled in states:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.join import Join
@@ -25,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scale import size_of
 from mlframework.quantization import QATConfig, prepare
-from ranks import RANKS, Branching, agree, process_group, reductions
+from ranks import RANKS, Branching, agree, process_group, reductions, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -298,7 +297,7 @@ def _is_left_alone(rank: int, folder: str) -> None:
 
 
 def test_data_parallel_training(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(_worker, str(tmp_path))
 
 
 def test_four_ranks_under_torchrun() -> None:

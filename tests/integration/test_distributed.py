@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +23,7 @@ from mlframework.quantization import (
     finetune,
     prepare,
 )
-from ranks import RANKS, Branching, process_group
+from ranks import RANKS, Branching, process_group, run_ranks
 
 STEPS = 6
 
@@ -81,7 +80,7 @@ def _worker(rank: int, folder: str, config: QATConfig, calibrates: bool) -> None
 
 
 def _run(folder: Path, config: QATConfig, calibrates: bool = False) -> list[tuple[dict[str, Tensor], int]]:
-    mp.spawn(_worker, (str(folder), config, calibrates), nprocs=RANKS)
+    run_ranks(_worker, str(folder), config, calibrates)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -139,7 +138,7 @@ def test_a_checkpoint_that_one_rank_loaded(tmp_path: Path, learnable: bool) -> N
     trained = _model(config)
     _train(trained, _batches())
     checkpoint = {name: value.clone() for name, value in trained.state_dict().items()}
-    mp.spawn(_resumed, (str(tmp_path), config, checkpoint), nprocs=RANKS)
+    run_ranks(_resumed, str(tmp_path), config, checkpoint)
     (output, scales), (other_output, other_scales) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     expected = trained(_batches()[0])
     assert torch.equal(output, expected)
@@ -163,7 +162,7 @@ def _distilled(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_fine_tuning_takes_one_learning_rate_on_all_ranks(tmp_path: Path) -> None:
     """It follows from the first distance, which is another one on each rank."""
-    mp.spawn(_distilled, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(_distilled, str(tmp_path))
     (rates, losses, state), (other_rates, other_losses, other_state) = (
         torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)
     )
@@ -186,7 +185,7 @@ def _uneven_worker(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_may_take_different_branches_and_have_empty_batches(tmp_path: Path) -> None:
-    mp.spawn(_uneven_worker, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(_uneven_worker, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["second.input_fake_quantize.scale"].item() != 1

@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoints
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -30,7 +29,7 @@ from mlframework.quantization import (
     parameter_groups,
     prepare,
 )
-from ranks import RANKS, Branching, process_group
+from ranks import RANKS, Branching, process_group, run_ranks
 from zoo.gpt import GPT
 
 STEPS = 4
@@ -142,7 +141,7 @@ def _worker(rank: int, folder: str, learnable: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("learnable", [False, True])
 def test_sharded_training_is_data_parallel_training(tmp_path: Path, learnable: bool) -> None:
-    mp.spawn(_worker, (str(tmp_path), learnable), nprocs=RANKS)
+    run_ranks(_worker, str(tmp_path), learnable)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     for losses, state in (result["data parallel, True"] for result in results):
         assert losses[-1] < losses[0]
@@ -200,7 +199,7 @@ def _uneven_worker(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_rank_may_have_no_data_for_a_layer_at_first(tmp_path: Path) -> None:
-    mp.spawn(_uneven_worker, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(_uneven_worker, str(tmp_path))
     states = torch.load(tmp_path / "0.pt")
     for name in ("branch", "empty"):
         assert states[name, True]["second.input_fake_quantize.scale"].item() != 1
@@ -241,7 +240,7 @@ def _refused_worker(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
-    mp.spawn(_refused_worker, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(_refused_worker, str(tmp_path))
 
 
 def _layers(learnable: bool) -> nn.Module:
@@ -376,4 +375,4 @@ def _features_worker(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_sharded_models_are_loaded_stepped_and_deployed(tmp_path: Path) -> None:
-    mp.spawn(_features_worker, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(_features_worker, str(tmp_path))
