@@ -70,9 +70,14 @@ def _train(
     [
         ("cnn", QATConfig(), "inductor"),
         ("mlp", QATConfig(learnable=True), "inductor"),
-        ("cnn", QATConfig(learnable=True, weight_bits=4, activation_bits=4), "aot_eager"),
-        ("mlp", QATConfig(), "aot_eager"),
-        pytest.param("mlp", QATConfig(activation_observer=HistogramObserver), "aot_eager", marks=pytest.mark.long),
+        *(
+            pytest.param(*each, "aot_eager", marks=pytest.mark.long)
+            for each in (
+                ("cnn", QATConfig(learnable=True, weight_bits=4, activation_bits=4)),
+                ("mlp", QATConfig()),
+                ("mlp", QATConfig(activation_observer=HistogramObserver)),
+            )
+        ),
     ],
     ids=lambda value: (
         value

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import onnxruntime
@@ -31,9 +31,20 @@ from zoo import FULL_SIZE, NETWORKS, Network, roughen_batch_norms, train_steps, 
 
 pytestmark = pytest.mark.slow
 
-FULLY_INTEGER = [name for name, network in NETWORKS.items() if network.fully_integer]
+# Built of the blocks of another one, or long to run: in the long tests.
+LIKE_OTHERS = {"resnet18", "transformers_resnet", "transformers_mobilenet_v2", "gpt", "transformers_vit"}
+
+
+def networks(fully_integer: bool) -> list[Any]:
+    return [
+        pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS else ())
+        for name, network in NETWORKS.items()
+        if network.fully_integer == fully_integer
+    ]
+
+
+FULLY_INTEGER, PARTLY_FLOAT = networks(True), networks(False)
 SOME_NETWORKS = ("resnet20", "unet", "transformers_bert")  # for what every network is put to in the long tests
-PARTLY_FLOAT = [name for name, network in NETWORKS.items() if not network.fully_integer]
 BATCHES, BATCH_SIZE = 8, 128  # 1,024 inputs
 
 

@@ -347,7 +347,11 @@ def test_what_is_trained_is_what_is_deployed() -> None:
 
 @pytest.mark.parametrize(
     ("name", "steps", "tolerance"),
-    [("mlp", 40, 1e-3), ("gpt", 100, 1e-3), pytest.param("resnet20", 5, 2e-2, marks=pytest.mark.long)],
+    [
+        ("mlp", 40, 1e-3),
+        pytest.param("gpt", 100, 1e-3, marks=pytest.mark.long),
+        pytest.param("resnet20", 5, 2e-2, marks=pytest.mark.long),
+    ],
 )
 def test_two_hundred_steps_end_alike(name: str, steps: int, tolerance: float) -> None:
     """A code that rounds the other way changes what follows, so runs part as two machines' would, and learn the same.

@@ -19,10 +19,17 @@ PROGRAM = "from mlframework.quantization import kernels; print(kernels.instructi
 OWN_VARIABLE = "MLFRAMEWORK_QUANTIZATION_INSTRUCTION_SET"
 # What the rows of the table differ in; and what else is compiled anew for the features that these two rows name.
 LAYERS = ("test_integer_layer.py", "operators/test_layers.py")
+SAMPLES = ("test_integer_layer.py", "operators/test_declaration.py")
 EVERYTHING = ("test_integer_layer.py", "operators")
 WITH_OTHER_LOOPS = ("avx2", "portable")
 # The microkernels of every row are tested by test_microkernels.py as well.
-EACH = [name if name in WITH_OTHER_LOOPS else pytest.param(name, marks=pytest.mark.long) for name in INSTRUCTION_SETS]
+EACH = [
+    *(pytest.param(name, SAMPLES, id=f"{name}, samples") for name in INSTRUCTION_SETS if name in WITH_OTHER_LOOPS),
+    *(
+        pytest.param(name, EVERYTHING if name in WITH_OTHER_LOOPS else LAYERS, marks=pytest.mark.long, id=name)
+        for name in INSTRUCTION_SETS
+    ),
+]
 
 
 def test_they_use_the_best_instructions_that_pytorch_uses() -> None:
@@ -47,14 +54,15 @@ def test_every_processor_runs_those_of_the_oldest() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EACH)
-def test_every_instruction_set_computes_the_same(name: str, record_property: Callable[[str, object], None]) -> None:
+@pytest.mark.parametrize(("name", "files"), EACH)
+def test_every_instruction_set_computes_the_same(
+    name: str, files: tuple[str, ...], record_property: Callable[[str, object], None]
+) -> None:
     if name == kernels.instruction_set():  # the tests run on it as they are
         assert used_under(**{OWN_VARIABLE: name}) == [name, *INSTRUCTION_SETS]
         return
     environment = {**os.environ, OWN_VARIABLE: name}
-    names = EVERYTHING if name in WITH_OTHER_LOOPS else LAYERS
-    tests = [str(Path(__file__).parent / name) for name in names]
+    tests = [str(Path(__file__).parent / file) for file in files]
     # Schemas are the same on all.
     options = ["-m", "not slow", "-k", "not schema", "-p", "no:cacheprovider"]
     result = run([sys.executable, "-m", "pytest", *tests, *options], environment)

@@ -47,8 +47,15 @@ def dtype_of(argument: Any) -> Any:
     return argument.dtype if isinstance(argument, Tensor) else type(argument)
 
 
-ONE_OF_EACH_KIND = one_of_each(kind_of)
 OF_EACH_DTYPE = set(one_of_each(dtype_of))
+# Those of other dimensions in the long tests: what differs with these, tests without a compiler see.
+OF_EACH_DTYPE_FIRST = pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        pytest.param(*sample, marks=[] if sample in OF_EACH_DTYPE else pytest.mark.long)
+        for sample in one_of_each(kind_of)
+    ],
+)
 
 
 def test_every_operator_has_samples() -> None:
@@ -74,7 +81,7 @@ def test_schema_and_fake_form(name: str, label: str) -> None:
 
 @needs_kernels
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "label"), ONE_OF_EACH_KIND)
+@OF_EACH_DTYPE_FIRST
 def test_dispatch_by_a_compiler(name: str, label: str) -> None:
     """With sizes that are symbols. (It takes no NaN for equal to another.)"""
     opcheck(DECLARED[name].overload, samples(name)[label], test_utils="test_aot_dispatch_dynamic")
@@ -101,12 +108,8 @@ def test_the_reference_gives_the_same(name: str, label: str) -> None:
 
 @needs_kernels
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [pytest.param(*sample, marks=[] if sample in OF_EACH_DTYPE else pytest.mark.long) for sample in ONE_OF_EACH_KIND],
-)
+@OF_EACH_DTYPE_FIRST
 def test_compiled_functions_call_it(name: str, label: str) -> None:
-    """Those of each dtype, and of other dimensions in the long tests: what differs with these, the tests above see."""
     torch.compiler.reset()  # or all these are one function that is compiled too often
     operator = DECLARED[name]
 

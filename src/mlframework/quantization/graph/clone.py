@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,7 +55,11 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        for value in tree_leaves(list(vars(module).values())):
+        values = list(vars(module).values())
+        # Most registries of most modules are empty, and copying an OrderedDict by its protocol takes long.
+        empty = [value for value in values if type(value) is OrderedDict and not value]
+        memo.update((id(value), OrderedDict()) for value in empty)
+        for value in tree_leaves([value for value in values if id(value) not in memo]):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)

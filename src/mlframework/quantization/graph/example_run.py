@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import random
 import sys
@@ -108,7 +107,7 @@ def modules_kept(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     held = [(registry, dict(registry)) for module in model.modules() for registry in (vars(module), module._buffers)]
     collections = [
-        (value, copy.copy(value))
+        (value, value.copy())
         for _, attributes in held
         for name, value in attributes.items()
         if type(value) in (list, dict, set, OrderedDict) and (name.endswith("_hooks") or not name.startswith("_"))
