@@ -2,6 +2,7 @@
 
 from . import native
 from .backends.capability import int_mm_is_best, int_mm_is_exact, onednn_is_exact
+from .constants import constant_in_graphs
 from .devices import active_path, interpreted_kernels, is_traced, reference_kernels
 from .epilogue import Epilogue
 from .geometry import ConvolutionGeometry
@@ -43,6 +44,7 @@ __all__ = [
     "active_path",
     "add",
     "average_positions",
+    "constant_in_graphs",
     "dequantize",
     "extremes",
     "fake_quantize",

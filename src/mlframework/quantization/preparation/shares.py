@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .report import ALONE, SKIPPED, UNCALLED, PreparationReport, ReportEntry, Share
 
@@ -23,6 +22,8 @@ class Work(NamedTuple):
 
 def counted(model: nn.Module, run: Callable[[], Any]) -> Work:
     """Runs ``run``, which calls ``model``, and counts what it multiplies: products of matrices and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     # PyTorch's counter knows the attention operators of GPUs.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
@@ -52,6 +53,8 @@ def counted(model: nn.Module, run: Callable[[], Any]) -> Work:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *options: Any, **others: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 

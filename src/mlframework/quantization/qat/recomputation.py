@@ -36,7 +36,7 @@ def is_recomputing() -> bool:
     return not kernels.is_traced() and torch._C._current_graph_task_id() != -1
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@kernels.constant_in_graphs
 def require_no_checkpoint() -> None:
     """Raises RuntimeError if ``torch.utils.checkpoint`` runs the forward that a compiler now traces."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

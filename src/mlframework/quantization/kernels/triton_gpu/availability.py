@@ -8,6 +8,8 @@ import warnings
 
 import torch
 
+from ..constants import constant_in_graphs
+
 # Ampere, the first with the int8 tensor cores that the kernels are written for.
 OLDEST_CAPABILITY = (8, 0)
 
@@ -33,7 +35,7 @@ def is_interpreter() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def runs_on(index: int) -> bool:
     """Whether the kernels run on the GPU of that index (-1: the current one); warns once of a GPU that goes without.
 
