@@ -21,8 +21,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) -m "not long"
 
+# Of what all else stands on: arithmetic, operators, nodes, graphs, integer layers.
 test-fast: $(INSTALLED)
-	$(PYTEST) -m "not slow and not interpreter"
+	$(PYTEST) -m "not slow and not interpreter" tests/test_*.py $(addprefix tests/,graph int8 kernels qat)
 
 test-long: $(INSTALLED)
 	$(PYTEST) -m long

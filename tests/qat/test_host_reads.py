@@ -92,6 +92,7 @@ def assert_steps_read_nothing(config: QATConfig, path: str, steps: int) -> None:
                 step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["compiled", "reference"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_a_training_step_reads_nothing(config: QATConfig, path: str) -> None:
