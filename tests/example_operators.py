@@ -458,6 +458,10 @@ def _snapshot() -> Iterator[tuple[str, Arguments]]:
     yield "an integer", (torch.tensor([3]),)
 
 
+def _refuse_recomputation() -> Iterator[tuple[str, Arguments]]:
+    yield "outside of a checkpoint", (torch.tensor([3]),)
+
+
 def _batch_statistics() -> Iterator[tuple[str, Arguments]]:
     for shape in (_IMAGE, (4, 5), (3, 5, 7)):
         yield f"of shape {shape}", (rows_of(torch.randn(shape)), torch.randn(5), torch.rand(5), 0.1, 1e-5)
@@ -529,6 +533,7 @@ _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "packed_layer": _packed_layer,
     "fingerprints": _fingerprints,
     "snapshot": _snapshot,
+    "refuse_recomputation": _refuse_recomputation,
     "batch_statistics": _batch_statistics,
     "normalize": _normalize,
     "normalize_backward": _normalize_backward,

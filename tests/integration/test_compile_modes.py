@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from example_models import EXAMPLES
-from mlframework.quantization import QATConfig, convert, prepare
+from mlframework.quantization import FakeQuantizeLayer, QATConfig, convert, prepare
 from ranks import RANKS, process_group, run_ranks
 
 # The compiler warns of its own internals (autograd.Function instantiated, .grad of a non-leaf read) while it traces.
@@ -162,23 +162,47 @@ def test_checkpoints_inside_are_refused(fullgraph: bool) -> None:
         compiled(torch.randn(shape)).sum().backward()
 
 
+@pytest.mark.parametrize("is_compiled_before", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_checkpoint_around_a_compiled_model_is_refused(use_reentrant: bool) -> None:
-    """As it is compiled. With learned scales nothing lands in between, and gradients are those of the plain model."""
+def test_a_checkpoint_around_a_compiled_model_is_refused(use_reentrant: bool, is_compiled_before: bool) -> None:
+    """Also of one that is not compiled again for it."""
+    model = prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), QATConfig(), (torch.randn(8, 6),))
+    model(torch.randn(8, 6))
+    compiled = torch.compile(model, backend="aot_eager" if is_compiled_before else "eager")
+    if is_compiled_before:
+        compiled(torch.randn(8, 6, requires_grad=True)).sum().backward()
+    with pytest.raises(RuntimeError, match="checkpoint around a compiled model cannot be recomputed"):
+        _run_again(compiled, use_reentrant)
 
-    def gradients(compiled: Callable[..., Tensor], model: nn.Module) -> list[Tensor]:
-        input = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        model.zero_grad()
-        checkpoint(compiled, input, use_reentrant=use_reentrant).square().sum().backward()
-        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_around_a_compiled_model_that_observes_nothing(use_reentrant: bool) -> None:
+    """With learned scales nothing lands in between, and gradients are those of the plain model."""
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    for learnable in (False, True):
-        model = prepare(network, QATConfig(learnable=learnable), (torch.randn(8, 6),))
-        model(torch.randn(8, 6))
-        compiled = torch.compile(model, backend="eager")
-        if learnable:
-            torch.testing.assert_close(gradients(compiled, model), gradients(model, model))
-        else:
-            with pytest.raises(RuntimeError, match="checkpoint around a compiled model cannot be recomputed"):
-                gradients(compiled, model)
+    model = prepare(network, QATConfig(learnable=True), (torch.randn(8, 6),))
+    model(torch.randn(8, 6))
+    gradients = []
+    for called in (torch.compile(model, backend="eager"), model):
+        model.zero_grad()
+        _run_again(called, use_reentrant)
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(*gradients)
+
+
+def _run_again(called: Callable[..., Tensor], use_reentrant: bool) -> None:
+    input = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    checkpoint(called, input, use_reentrant=use_reentrant).square().sum().backward()
+
+
+def test_a_checkpoint_around_a_compiled_part_is_refused() -> None:
+    """Of a model that is not compiled itself, and of a layer in none."""
+    shape = (8, 3, 6, 6)
+    model = prepare(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Checkpointed()), QATConfig(), (torch.randn(shape),))
+    model(torch.randn(shape))
+    model.get_submodule("2.layers").compile(backend="eager")
+    layer = FakeQuantizeLayer()
+    compiled = torch.compile(layer, backend="eager")
+    compiled(torch.randn(8, 6, requires_grad=True)).sum().backward()
+    for run in (lambda: model(torch.randn(shape)).sum().backward(), lambda: _run_again(compiled, False)):
+        with pytest.raises(RuntimeError, match="checkpoint around a compiled model cannot be recomputed"):
+            run()

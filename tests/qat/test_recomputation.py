@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from mlframework.quantization import FakeQuantizeLayer, HistogramObserver, QATConfig, prepare
+from mlframework.quantization import FakeQuantizeLayer, HistogramObserver, QATConfig, QATSchedule, prepare
 from mlframework.quantization.kernels import reference_kernels
-from mlframework.quantization.qat.recomputation import FORWARDS_KEPT, is_recomputing
+from mlframework.quantization.qat.recomputation import ForwardHistory, is_recomputing
 
 # Of the example, which has no gradients, when prepare() runs a model that has reentrant checkpoints inside.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")]
@@ -176,13 +178,167 @@ def test_a_failed_forward_leaves_the_present_state_in_place() -> None:
     assert all(torch.equal(value, prepared.state_dict()[name]) for name, value in state.items())
 
 
-def test_what_is_kept_is_bounded() -> None:
+# --- what is kept, for how long, and what is not known ----------------------------------------------------------------
+
+
+def layer() -> nn.Module:
     prepared = prepare(nn.Linear(3, 2), QATConfig(quantize_last_linear=True), (torch.randn(4, 3),))
-    for _ in range(3):
-        prepared(torch.randn(4, 3))
-    history = prepared.observer_synchronizer.history  # type: ignore[union-attr]
-    assert not history._replaced, "nothing, where nothing is checkpointed"
-    for _ in range(FORWARDS_KEPT + 5):
-        recording(prepared, torch.randn(4, 3, requires_grad=True)).sum().backward()
-    assert len(history._replaced) == FORWARDS_KEPT
-    assert len(history._marks) <= 2 * FORWARDS_KEPT
+    prepared(torch.randn(4, 3))
+    return prepared
+
+
+def wider(step: int) -> Tensor:
+    return (torch.linspace(-1, 1, 12).reshape(4, 3) * (1 + step)).requires_grad_()
+
+
+def states_kept(model: nn.Module) -> int:
+    history: ForwardHistory = model.observer_synchronizer.history  # type: ignore[union-attr, assignment]
+    return len(history._replaced)
+
+
+def gradient_of(run: Run, model: nn.Module, count: int, use: Callable[[nn.Module], object] = lambda model: None) -> Any:
+    """Of the first of so many forwards, whose backward comes last."""
+    inputs = [wider(step) for step in range(count)]
+    losses = []
+    for input in inputs:
+        losses.append(run(model, input).square().sum())
+        use(model)
+    losses[0].backward()
+    return inputs[0].grad
+
+
+def test_without_checkpoints_nothing_is_kept() -> None:
+    model = layer()
+    for step in range(3):
+        with torch.no_grad():
+            model(wider(step))
+        model(wider(step)).sum().backward()
+        with torch.autograd.graph.save_on_cpu():
+            model(wider(step)).sum().backward()
+        assert not states_kept(model)
+
+
+@pytest.mark.parametrize("run", [reentrant, recording])
+def test_what_is_kept_is_what_may_run_again(run: Run) -> None:
+    model, losses = layer(), []
+    for step in range(5):
+        losses.append(run(model, wider(step)).sum())
+        losses[-1].backward()
+        assert states_kept(model) <= 2  # of this step and, until the next one begins, of the one before
+    for step in range(5):
+        losses.append(run(model, wider(step)).sum())
+    assert states_kept(model) >= 5
+    for loss in losses[5:]:
+        loss.backward()
+    model(wider(0))  # with nothing that may run again
+    assert not states_kept(model)
+
+
+@pytest.mark.parametrize("run", [reentrant, recording])
+def test_any_number_of_forwards_before_a_backward(run: Run) -> None:
+    model = layer()
+    expected = gradient_of(called, copy.deepcopy(model), 100)
+    assert torch.equal(gradient_of(run, model, 100), expected)
+
+
+@pytest.mark.parametrize("run", [reentrant, recording])
+def test_a_graph_that_is_kept_is_recomputed_again_with_the_scales_it_had(run: Run) -> None:
+    model, input = layer(), wider(0)
+    loss = run(model, input).square().sum()
+    gradients = []
+    for step in range(3):
+        gradients.append(torch.autograd.grad(loss, input, retain_graph=True) if run is recording else None)
+        if run is reentrant:
+            loss.backward(retain_graph=True)
+            gradients[-1], input.grad = input.grad, None
+        model(wider(step + 1))
+    assert all(torch.equal(each[0], gradients[0][0]) for each in gradients)
+
+
+class Rerun(torch.autograd.Function):
+    """A checkpoint as others write it."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, input: Tensor) -> Any:
+        ctx.function = function
+        ctx.save_for_backward(input)
+        return function(input)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        input = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.function(input).backward(gradient)
+        return None, input.grad
+
+
+class RerunUnseen(Rerun):
+    """Another one, whose forward does not get the node that its backward will be."""
+
+    @staticmethod
+    def forward(function: Any, input: Tensor) -> Any:  # type: ignore[override]
+        return function(input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.function = inputs[0]
+        ctx.save_for_backward(inputs[1])
+
+
+def hooked(function: Any, input: Tensor) -> Any:
+    def inner(input: Tensor) -> Any:
+        with torch.autograd.graph.save_on_cpu():
+            return function(input)
+
+    return recording(lambda input: inner(input).sin(), input)
+
+
+@pytest.mark.parametrize("run", [Rerun.apply, hooked])
+def test_others_ways_to_run_a_forward_again(run: Any) -> None:
+    model = layer()
+    plain = copy.deepcopy(model)
+    expected = gradient_of((lambda model, input: model(input).sin()) if run is hooked else called, plain, 3)
+    assert torch.equal(gradient_of(run, model, 3), expected)
+
+
+def test_a_repetition_of_what_is_not_known_is_refused() -> None:
+    """Unless the scales are still those that it had."""
+    message = "a forward within backward must repeat a training forward.*whose scales have changed since"
+    model = layer()
+    with pytest.raises(RuntimeError, match=message):
+        gradient_of(RerunUnseen.apply, model, 1)
+    frozen = copy.deepcopy(model)
+    QATSchedule(frozen, observe_from=1, quantize_from=1)
+    expected = gradient_of(called, copy.deepcopy(frozen), 2)
+    assert torch.equal(gradient_of(RerunUnseen.apply, frozen, 2), expected)
+    assert isinstance(model.input_fake_quantize, FakeQuantizeLayer)
+    scale = model.input_fake_quantize.scale.clone()
+    # In evaluation mode, where layers observe nothing: before another training forward, and after one.
+    gradient_of(recording, model.eval(), 2)
+    with pytest.raises(RuntimeError, match=message):
+        gradient_of(recording, model, 1, lambda model: (model.train()(wider(9)), model.eval()))
+    assert not torch.equal(model.input_fake_quantize.scale, scale)
+
+
+@pytest.mark.parametrize("run", [reentrant, recording])
+def test_layers_that_observe_nothing(run: Run) -> None:
+    """Learned scales, and no values at all."""
+    learned = prepare(nn.Linear(3, 2), QATConfig(learnable=True), (torch.randn(4, 3),))
+    learned(wider(0))
+    assert torch.equal(gradient_of(run, learned, 3), gradient_of(called, copy.deepcopy(learned), 3))
+    model = layer()
+    empty = torch.zeros(0, 3, requires_grad=True)
+    loss = run(model, empty).sum()
+    model(wider(5))
+    loss.backward()
+    assert empty.grad is not None
+
+
+def test_copies_have_forwards_of_their_own() -> None:
+    model = layer()
+    loss = recording(model, wider(0)).sum()
+    model(wider(1))
+    assert states_kept(model)
+    assert not states_kept(copy.deepcopy(model))
+    assert not states_kept(pickle.loads(pickle.dumps(model)))
+    loss.backward()

@@ -24,6 +24,7 @@ from .operators.fake_quantization import FakeQuantized, extremes, fake_quantize
 from .operators.fingerprints import fingerprints
 from .operators.layout import memory_order
 from .operators.moving_average import update_moving_average
+from .operators.recomputation import CANNOT_RECOMPUTE, refuse_recomputation
 from .operators.snapshot import snapshot
 from .plan import TrainingDescription, fuses, trains_on_integers
 from .products import ConvolutionProduct, LinearProduct, TransposedProduct
@@ -32,6 +33,7 @@ from .subpixel import SubpixelConvolution, subpixel_convolution
 from .triton_gpu import registration
 
 __all__ = [
+    "CANNOT_RECOMPUTE",
     "ConvolutionGeometry",
     "ConvolutionProduct",
     "Epilogue",
@@ -66,6 +68,7 @@ __all__ = [
     "pair",
     "quantize",
     "reference_kernels",
+    "refuse_recomputation",
     "release_program",
     "requantize",
     "run_program",

@@ -237,7 +237,7 @@ class FakeQuantizeLayer(nn.Module):
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Values on the grid: shape, dtype and memory format of ``input`` (of the wrapped layer's output)."""
         if is_recomputing():
-            with as_in_forward([self]):
+            with as_in_forward([self], input):
                 return self._quantized(input, *args, **kwargs)
         return self._quantized(input, *args, **kwargs)
 
@@ -304,7 +304,10 @@ class FakeQuantizeLayer(nn.Module):
         self._require_own_level(input)
         if self.synchronizer is not None:
             self.synchronizer.defer(self.synchronizer_index, self.observer.measure(input))
-        elif self.reduces_over_ranks and is_distributed():
+            return
+        if self.reduces_over_ranks and kernels.is_traced():
+            kernels.refuse_recomputation(self.observer.batches)
+        if self.reduces_over_ranks and is_distributed():
             self.commit(*reduce_over_ranks([self.observer.measure(input)]))
         elif not self._commit_at_once(input, self.scheme.resolve_channel_axis(input.dim()), is_measured=False):
             self.commit(self.observer.measure(input))

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from .. import kernels
 from .activation_observer import ActivationObserver, BatchStatistics
 from .data_parallel import Joinable, JoinHook, after_reducing_gradients, require_joined
-from .recomputation import ForwardHistory, State, is_recomputing, may_be_recomputed, require_no_checkpoint
+from .recomputation import ForwardHistory, RecomputedLayer, is_recomputing
 from .scale_projection import remember_shards
 from .sharding import is_managed, reshard, run_after_fsdp, run_before_fsdp, unshard_nodes
 
 
-class ObservedLayer(Protocol):
+class ObservedLayer(RecomputedLayer, Protocol):
     """What a layer must offer to have its observer updated with those of the whole model."""
 
     name: str
@@ -34,10 +34,6 @@ class ObservedLayer(Protocol):
     @property
     def is_initialized(self) -> bool:
         """Whether data has set the layer's parameters."""
-
-    @property
-    def state(self) -> State:
-        """A copy of the buffers that :meth:`commit` changes and a forward reads."""
 
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds statistics in and recomputes what follows from them."""
@@ -73,6 +69,7 @@ class ObserverSynchronizer(Joinable):
         # Indices of the layers that observed the forward which has ended, until its statistics have landed.
         self.due: list[int] = []
         self.history = ForwardHistory()
+        self._is_traced = False  # whether a compiler traces the present forward from its beginning
         self.has_warned = False
         for index, layer in enumerate(layers):
             layer.synchronizer = self
@@ -80,8 +77,11 @@ class ObserverSynchronizer(Joinable):
 
     def defer(self, index: int, statistics: BatchStatistics) -> None:
         """Holds what the layer of that index measured until :meth:`commit`; a second batch joins the first."""
-        if not self.history.is_kept and self.layers[index].training and may_be_recomputed():
-            self.history.is_kept = True
+        if kernels.is_traced():
+            if not self._is_traced:  # but a part of it, which a checkpoint may run alone
+                kernels.refuse_recomputation(self.layers[index].observer.batches)
+        elif self.layers[index].training:
+            self.history.observe()
         held = self.pending.get(index)
         self.pending[index] = statistics if held is None else _joined(held, statistics)
 
@@ -100,7 +100,8 @@ class ObserverSynchronizer(Joinable):
         Raises:
             RuntimeError: within ``Join``, which does not list this synchronizer behind the model.
         """
-        if kernels.is_traced():
+        self._is_traced = kernels.is_traced()
+        if self._is_traced:
             self.pending.clear()
             return
         observes = any(layer.observes for layer in self.layers)
@@ -117,7 +118,7 @@ class ObserverSynchronizer(Joinable):
             observed = [index for index, layer in enumerate(self.layers) if layer.observes]
         else:
             observed = list(self.pending)
-        if self.history.is_kept and not kernels.is_traced():
+        if not kernels.is_traced():
             self.history.end()
         if not observed:
             return
@@ -157,11 +158,10 @@ class ObserverSynchronizer(Joinable):
         if kernels.is_traced():
             self.history.is_compiled = bool(pending)
             if pending:
-                require_no_checkpoint()
+                kernels.refuse_recomputation(self.layers[next(iter(pending))].observer.batches)
         else:
             pending = {index: batch for index, batch in pending.items() if not self._starts_from_nothing(index, batch)}
-            if self.history.is_kept:
-                self.history.replace({index: self.layers[index].state for index in pending})
+            self.history.replace({index: self.layers[index] for index in pending})
         for index, batch in pending.items():
             self.layers[index].commit(batch)
 

@@ -134,7 +134,7 @@ class QATModuleWrapper(TrainingForward, IntegerEvaluation):
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output, fake-quantized (or, on integers, dequantized): shape and dtype of the layer's own."""
         if is_recomputing():
-            with as_in_forward([self.input_source, self.output_fake_quantize]):
+            with as_in_forward([self.input_source, self.output_fake_quantize], input):
                 return self._train_forward(input)
         if isinstance(self.layer, nn.Embedding) or not self.computes_integers:
             return self._train_forward(input)

@@ -98,7 +98,7 @@ class QATOperation(nn.Module):
     def forward(self, *operands: Tensor) -> Tensor:
         """The operation's result, fake-quantized (or, of codes, dequantized)."""
         if is_recomputing():
-            with as_in_forward([*self.sources, self.output_fake_quantize]):
+            with as_in_forward([*self.sources, self.output_fake_quantize], *operands):
                 return self._forward(*operands)
         return self._forward(*operands)
 

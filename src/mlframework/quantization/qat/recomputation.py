@@ -1,31 +1,30 @@
 """Activation checkpointing: a forward that backward runs again computes with the state that it had the first time.
 
-Statistics land when a model's forward ends, so by backward the scales have moved. A model whose training forward may be
-run again therefore keeps what each commit replaced. Which forward a recomputation belongs to is told by the autograd
-node that asks for it: nodes are numbered in the order in which they are made.
+Statistics land when a model's forward ends, so by backward the scales have moved. For as long as a checkpoint may run a
+forward again, what commits have replaced since is therefore kept. A checkpoint is known by an object of PyTorch's own
+that the autograd graph holds: the frame of one that intercepts what is saved, or the node of a reentrant one.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import _CheckpointFrame
 
 from .. import kernels
 
 State = dict[str, Tensor]
-
-FORWARDS_KEPT = 64
-
-_CANNOT_RECOMPUTE = (
-    "cannot be recomputed with the scales that its forward had: train with checkpoints or with torch.compile, whose "
-    "own partitioner recomputes what is cheap (torch._functorch.config.activation_memory_budget)"
-)
 
 
 def is_recomputing() -> bool:
@@ -36,87 +35,139 @@ def is_recomputing() -> bool:
     return not kernels.is_traced() and torch._C._current_graph_task_id() != -1
 
 
-@kernels.constant_in_graphs
-def require_no_checkpoint() -> None:
-    """Raises RuntimeError if ``torch.utils.checkpoint`` runs the forward that a compiler now traces."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    is_checkpoint = hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
-    if is_checkpoint or torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(f"torch.utils.checkpoint around a compiled model {_CANNOT_RECOMPUTE}")
-
-
-def may_be_recomputed() -> bool:
-    """Whether backward may run this part of a training forward again: what it saves is intercepted, or nothing is
-    saved at all (the two kinds of ``torch.utils.checkpoint``)."""
-    if kernels.is_traced():
-        return False
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 class ForwardHistory:
-    """What the commits of the latest :data:`FORWARDS_KEPT` forwards replaced.
+    """What the commits have replaced that came after forwards which a checkpoint may run again.
 
-    Nothing is kept until a forward has been seen that may be recomputed. A recomputation of a forward older than those
-    kept uses the oldest state there is.
+    Nothing is kept where there is no such checkpoint, and no longer than the graph that holds it.
     """
 
     def __init__(self) -> None:
-        self.is_kept = False
         self.is_compiled = False  # whether the latest forward's statistics landed where torch.compile keeps nothing
         self._state = 0  # how many times it has been replaced
-        self._recomputed = 0
-        self._first_node = 0  # of the present forward
-        self._last_node = 0  # when the one before ended
-        self._replaced: deque[tuple[int, dict[int, State]]] = deque(maxlen=FORWARDS_KEPT)
-        # From which autograd node on, in which state: in ascending order of nodes and of time.
-        self._marks: deque[tuple[int, int]] = deque(maxlen=2 * FORWARDS_KEPT)
+        self._replaced: deque[tuple[int, dict[int, State]]] = deque()
+        # The state in which each checkpoint has run, and of reentrant ones those that will not run again.
+        self._checkpoints: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._spent: weakref.WeakSet[object] = weakref.WeakSet()
+        # Nodes of autograd are numbered: the next one when the latest forward ended, and when the forward did that gave
+        # each layer its present state.
+        self._last_node = 0
+        self._changed_at: dict[int, int] = {}
 
     def begin(self) -> None:
         """A forward begins."""
         self.is_compiled = False
-        self._first_node = self._next_node()
+        for checkpoint in list(self._spent):
+            self._checkpoints.pop(checkpoint, None)
+        self._spent.clear()
+
+    def observe(self) -> None:
+        """A layer observes."""
+        self._note(self._state)
 
     def end(self) -> None:
         """The forward has ended."""
-        self._mark(self._first_node, self._state)
         self._last_node = torch._C._autograd._get_sequence_nr()
 
-    def replace(self, replaced: dict[int, State]) -> None:
-        """What the forward used, by index of the layer, is about to change."""
-        if replaced:
-            self._replaced.append((self._state, replaced))
-            self._state += 1
+    def replace(self, layers: Mapping[int, RecomputedLayer]) -> None:
+        """What these layers have used in the forward, each by its index, is about to change."""
+        if not layers:
+            return
+        oldest = min(self._checkpoints.values(), default=None)
+        if oldest is None:
+            self._replaced.clear()
+        else:
+            self._replaced.append((self._state, {index: layer.state for index, layer in layers.items()}))
+            while self._replaced[0][0] < oldest:
+                self._replaced.popleft()
+        self._changed_at.update(dict.fromkeys(layers, self._last_node))
+        self._state += 1
 
     def state_of(self, index: int) -> State | None:
         """A layer's state in the forward that is being recomputed; None for the present one.
 
         Raises:
-            RuntimeError: it is not known, since the model around what is recomputed is compiled.
+            RuntimeError: it is not known.
         """
         if self.is_compiled:
-            raise RuntimeError(f"torch.utils.checkpoint inside of a compiled model {_CANNOT_RECOMPUTE}")
-        if not self.is_kept:
+            raise RuntimeError(f"torch.utils.checkpoint inside of a compiled model {kernels.CANNOT_RECOMPUTE}")
+        running = next((each for each in _recomputed_checkpoints() if each in self._checkpoints), None)
+        if running is None:
+            self._require_unchanged(index)
             return None
-        used = self._state_used()
+        used = self._checkpoints[running]
+        if isinstance(running, FunctionCtx) and not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._spent.add(running)
+        self._note(used)  # checkpoints may be nested
         return next((states[index] for state, states in self._replaced if state >= used and index in states), None)
 
-    def _state_used(self) -> int:
+    def _note(self, state: int) -> None:
+        for checkpoint in _checkpoints():
+            self._checkpoints[checkpoint] = state
+
+    def _require_unchanged(self, index: int) -> None:
+        """A forward that no checkpoint is known to have run (the layer was not observing then, say) has used the
+        present state if it came after the last change."""
+        changed_at = self._changed_at.get(index)
         node = torch._C._current_autograd_node()
-        number = -1 if node is None else node._sequence_nr()
-        self._recomputed = next((state for first, state in reversed(self._marks) if first <= number), self._recomputed)
-        # What the recomputation makes belongs to the same forward: checkpoints may be nested.
-        self._mark(self._next_node(), self._recomputed)
-        self._last_node = torch._C._autograd._get_sequence_nr()
-        return self._recomputed
+        if changed_at is not None and (node is None or node._sequence_nr() < changed_at):
+            raise RuntimeError(
+                "a forward within backward must repeat a training forward that torch.utils.checkpoint ran, or the "
+                "forward(ctx, ...) of an autograd.Function, got one whose scales have changed since and are not known"
+            )
 
-    def _next_node(self) -> int:
-        # Reentrant checkpoints make their nodes first and then run the forward without gradients.
-        return torch._C._autograd._get_sequence_nr() if torch.is_grad_enabled() else self._last_node
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardHistory, ()  # no checkpoint runs the forwards of a copy
 
-    def _mark(self, node: int, state: int) -> None:
-        last = self._marks[-1] if self._marks else (-1, -1)
-        if node >= last[0] and state != last[1]:  # numbers are a thread's own, and lower ones another thread's
-            self._marks.append((node, state))
+
+def _checkpoints() -> list[object]:
+    """What may run this part of a forward again: the checkpoints that intercept what is saved, innermost first, and,
+    where nothing is recorded, autograd functions whose forward this is part of."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        found = []
+    else:
+        found = [each for each in map(_checkpoint_of, _all_hooks()) if each is not None]
+    return found if torch.is_grad_enabled() else [*found, *_running_functions()]
+
+
+def _recomputed_checkpoints() -> list[object]:
+    """The checkpoints that may be running this part of a forward again."""
+    node: object = torch._C._current_autograd_node()
+    return [*_checkpoints(), *([node] if isinstance(node, FunctionCtx) else [])]
+
+
+def _all_hooks() -> list[tuple[Any, Any]]:
+    """The hooks on saved tensors that are in force, innermost first."""
+    stack = []
+    try:
+        while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            stack.append(hooks)
+    finally:
+        for hooks in reversed(stack):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+    return stack
+
+
+def _checkpoint_of(hooks: tuple[Any, Any]) -> object | None:
+    """The checkpoint that these hooks belong to, in its forward or in a recomputation."""
+    for cell in getattr(inspect.unwrap(hooks[0]), "__closure__", None) or ():
+        content = cell.cell_contents
+        content = content() if isinstance(content, weakref.ref) else content
+        if isinstance(content, _CheckpointFrame):
+            return content
+    return None
+
+
+def _running_functions() -> Iterator[object]:
+    """The nodes of ``torch.autograd.Function``s whose ``forward`` runs, innermost first."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, FunctionCtx):
+                yield context
+        frame = frame.f_back
 
 
 class RecomputedLayer(Protocol):
@@ -125,20 +176,28 @@ class RecomputedLayer(Protocol):
     _buffers: dict[str, Tensor | None]
 
     @property
+    def state(self) -> State:
+        """A copy of the buffers that a commit changes and a forward reads."""
+
+    @property
     def state_when_recomputing(self) -> State | None:
         """What the buffers held in the forward that is being recomputed; None where they hold it still."""
 
 
 @contextmanager
-def as_in_forward(layers: Sequence[RecomputedLayer | None]) -> Iterator[None]:
-    """Puts the buffers in place that the layers had in the forward that is being recomputed."""
+def as_in_forward(layers: Sequence[RecomputedLayer | None], *inputs: Any) -> Iterator[None]:
+    """Puts the buffers in place that the layers had in the forward of these inputs that is being recomputed.
+
+    Of empty inputs, which nothing observes, any state makes the same.
+    """
     exchanged: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for layer in layers:
-        state = None if layer is None else layer.state_when_recomputing
-        if layer is not None and state is not None:
-            exchanged.append((layer._buffers, {name: layer._buffers[name] for name in state}))
-            layer._buffers.update(state)
+    is_empty = all(isinstance(input, Tensor) and input.numel() == 0 for input in inputs)
     try:
+        for layer in () if is_empty else layers:
+            state = None if layer is None else layer.state_when_recomputing
+            if layer is not None and state is not None:
+                exchanged.append((layer._buffers, {name: layer._buffers[name] for name in state}))
+                layer._buffers.update(state)
         yield
     finally:
         for buffers, own in reversed(exchanged):
