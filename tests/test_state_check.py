@@ -25,6 +25,7 @@ from mlframework.quantization import (
     MinMaxObserver,
     QATConfig,
     calibrate,
+    check_state,
     convert,
     prepare,
 )
@@ -265,12 +266,62 @@ def test_models_inside_of_another_are_checked_on_their_own(wrap: Callable[[nn.Mo
     wrapped = wrap(holder)
     before, state = copy.deepcopy(holder.state_dict()), changed(wrapped.state_dict())
     faulty = next(key for key in state if key.endswith(f"second.{WEIGHT_SCALE}"))
-    with pytest.raises(RuntimeError, match=rf"second.{WEIGHT_SCALE}.*got \[-1.0"):
+    with pytest.raises(RuntimeError, match=rf"nothing was loaded:\s+state_dict's .*second.{WEIGHT_SCALE}.*got \[-1.0"):
         wrapped.load_state_dict({**state, faulty: -torch.ones(8)})
-    for key, value in holder.second.state_dict().items():
-        assert torch.equal(value, before[f"second.{key}"])
+    assert_same(holder.state_dict(), before)
     wrapped.load_state_dict(state)
     assert_same(wrapped.state_dict(), state)
+
+
+class Head(nn.Linear):
+    """Counts what it loads."""
+
+    def get_extra_state(self) -> int:
+        return 0
+
+    def set_extra_state(self, state: int) -> None:
+        self.loads = getattr(self, "loads", 0) + 1
+
+
+def containers() -> dict[str, tuple[nn.Module, str]]:
+    """Of a model and a head that comes later, and the path of the head."""
+    return {
+        "beside": (nn.Sequential(model_of("observed"), Head(2, 3)), "1"),
+        "converted": (nn.Sequential(model_of("converted"), Head(2, 3)), "1"),
+        "around": (nn.ModuleDict({"a": nn.Sequential(nn.ReLU(), model_of("learnable")), "b": Head(2, 3)}), "b"),
+    }
+
+
+@pytest.mark.parametrize("name", containers())
+def test_what_comes_after_a_model_is_checked_with_it(name: str) -> None:
+    container, head = containers()[name]
+    state = changed({key: value for key, value in container.state_dict().items() if not key.endswith("_extra_state")})
+    state[f"{head}._extra_state"] = 0
+    weight, bias = state[f"{head}.weight"], state.pop(f"{head}.bias")
+    assert_refused(container, state, f'Missing key(s) in state_dict: "{head}.bias".')
+    assert_refused(container, {**state, f"{head}.bias": bias, "more": bias}, 'Unexpected key(s) in state_dict: "more".')
+    assert_refused(container, {**state, f"{head}.weight": weight.T}, f"size mismatch for {head}.weight", strict=False)
+    assert not hasattr(container.get_submodule(head), "loads")
+    # What PyTorch takes of a module that is none of ours.
+    assert container.load_state_dict({**state, f"{head}.weight": weight.int()}, strict=False).missing_keys
+    assert torch.equal(container.get_submodule(head).weight, weight.int())  # type: ignore[arg-type]
+    assert container.get_submodule(head).loads == 1
+
+
+def test_what_comes_before_a_model() -> None:
+    """It has been loaded when the model's turn comes, and the error says so; or the container checks as well."""
+    container = nn.Sequential(nn.Linear(6, 6), model_of("observed"))
+    state = changed(container.state_dict())
+    faulty = {**state, f"1.{WEIGHT_SCALE}": -torch.ones(8)}
+    before = copy.deepcopy(container[1].state_dict())
+    with pytest.raises(RuntimeError, match="for Sequential, of which nothing but what comes before 1 was loaded:"):
+        container.load_state_dict(faulty)
+    assert_same(container[1].state_dict(), before)
+    container.register_load_state_dict_pre_hook(check_state)
+    assert_refused(container, faulty, f"1.{WEIGHT_SCALE} must be finite")
+    assert_refused(container, {**state, "0.bias": torch.ones(7)}, "size mismatch for 0.bias")
+    container.load_state_dict(state)
+    assert_same(container.state_dict(), state)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

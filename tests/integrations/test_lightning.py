@@ -125,6 +125,53 @@ def test_a_fit_validates_in_integers_and_exports_them(tmp_path: Path) -> None:
     assert not any(node.observer.enabled for node in activations)
 
 
+def test_a_schedule_counts_the_steps_of_a_trainer(tmp_path: Path) -> None:
+    """A second fit goes on; that of another trainer begins anew; that of a checkpoint goes on where it was saved."""
+    module, seen = Lit(), []
+
+    class Seen(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            norm = pl_module.model[1]
+            node = pl_module.model[0].output_fake_quantize
+            assert callback.schedule is not None
+            seen.append((callback.schedule.steps, node.observer.enabled, bool(norm._forward_pre_hooks)))
+
+    callback = qat(schedule={"observe_until": 2, "freeze_batch_norm_from": 3})
+    steps = [(0, True, False), (1, True, False), (2, False, False), *[(step, False, True) for step in range(3, 8)]]
+    first = trainer(tmp_path, callback, Seen(), max_epochs=1)
+    first.fit(module, loader())
+    assert first.fit_loop.max_epochs == 1
+    first.fit_loop.max_epochs = 2
+    first.fit(module, loader())
+    assert seen == steps
+    first.save_checkpoint(tmp_path / "second.ckpt")
+    seen.clear()
+    trainer(tmp_path, callback, Seen(), max_epochs=1).fit(module, loader())
+    assert seen == steps[:4]
+    seen.clear()
+    trainer(tmp_path, callback, Seen(), max_epochs=3).fit(module, loader(), ckpt_path=tmp_path / "second.ckpt")
+    assert seen == [(step, False, True) for step in range(8, 12)]
+
+
+def test_a_state_that_is_refused_leaves_the_whole_module_as_it_was() -> None:
+    """Also what the module has before its model."""
+
+    class Before(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(1))
+
+    module, callback = Before(), qat()
+    callback.prepare(module)
+    before = state_of(module)
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    with pytest.raises(RuntimeError, match="for Before, of which nothing was loaded"):
+        module.load_state_dict({**state, "model.0.weight_fake_quantize.scale": torch.zeros(4)})
+    assert same_state(state_of(module), before)
+    callback.prepare(module)
+    assert len(module._load_state_dict_pre_hooks) == 1
+
+
 @pytest.mark.parametrize("learnable", [False, True], ids=["observed", "learned"])
 def test_a_resumed_fit_ends_bit_for_bit_where_the_whole_one_does(learnable: bool, tmp_path: Path) -> None:
     config = QATConfig(learnable=learnable)

@@ -34,6 +34,7 @@ from .qat.qat_module_wrapper import QATModuleWrapper
 from .qat.schedule import QATSchedule
 from .qat.straight_through_estimator import StraightThroughEstimator
 from .scheme import QuantizationScheme
+from .state_check import check_state
 from .training.distillation import FeatureMatching, distillation_loss
 from .training.finetune import History, finetune
 from .training.oscillation import OscillationFreezer, dampening_loss
@@ -72,6 +73,7 @@ __all__ = [
     "analyze_sensitivity",
     "assign_bits",
     "calibrate",
+    "check_state",
     "compare_outputs",
     "convert",
     "correct_bias",

@@ -3,7 +3,8 @@
 PyTorch copies while it goes through the modules and raises at the end, which leaves a half-loaded model behind. So
 loading is rehearsed first, by PyTorch's own code, on stand-ins that share everything with their modules but the
 tensors: those have shapes and no values. What it finds (keys, shapes) and what the modules find wrong with the values
-is raised before the load begins.
+is raised before the load begins. The rehearsal goes on behind the model: what stands there in the module that is
+loaded, and has its turn later, must fit as well.
 
 A module that has something to say of its values does so in a method
 ``state_faults(state, prefix) -> Iterable[str]``, which is given the tensors that came for it, by their whole keys.
@@ -11,15 +12,15 @@ A module that has something to say of its values does so in a method
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .load_call import Container, call_of
 
 _LISTED = 5  # faults of values that an error lists
 
@@ -44,25 +45,45 @@ def check_state(
 ) -> None:
     """Refuses a state that cannot be loaded whole into a module and what it holds: a load pre-hook.
 
-    A model inside of another is checked when its turn comes, before any of its own tensors is copied.
+    A model inside of another module is checked when its turn comes, with all that comes after it. What comes before it,
+    the tensors of that module itself and of its first children, has been loaded by then. To have that checked too,
+    register this function with the module that is loaded.
 
     Raises:
         RuntimeError: keys are missing or not expected (if the load is strict), a tensor is of another shape or of a
             dtype that does not go into the module's, or a module refuses its values.
+
+    Example:
+        >>> prepared = prepare(nn.Linear(4, 4), QATConfig(), (torch.randn(2, 4),))
+        >>> container = nn.Sequential(nn.Linear(4, 4), prepared)
+        >>> handle = container.register_load_state_dict_pre_hook(check_state)
+        >>> state = {name: torch.zeros_like(value) for name, value in container.state_dict().items()}
+        >>> container.load_state_dict(state)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        RuntimeError: Error(s) in loading state_dict for Sequential, of which nothing was loaded:
+        ...
     """
     if _is_checked(error_msgs, prefix):
         return
-    call = _call_of(error_msgs)
+    call = call_of(error_msgs, module, prefix)
     rehearsal = _Rehearsal(call.metadata, bool(local_metadata.get("assign_to_params_buffers", False)))
+    for entries, found in zip(rehearsal.lists, (missing_keys, unexpected_keys, error_msgs), strict=True):
+        entries += found if call.around else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the load itself warns
         rehearsal.load_first(module, rehearsal.without_values(state_dict), prefix, local_metadata)
-    _note_checked(error_msgs, prefix)
-    found = rehearsal.report(call.strict)
-    if found:
-        name = type(module).__name__
+        for container in call.around:
+            rehearsal.load_rest(container)
+    root = call.around[-1] if call.around else Container(module, state_dict, prefix, "")
+    _note_checked(error_msgs, root.prefix)
+    faults = rehearsal.report(call.strict)
+    if faults:
+        loaded = "nothing"
+        if any(container.has_loaded for container in call.around):
+            loaded = f"nothing but what comes before {prefix.removesuffix('.')}"
+        name = type(root.module).__name__
         raise RuntimeError(
-            "\n\t".join([f"Error(s) in loading state_dict for {name}, of which nothing was loaded:", *found])
+            "\n\t".join([f"Error(s) in loading state_dict for {name}, of which {loaded} was loaded:", *faults])
         )
 
 
@@ -86,28 +107,6 @@ def faults_where(
         yield f"state_dict's {key} must {expected}, got {_listed(saved.detach()[wrong])}"
 
 
-class _Call(NamedTuple):
-    """What ``load_state_dict`` was asked, as far as hooks are not told."""
-
-    strict: bool
-    metadata: Mapping[str, Any]
-
-
-def _call_of(error_msgs: list[str]) -> _Call:
-    """PyTorch tells hooks ``strict=True`` in any case, and a module inside nothing of its children's versions: both are
-    variables of the ``load_state_dict`` that this list of errors belongs to. Where some other code loads, keys are left
-    to it."""
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "load_state_dict":
-            if frame.f_locals.get("error_msgs") is error_msgs:
-                return _Call(bool(frame.f_locals["strict"]), frame.f_locals.get("metadata") or {})
-            if frame.f_code is nn.Module.load_state_dict.__code__ and "error_msgs" not in frame.f_locals:
-                raise RuntimeError(f"load_state_dict of PyTorch {torch.__version__} is not one that can be checked")
-        frame = frame.f_back
-    return _Call(False, {})
-
-
 class _Rehearsal:
     """A load that copies nothing.
 
@@ -122,17 +121,21 @@ class _Rehearsal:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.errors: list[str] = []
+        self.lists = (self.missing, self.unexpected, self.errors)
         self.faults: list[str] = []
         self.knows_keys = True
         self._saved: dict[int, tuple[Any, Any]] = {}  # by the id of what stands for it, which is kept with it
+        self._empty: dict[int, Tensor] = {}  # what stands for a tensor, by the id of that
 
     def without_values(self, state: State) -> dict[str, Any]:
         """The state with tensors that have shapes alone; the real ones are remembered."""
         empty = {}
         for key, value in state.items():
             if isinstance(value, Tensor):
-                empty[key] = _without_values(value)
-                self._saved[id(empty[key])] = (empty[key], value)
+                if id(value) not in self._empty:
+                    self._empty[id(value)] = _without_values(value)
+                    self._saved[id(self._empty[id(value)])] = (self._empty[id(value)], value)
+                empty[key] = self._empty[id(value)]
             else:
                 empty[key] = value
         return empty
@@ -143,11 +146,29 @@ class _Rehearsal:
         stand_in = _stand_in(module)
         vars(stand_in)["_load_state_dict_pre_hooks"] = _hooks_after_check(module)
         own = type(module)._load_from_state_dict
-        self._load(module, stand_in, own if _is_ours(own) else nn.Module._load_from_state_dict, state, prefix, metadata)
+        own_load = own if _is_ours(own) else nn.Module._load_from_state_dict
+        self._load(module, stand_in, own_load, state, prefix, metadata, is_checked=True)
 
-    def load(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-        """What PyTorch does for a module and its children, which includes the modules' own ways to load."""
-        self._load(module, _stand_in(module), type(module)._load_from_state_dict, state, prefix, metadata)
+    def load_rest(self, container: Container) -> None:
+        """The children of a module whose turn comes later."""
+        state = self.without_values(container.state)
+        for name in container.rest:
+            self._load_child(container.module, name, state, container.prefix, is_checked=False)
+        self.knows_keys &= _leaves_keys(container.module)
+
+    def _load_child(
+        self, module: nn.Module, name: str, state: dict[str, Any], prefix: str, *, is_checked: bool
+    ) -> None:
+        """What PyTorch does for a child and its children, which includes the modules' own ways to load."""
+        child = module._modules[name]
+        if child is not None:
+            path = f"{prefix}{name}."
+            own_state = {key: value for key, value in state.items() if key.startswith(path)}
+            own_load = type(child)._load_from_state_dict
+            is_checked = is_checked or has_check(child) or _is_ours(own_load)
+            self._load(
+                child, _stand_in(child), own_load, own_state, path, self._metadata_of(path), is_checked=is_checked
+            )
 
     def _load(
         self,
@@ -157,26 +178,26 @@ class _Rehearsal:
         state: dict[str, Any],
         prefix: str,
         metadata: dict[str, Any],
+        *,
+        is_checked: bool,
     ) -> None:
-        _note_checked(self.errors, prefix)
-        lists = (self.missing, self.unexpected, self.errors)
-        before = [len(entries) for entries in lists]
+        """``is_checked``: beside what PyTorch checks, also dtypes, within the models that are loaded whole."""
+        _note_checked(self.errors, "")
+        before = [len(entries) for entries in self.lists]
         try:
-            own_load(stand_in, state, prefix, metadata, True, *lists)
+            own_load(stand_in, state, prefix, metadata, True, *self.lists)
         except Exception:
             if not _has_foreign_code(module):
                 raise
             # Code that needs values. It runs again in the load itself.
             self.knows_keys = False
-            for entries, length in zip(lists, before, strict=True):
+            for entries, length in zip(self.lists, before, strict=True):
                 del entries[length:]
-        self.knows_keys &= all(_is_ours(hook) for hook in module._load_state_dict_post_hooks.values())
-        self._check_values(module, state, prefix, self.errors[before[2] :])
-        for name, child in module._modules.items():
-            if child is not None:
-                path = f"{prefix}{name}."
-                own_state = {key: value for key, value in state.items() if key.startswith(path)}
-                self.load(child, own_state, path, self._metadata_of(path))
+        self.knows_keys &= _leaves_keys(module)
+        if is_checked:
+            self._check_values(module, state, prefix, self.errors[before[2] :])
+        for name in module._modules:
+            self._load_child(module, name, state, prefix, is_checked=is_checked)
 
     def report(self, strict: bool) -> list[str]:
         """What is wrong, a line each."""
@@ -286,6 +307,11 @@ def _has_foreign_code(module: nn.Module) -> bool:
     return type(module)._load_from_state_dict is not nn.Module._load_from_state_dict and not _is_ours(
         type(module)._load_from_state_dict
     )
+
+
+def _leaves_keys(module: nn.Module) -> bool:
+    """Whether no hook may change, when the module has been loaded, which keys are missing or not expected."""
+    return all(_is_ours(hook) for hook in module._load_state_dict_post_hooks.values())
 
 
 def _is_ours(function: Any) -> bool:

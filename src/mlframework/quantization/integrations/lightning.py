@@ -14,6 +14,7 @@ from ..export.export_onnx import export_onnx
 from ..preparation.prepare import prepare
 from ..qat.config import QATConfig
 from ..qat.schedule import QATSchedule
+from ..state_check import check_state, has_check
 from .training_run import (
     TrainingRun,
     checked_schedule,
@@ -53,7 +54,8 @@ class QATCallback(Callback):
         config, example_inputs, example_kwargs: those of :func:`prepare`.
         attribute: where the module has the model, made in its ``__init__``; with dots, of an attribute's attribute.
         schedule: keyword arguments of :class:`QATSchedule`: when observers freeze, and batch normalization. Counted in
-            batches after which an optimizer has stepped.
+            batches after which an optimizer has stepped, of a trainer: a second ``fit`` of the same one goes on, with a
+            trainer made anew the schedule begins anew, as its ``global_step`` does.
         export_path: an ONNX file, written as the fit ends, of the model that it ends with (:func:`export_onnx`); not
             after an error. The best one instead: ``trainer.validate(ckpt_path="best")`` loads it, then export.
         log_every_n_steps: every so many steps, :func:`quantization_metrics` of a batch go to the trainer's loggers.
@@ -111,7 +113,8 @@ class QATCallback(Callback):
         return None if self._run is None else self._run.schedule
 
     def prepare(self, module: LightningModule) -> None:
-        """Puts the prepared model in the place of the module's own, unless it is there already.
+        """Puts the prepared model in the place of the module's own, unless it is there already, and has the module load
+        a state whole or not at all (:func:`check_state`).
 
         Raises:
             AttributeError: the module has no such attribute, or it is no module.
@@ -120,6 +123,8 @@ class QATCallback(Callback):
             TypeError: what :func:`prepare` raises.
         """
         model = self._model_of(module)
+        if not has_check(module):
+            module.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
         if is_prepared(unwrapped(model)):
             return
         if unwrapped(model) is not model:
@@ -158,8 +163,12 @@ class QATCallback(Callback):
             self._require_prepared_in_main_process(pl_module)
         self.prepare(pl_module)
         model = unwrapped(self._model_of(pl_module))
-        if stage == "fit" and (self._run is None or self._run.model is not model):
+        if stage != "fit":
+            return
+        if self._run is None or self._run.model is not model:
             self._run = TrainingRun(model, self._schedule, self._log_every_n_steps)
+        elif trainer.global_step == 0:  # the fit of another trainer; of a checkpoint, the state comes after this
+            self._run.schedule.load_state_dict({"steps": 0})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
