@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as checkpoints
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -364,6 +365,21 @@ def _half_precision_checkpointed(rank: int) -> None:
         assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
 
 
+def _compiled_steps_are_those_without_a_compiler(rank: int) -> None:
+    """Where the first batch came before; where it did not is refused."""
+    first, *rest = _rows(rank)
+    states = []
+    for compiles in (False, True):
+        model = _sharded(_layers(learnable=True))
+        _train_on(model, [first])
+        graphs = counters["stats"]["unique_graphs"]
+        _train_on(torch.compile(model, backend="aot_eager") if compiles else model, rest[:2])
+        assert counters["stats"]["unique_graphs"] > graphs or not compiles
+        states.append(_state(model))
+    # aot_eager calls the operators that eager code calls.
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def _features_worker(rank: int, folder: str) -> None:
     with process_group(rank, folder):
         _steps_are_projected_after_another_forward(rank)
@@ -371,6 +387,7 @@ def _features_worker(rank: int, folder: str) -> None:
         _one_rank_loads(rank)
         _one_rank_deploys(rank, folder)
         _half_precision_checkpointed(rank)
+        _compiled_steps_are_those_without_a_compiler(rank)
 
 
 @pytest.mark.slow

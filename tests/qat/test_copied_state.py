@@ -146,7 +146,7 @@ def states_of(model: nn.Module, steps: int) -> list[dict[str, torch.Tensor]]:
 def test_an_average_from_before_the_first_batch_is_of_what_data_has_shown(
     config: QATConfig, decay: float | None
 ) -> None:
-    """Not of the scale 1 and the zero point that a node is constructed with."""
+    """Not of the scale and the zero point that a node is constructed with."""
     model = prepared_model(config)
     averaged = AveragedModel(
         model, use_buffers=True, multi_avg_fn=None if decay is None else get_ema_multi_avg_fn(decay)
@@ -165,7 +165,7 @@ def test_an_average_from_before_the_first_batch_is_of_what_data_has_shown(
         if isinstance(module, FakeQuantizeLayer) and module.reduces_over_ranks:
             for part in ("scale", "zero_point"):
                 values = [weight * state[f"{name}.{part}"] for weight, state in zip(weights, states, strict=True)]
-                # Float32 rounding, magnified by taking 1 out of an average of little else.
+                # Float32 rounding, and of zero points magnified by taking the initial one out.
                 torch.testing.assert_close(getattr(module, part), sum(values) / sum(weights), rtol=1e-4, atol=1e-2)
     averaged.update_parameters(model)  # goes on from there
     assert all(bool((module.initialized == 1).all()) for module in nodes_of(averaged))
@@ -174,6 +174,25 @@ def test_an_average_from_before_the_first_batch_is_of_what_data_has_shown(
     with torch.no_grad():
         assert torch.isfinite(averaged(INPUTS)).all()
         assert torch.equal(convert(averaged.module)(INPUTS), averaged(INPUTS))
+
+
+def test_an_average_of_parameters_alone_lacks_what_it_has_of_the_time_before_data() -> None:
+    """It does not tell how much that is. Of weights, it has as much of the first ones."""
+    model = prepared_model(QATConfig(learnable=True))
+    averaged = AveragedModel(model, use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    averaged.update_parameters(model)
+    states = []
+    for _ in range(30):
+        states += states_of(model, 1)
+        averaged.update_parameters(model)
+    averaged.eval()
+    with torch.no_grad():
+        assert torch.equal(convert(averaged.module)(INPUTS), averaged(INPUTS))
+    for name, node in averaged.module.named_modules():
+        if isinstance(node, FakeQuantizeLayer) and node.reduces_over_ranks:  # a weight's has its scale from the start
+            scales = [state[f"{name}.scale"] for state in states]
+            average = sum(0.1 * 0.9**age * scale for age, scale in enumerate(reversed(scales)))
+            torch.testing.assert_close(node.scale.data, average, rtol=1e-4, atol=0)  # float32 rounding, of 30 steps
 
 
 def nodes_of(model: nn.Module) -> list[FakeQuantizeLayer]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import arithmetic, kernels
-from ..arithmetic import SMALLEST_SCALE
 from ..kernels.differentiable.function import refuse_export_with_gradients
 from ..kernels.differentiable.layer import Codes
 from ..parameters import QuantizationParameters
@@ -21,15 +20,15 @@ from ..scheme_state import grid_faults, register_scheme, save_schemes, without_s
 from ..state_check import check_state, faults_where
 from .activation_observer import ActivationObserver, BatchStatistics, MovingAverageObserver
 from .attached_codes import Way, attach_codes, attached_codes, codes_anew
+from .averaged_parameters import INITIAL_SCALE, some_had_none, take_initial_values_out
 from .fake_quantize_operation import fake_quantize_tensor
+from .functional_transforms import require_own_level
 from .host_value import HostValue
 from .observer_synchronizer import ObserverSynchronizer, is_distributed, reduce_over_ranks
 from .recomputation import State, as_in_forward, is_recomputing
 from .scale_projection import project_optimizer_steps
 from .sharding import copy_replicated, require_float32, require_writable
 from .straight_through_estimator import StraightThroughEstimator
-
-_ALL_HAD_DATA = 1 - 1e-4  # of an average's share: what is nearer to 1 is rounding
 
 
 class FakeQuantizeLayer(nn.Module):
@@ -138,7 +137,7 @@ class FakeQuantizeLayer(nn.Module):
         self.feeds_layers_alone = False
         self.made_by: tuple[nn.Module, ...] = ()
 
-        scale = torch.ones(num_channels)
+        scale = torch.full((num_channels,), INITIAL_SCALE)
         zero_point = torch.full((num_channels,), float(scheme.symmetric_zero_point))
         if learnable:
             self.scale = nn.Parameter(scale)
@@ -301,7 +300,7 @@ class FakeQuantizeLayer(nn.Module):
 
     def observe(self, input: Tensor) -> None:
         """Folds a tensor into the statistics: now, or when the model's forward ends."""
-        self._require_own_level(input)
+        require_own_level(input, self.observer.batches, self.name)
         if self.synchronizer is not None:
             self.synchronizer.defer(self.synchronizer_index, self.observer.measure(input))
             return
@@ -311,18 +310,6 @@ class FakeQuantizeLayer(nn.Module):
             self.commit(*reduce_over_ranks([self.observer.measure(input)]))
         elif not self._commit_at_once(input, self.scheme.resolve_channel_axis(input.dim()), is_measured=False):
             self.commit(self.observer.measure(input))
-
-    def _require_own_level(self, input: Tensor) -> None:
-        """Refuses to observe within a transform of ``torch.func`` what it would have to write to other buffers."""
-        if not torch._C._are_functorch_transforms_active():
-            return
-        level = torch._C._functorch.maybe_get_level
-        if level(input) > level(self.observer.batches):  # -1 of a tensor that no transform wraps
-            raise RuntimeError(
-                f"{self.name or 'this layer'} observes a tensor that torch.func transforms, and its statistics are not "
-                "among what is transformed: switch observation off (eval(), QATSchedule, observer.enabled), or hand "
-                "the buffers to torch.func.functional_call in the transformed function"
-            )
 
     def commit(self, statistics: BatchStatistics) -> None:
         """Folds measured statistics in and, where due, recomputes the parameters from them."""
@@ -395,22 +382,13 @@ class FakeQuantizeLayer(nn.Module):
         self._set(parameters.scale, parameters.zero_point)
         self.initialized.fill_(1)
 
-    @torch.no_grad()
     def _settled(self, share: float) -> bool:
         """Whether ``initialized``, which is that share, says that there was data; an average of models, of which that
-        share had data, is made one of those alone.
-
-        A linear average that has ``initialized`` among its tensors has the rest of its weights on the values that
-        scale and zero point were constructed with.
-        """
-        if not 0.5 <= share < _ALL_HAD_DATA or kernels.is_traced():
-            return share >= 0.5
-        self.scale.sub_(1 - share).div_(share).clamp_(SMALLEST_SCALE)
-        if not self.scheme.symmetric:
-            initial = (1 - share) * self.scheme.symmetric_zero_point
-            self.zero_point.sub_(initial).div_(share).clamp_(self.scheme.quant_min, self.scheme.quant_max)
-        self._mark_initialized()
-        return True
+        share had data, is made one of those alone."""
+        if some_had_none(share) and not kernels.is_traced():
+            take_initial_values_out(self.scale, self.zero_point, self.scheme, share)
+            self._mark_initialized()
+        return share >= 0.5
 
     def _set(self, scale: Tensor, zero_point: Tensor) -> None:
         if self.learnable:
