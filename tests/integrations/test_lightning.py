@@ -239,6 +239,23 @@ def test_figures_go_to_the_loggers_and_change_nothing(tmp_path: Path) -> None:
     assert [line.split(",")[tags.index("step")] for line in lines[1:]] == ["3", "6"]
 
 
+def test_calls_of_a_compiled_model_are_watched_where_it_is_called(tmp_path: Path) -> None:
+    """Inside of it, a compiler would not see that the hook is there."""
+    module, callback, watched = Lit(), qat(log_every_n_steps=2), []
+
+    class Seen(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            own = len(pl_module.model._forward_pre_hooks), len(pl_module.model._orig_mod._forward_pre_hooks)
+            watched.append((own[0], own[1] - inside))
+
+    callback.prepare(module)
+    inside = len(module.model._forward_pre_hooks)
+    module.model = torch.compile(module.model)  # type: ignore[assignment]
+    with torch.compiler.set_stance("force_eager"):
+        trainer(tmp_path, callback, Seen(), max_epochs=1).fit(module, loader())
+    assert watched == [(1, 0), (1, 0), (0, 0), (1, 0)]
+
+
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_two_processes_agree_and_one_exports(tmp_path: Path) -> None:
     """DistributedDataParallel on halves of each batch: after it, the state of both ranks in the one module."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ..graph.example_run import state_kept
@@ -20,9 +21,12 @@ WeightNodes = Mapping[str, FakeQuantizeLayer]
 
 @contextmanager
 def in_analysis(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients. Afterwards modes, switches, buffers, attributes, hooks and the random state
-    are as they were, also where an error or an interruption ends it."""
-    with state_kept(model), in_evaluation(model):
+    """Evaluation mode without gradients, and without compilers, which would not see the hooks of an analysis.
+
+    Afterwards modes, switches, buffers, attributes, hooks and the random state are as they were, also where an error or
+    an interruption ends it.
+    """
+    with torch.compiler.set_stance("force_eager"), state_kept(model), in_evaluation(model):
         yield
 
 

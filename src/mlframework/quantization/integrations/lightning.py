@@ -162,13 +162,15 @@ class QATCallback(Callback):
         if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
             self._require_prepared_in_main_process(pl_module)
         self.prepare(pl_module)
-        model = unwrapped(self._model_of(pl_module))
+        called = self._model_of(pl_module)
+        model = unwrapped(called)
         if stage != "fit":
             return
         if self._run is None or self._run.model is not model:
             self._run = TrainingRun(model, self._schedule, self._log_every_n_steps)
         elif trainer.global_step == 0:  # the fit of another trainer; of a checkpoint, the state comes after this
             self._run.schedule.load_state_dict({"steps": 0})
+        self._run.called = called
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

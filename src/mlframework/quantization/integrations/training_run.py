@@ -17,6 +17,7 @@ from ..graph.generated_forward import runs_graph
 from ..preparation.parameter_groups import quantization_parameters
 from ..preparation.report import PreparationReport
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..qat.observer_synchronizer import ObserverSynchronizer
 from ..qat.schedule import QATSchedule
 from .quantization_metrics import metrics_of_call
 
@@ -29,27 +30,34 @@ class TrainingRun:
         model: from :func:`prepare`.
         schedule: keyword arguments of :class:`QATSchedule`.
         log_every_n_steps: steps between figures; None for none.
+
+    Attributes:
+        called: what the training calls: the model, or what ``torch.compile`` made of it.
     """
 
     def __init__(self, model: nn.Module, schedule: Mapping[str, Any], log_every_n_steps: int | None) -> None:
         self.model = model
+        self.called = model
         self.schedule = QATSchedule(model, **schedule)
         self._log_every_n_steps = log_every_n_steps
         self._knows_calls = False
         self._watching: RemovableHandle | None = None
         self._call: Call | None = None
+        self._has_warned = False
 
     def before_batch(self) -> None:
         """Watches the model's calls for one batch: in the first step, and where figures are due after this one."""
         self.stop_watching()
         if self._is_due or not self._knows_calls:
-            self._watching = self.model.register_forward_pre_hook(self._watch, with_kwargs=True)
+            self._watching = self.called.register_forward_pre_hook(self._watch, with_kwargs=True)
 
     def after_step(self) -> dict[str, float] | None:
         """Counts an optimizer step. Returns the figures, where they are due, on the first call since
-        :meth:`before_batch`."""
+        :meth:`before_batch`; of scales alone, with a warning, where a compiler lets nobody see the call."""
         call, is_due = self._call, self._is_due
         self.stop_watching()
+        if is_due and call is None:
+            self._warn_if_compiled()
         self.schedule.step()
         return metrics_of_call(self.model, call) if is_due else None
 
@@ -64,11 +72,22 @@ class TrainingRun:
         every = self._log_every_n_steps
         return every is not None and (self.schedule.steps + 1) % every == 0
 
+    def _warn_if_compiled(self) -> None:
+        synchronizer = self.model.observer_synchronizer
+        if isinstance(synchronizer, ObserverSynchronizer) and synchronizer.is_traced and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{type(self.model).__name__} is compiled, and how it is called is not seen: of it, scales alone are "
+                "logged, and no clipped_share or snr. For these, call log_quantization(model, writer, step, batch)",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def _watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kernels.is_traced():  # by a compiler, where nothing can be noted
             return
         if not self._knows_calls:
-            require_example_call(module, args, kwargs)
+            require_example_call(self.model, args, kwargs)
             self._knows_calls = True
         if self._is_due and self._call is None:
             self._call = copies(args), copies(kwargs)

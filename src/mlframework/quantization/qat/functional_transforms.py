@@ -23,6 +23,6 @@ def require_own_level(input: Tensor, state: Tensor, name: str) -> None:
     if level(input) > level(state):  # -1 of a tensor that no transform wraps
         raise RuntimeError(
             f"{name or 'this layer'} observes a tensor that torch.func transforms, and its statistics are not among "
-            "what is transformed: switch observation off (eval(), QATSchedule, observer.enabled), or hand the buffers to "
-            "torch.func.functional_call in the transformed function"
+            "what is transformed: switch observation off (eval(), QATSchedule, observer.enabled), or hand the buffers "
+            "to torch.func.functional_call in the transformed function"
         )

@@ -69,7 +69,7 @@ class ObserverSynchronizer(Joinable):
         # Indices of the layers that observed the forward which has ended, until its statistics have landed.
         self.due: list[int] = []
         self.history = ForwardHistory()
-        self._is_traced = False  # whether a compiler traces the present forward from its beginning
+        self.is_traced = False  # whether the latest forward was compiled from its beginning
         self.has_warned = False
         for index, layer in enumerate(layers):
             layer.synchronizer = self
@@ -78,7 +78,7 @@ class ObserverSynchronizer(Joinable):
     def defer(self, index: int, statistics: BatchStatistics) -> None:
         """Holds what the layer of that index measured until :meth:`commit`; a second batch joins the first."""
         if kernels.is_traced():
-            if not self._is_traced:  # but a part of it, which a checkpoint may run alone
+            if not self.is_traced:  # but a part of it, which a checkpoint may run alone
                 kernels.refuse_recomputation(self.layers[index].observer.batches)
         elif self.layers[index].training:
             self.history.observe()
@@ -100,8 +100,8 @@ class ObserverSynchronizer(Joinable):
         Raises:
             RuntimeError: within ``Join``, which does not list this synchronizer behind the model.
         """
-        self._is_traced = kernels.is_traced()
-        if self._is_traced:
+        self.is_traced = kernels.is_traced()
+        if self.is_traced:
             self.pending.clear()
             return
         observes = any(layer.observes for layer in self.layers)
