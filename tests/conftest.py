@@ -6,6 +6,7 @@ import gc
 import os
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -50,6 +51,18 @@ def _seed() -> None:
     else:
         # Without devices, the other function keeps a traceback for each kind of them, which takes a millisecond.
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that knows nothing of other tests, and that nothing of this one is left in; its counters start at
+    zero."""
+    from torch._dynamo.utils import counters  # takes seconds, which tests without a compiler need not
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -38,6 +38,7 @@ Record = Callable[[str, object], None]
 SMALL_RESNET = Network(partial(ResNet, [8, 16], [1, 1], 10, True), partial(pictures, image_size=16, classes=10))
 SMALL = {"mlp": NETWORKS["mlp"], "resnet": SMALL_RESNET, "gpt": NETWORKS["gpt"]}
 EVERY = pytest.mark.parametrize("name", SMALL)
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 BATCH, WARM_UP = 32, 3
 
 # Of a loss near 2.3 after a few steps: float32 sums in another order put some values onto other codes.
@@ -51,14 +52,6 @@ def _float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's convolutions round their operands to ten bits by default, and sum in any order."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def prepared_of(name: str, config: QATConfig | None = None, recompute: bool = False) -> nn.Module:

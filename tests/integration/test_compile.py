@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from mlframework.quantization import HistogramObserver, QATConfig, QATSchedule, calibrate, convert, prepare
 
 # The compiler warns of its own internals (autograd.Function instantiated, .grad of a non-leaf read) while it traces.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("fresh_compiler")]
 
 # Compiled sums run in another order, so that a value next to a rounding boundary may fall to the other side of it; the
 # batches are large enough that one such step moves the loss by far less than the bound. (Weights changed by 1e-7 moved
@@ -39,14 +39,6 @@ def _model(name: str) -> nn.Module:
     if name == "cnn":
         return ResidualNet()
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def _train(

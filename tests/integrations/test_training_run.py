@@ -10,7 +10,11 @@ from mlframework.quantization import QATConfig, prepare, quantization_metrics
 from mlframework.quantization.integrations.training_run import TrainingRun
 
 # The compiler warns of its own internals while it traces.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default:::torch")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default:::torch"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 INPUTS = torch.randn(8, 6)
 
@@ -18,7 +22,6 @@ INPUTS = torch.randn(8, 6)
 def test_figures_of_a_compiled_model_are_logged_or_a_warning_says_that_they_are_not() -> None:
     """And those of a batch that is given are those of the plain model: its graph would not call the hooks that look
     inside."""
-    torch.compiler.reset()
     model = prepare(nn.Linear(6, 2), QATConfig(), (INPUTS,))
     model(INPUTS)
     expected, scales = quantization_metrics(model, INPUTS), quantization_metrics(model)
@@ -46,9 +49,5 @@ def test_figures_of_a_compiled_model_are_logged_or_a_warning_says_that_they_are_
         model.eval()(INPUTS)
     given = quantization_metrics(model, INPUTS)
     assert given.keys() == expected.keys()
-    torch.compiler.set_stance("force_eager")
-    try:
+    with torch.compiler.set_stance("force_eager"):
         assert given == quantization_metrics(model, INPUTS)
-    finally:
-        torch.compiler.set_stance("default")
-        torch.compiler.reset()
