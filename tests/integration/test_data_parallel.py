@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scale import size_of
 from mlframework.quantization import QATConfig, prepare
+from mlframework.quantization.qat.averaged_parameters import INITIAL_SCALE
 from ranks import RANKS, Branching, agree, process_group, reductions, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -101,7 +102,7 @@ def _has_a_static_graph(rank: int, alone: dict[str, State]) -> None:
                 name.replace("_checkpoint_wrapped_module.", ""): value for name, value in state.items()
             }
         plain, *others = states.values()
-        assert plain["input_1_fake_quantize.scale"] != 1
+        assert plain["input_1_fake_quantize.scale"] != INITIAL_SCALE
         assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())
 
 

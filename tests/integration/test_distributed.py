@@ -23,6 +23,7 @@ from mlframework.quantization import (
     finetune,
     prepare,
 )
+from mlframework.quantization.qat.averaged_parameters import INITIAL_SCALE
 from ranks import RANKS, Branching, process_group, run_ranks
 
 STEPS = 6
@@ -188,4 +189,4 @@ def test_ranks_may_take_different_branches_and_have_empty_batches(tmp_path: Path
     run_ranks(_uneven_worker, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert first["second.input_fake_quantize.scale"].item() != 1
+    assert first["second.input_fake_quantize.scale"].item() != INITIAL_SCALE

@@ -30,6 +30,7 @@ from mlframework.quantization import (
     parameter_groups,
     prepare,
 )
+from mlframework.quantization.qat.averaged_parameters import INITIAL_SCALE
 from ranks import RANKS, Branching, process_group, run_ranks
 from zoo.gpt import GPT
 
@@ -146,7 +147,9 @@ def test_sharded_training_is_data_parallel_training(tmp_path: Path, learnable: b
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     for losses, state in (result["data parallel, True"] for result in results):
         assert losses[-1] < losses[0]
-        assert all(value != 1 for name, value in state.items() if name.endswith("input_fake_quantize.scale"))
+        assert all(
+            value != INITIAL_SCALE for name, value in state.items() if name.endswith("input_fake_quantize.scale")
+        )
     for name in ("nodes", *SHARDINGS):
         for rank, result in enumerate(results):
             losses, state = result[name]
@@ -203,7 +206,7 @@ def test_a_rank_may_have_no_data_for_a_layer_at_first(tmp_path: Path) -> None:
     run_ranks(_uneven_worker, str(tmp_path))
     states = torch.load(tmp_path / "0.pt")
     for name in ("branch", "empty"):
-        assert states[name, True]["second.input_fake_quantize.scale"].item() != 1
+        assert states[name, True]["second.input_fake_quantize.scale"].item() != INITIAL_SCALE
         for key, value in states[name, False].items():
             assert torch.equal(states[name, True][key], value), f"{name}: {key}"
 

@@ -122,10 +122,7 @@ class ForwardHistory:
 def _checkpoints() -> list[object]:
     """What may run this part of a forward again: the checkpoints that intercept what is saved, innermost first, and,
     where nothing is recorded, autograd functions whose forward this is part of."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        found = []
-    else:
-        found = [each for each in map(_checkpoint_of, _all_hooks()) if each is not None]
+    found = [each for each in map(_checkpoint_of, _all_hooks()) if each is not None]
     return found if torch.is_grad_enabled() else [*found, *_running_functions()]
 
 
@@ -150,12 +147,12 @@ def _all_hooks() -> list[tuple[Any, Any]]:
 
 def _checkpoint_of(hooks: tuple[Any, Any]) -> object | None:
     """The checkpoint that these hooks belong to, in its forward or in a recomputation."""
-    for cell in getattr(inspect.unwrap(hooks[0]), "__closure__", None) or ():
-        content = cell.cell_contents
-        content = content() if isinstance(content, weakref.ref) else content
-        if isinstance(content, _CheckpointFrame):
-            return content
-    return None
+    pack = inspect.unwrap(hooks[0])
+    if not inspect.isfunction(pack) or pack.__module__ != torch.utils.checkpoint.__name__:
+        return None
+    contents = [cell.cell_contents for cell in pack.__closure__ or ()]
+    contents = [each() if isinstance(each, weakref.ref) else each for each in contents]
+    return next((each for each in contents if isinstance(each, _CheckpointFrame)), None)
 
 
 def _running_functions() -> Iterator[object]:
