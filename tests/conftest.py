@@ -17,6 +17,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from torch._dynamo.utils import counters
+
 from mlframework.quantization import kernels
 
 # Where there are none, it warns once, which would be the error of whichever test comes first.
@@ -57,8 +59,6 @@ def _seed() -> None:
 def fresh_compiler() -> Iterator[None]:
     """A compiler that knows nothing of other tests, and that nothing of this one is left in; its counters start at
     zero."""
-    from torch._dynamo.utils import counters  # takes seconds, which tests without a compiler need not
-
     torch.compiler.reset()
     counters.clear()
     yield
