@@ -175,6 +175,7 @@ def test_a_peer_that_fails_is_recorded() -> None:
 
 
 @needs_pnet
+@pytest.mark.long
 def test_training_within_a_budget_brings_the_network_nearer() -> None:
     network = study("pnet")
     method = RECIPES["recommended recipe"]

@@ -34,14 +34,18 @@ def calls_twice() -> nn.Module:
     return nn.Sequential(CallsTwice(), nn.Conv2d(32, 4, 1))
 
 
-# One of them in every run, the others in the long ones.
 OTHERS = [target for target in CONVENTIONS if target != "onnxruntime"]
 
 
+# Every fourth network for each of them; all networks for all of them in the long tests.
 @pytest.mark.parametrize(
-    "target", [OTHERS[0], *(pytest.param(target, marks=pytest.mark.long) for target in OTHERS[1:])]
+    ("name", "target"),
+    [
+        pytest.param(name, target, marks=[] if index % 4 == 2 * place else pytest.mark.long)
+        for index, name in enumerate(NETWORKS)
+        for place, target in enumerate(OTHERS)
+    ],
 )
-@pytest.mark.parametrize("name", NETWORKS)
 def test_files_for_other_engines_load(name: str, target: str, tmp_path: Path) -> None:
     file = ExportedFile.of(make(NETWORKS[name]), SHAPE, tmp_path, target)
     for exact in (False, True):

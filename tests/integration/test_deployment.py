@@ -32,7 +32,15 @@ from zoo import FULL_SIZE, NETWORKS, Network, roughen_batch_norms, train_steps, 
 pytestmark = pytest.mark.slow
 
 # Built of the blocks of another one, or long to run: in the long tests.
-LIKE_OTHERS = {"resnet18", "transformers_resnet", "transformers_mobilenet_v2", "gpt", "transformers_vit"}
+LIKE_OTHERS = {
+    "resnet18",
+    "transformers_resnet",
+    "transformers_mobilenet_v2",
+    "gpt",
+    "transformers_vit",
+    "transformers_gpt2",
+    "transformers_convnext",
+}
 
 
 def networks(fully_integer: bool) -> list[Any]:

@@ -152,6 +152,7 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@settings(max_examples=25)
 @given(models())
 def test_random_models(model: Model) -> None:
     check(model)

@@ -65,7 +65,9 @@ def test_a_state_of_the_full_range_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "unet", "mlp"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "mlp", *(pytest.param(name, marks=pytest.mark.long) for name in ("resnet20", "unet"))]
+)
 def test_the_files_weights_use_seven_bits_and_no_engine_saturates(name: str, tmp_path: Path) -> None:
     """On a processor without VNNI, ``verify`` would warn of saturation here with eight bits; warnings are errors."""
     network = NETWORKS[name]

@@ -101,7 +101,7 @@ def test_a_training_step_reads_nothing(config: QATConfig, path: str) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(not is_interpreter(), reason="needs Triton's interpreter")
-@pytest.mark.parametrize("name", ["by default", "with learned scales"])
+@pytest.mark.parametrize("name", [pytest.param("by default", marks=pytest.mark.long), "with learned scales"])
 def test_kernels_for_a_gpu_read_nothing(name: str) -> None:
     assert_steps_read_nothing(CONFIGS[name], "triton", 1)
 
