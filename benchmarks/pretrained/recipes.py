@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 
 from torch import nn
 
@@ -38,12 +39,14 @@ def post_training(
 
 
 def recommended(task: Task) -> nn.Module:
-    """What :func:`recommended_recipe` says, for as many steps as the budget has."""
+    """What :func:`recommended_recipe` says, for as many steps as the budget has; what it trains on, it calibrates on."""
     study, (few, more) = task.study, TRIALS
     teacher = study.model()
     recipe = recommended_recipe(task.width, more, study.model())  # to prepare and to calibrate, alike for all steps
     calibrated = prepare(study.model(), recipe.config, study.example_inputs)
-    calibrate(calibrated, study.calibration_batches(), method=recipe.calibration)
+    train_batches = islice(study.train_batches(task.seed), CALIBRATED_ON)
+    batches = [*study.calibration_batches(), *(batch.inputs for batch in train_batches)]
+    calibrate(calibrated, batches, method=recipe.calibration)
 
     def run(steps: int) -> tuple[nn.Module, float]:
         prepared, recipe = copy.deepcopy(calibrated), recommended_recipe(task.width, steps, study.model())
@@ -64,6 +67,7 @@ def recommended(task: Task) -> nn.Module:
     return prepared.eval()
 
 
+CALIBRATED_ON = 12  # batches to train on, beside those for calibration
 TRIALS = (8, 16)  # steps, which tell what a step costs and what comes before the first
 MISJUDGED = 1.25  # of the budget: a training that took more is run again with fewer steps
 

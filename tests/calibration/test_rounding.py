@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from example_architectures import SmallResNet
 from example_models import EVERY_EXAMPLE, Example, all_equal, results, train_briefly
 from mlframework.quantization import MinMaxObserver, QATConfig, calibrate, convert, prepare, round_weights
+from mlframework.quantization.calibration.layers import quantized_layers
+from mlframework.quantization.calibration.rounding import _rows_for
 
 IMAGES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -140,6 +142,25 @@ def test_weights_of_inputs_that_calibration_never_sees_are_not_clipped() -> None
     assert torch.equal(prepared[0].weight_fake_quantize.scale, scale)
     error = (prepared[0].weight - model[0].weight).detach()[:, 0].abs().flatten()
     assert (error <= 0.5001 * scale).all()  # nothing to make up for; float32 quotients round
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "rows"),
+    [
+        (nn.Linear(8, 4), (8,), 16384),
+        (nn.Linear(800, 4), (800,), 24 * 800),
+        (nn.Linear(1152, 4), (1152,), 2**24 // 1152),
+        (nn.Conv2d(640, 640, 5, groups=640), (640, 6, 6), 4096),
+    ],
+    ids=["few inputs", "many", "very many", "depthwise"],
+)
+def test_statistics_have_rows_for_all_unknowns_and_bounded_memory(
+    layer: nn.Module, shape: tuple[int, ...], rows: int
+) -> None:
+    batch = torch.randn(2, *shape)
+    prepared = prepare(nn.Sequential(layer), QATConfig(), (batch,))
+    calibrate(prepared, [batch])
+    assert [_rows_for(layer) for layer in quantized_layers(prepared, batch)] == [rows]
 
 
 class Stop(BaseException):

@@ -37,6 +37,7 @@ _LR_AT_DISTANCE_ONE_WITH_A_LOSS = 5e-4
 _HIGHEST_LR = 1e-3
 _LR_OTHERWISE = 2e-5
 _BACKING_OFF = 1 / 3
+_BACKING_OFF_OF_WEIGHTS = 1 / 10  # whose integers jump; what else is trained moves outputs smoothly
 _FIRST_BATCHES = 8
 
 # How many batches running statistics are re-estimated from: enough for a mean to a tenth of a standard deviation.
@@ -163,7 +164,8 @@ class TrainingLoop:
         self.learning_rates.append(float(rate))
         if self.backing_off is not None and self.backing_off.goes_back(self.losses):
             self.started = self.done
-            self._set_learning_rates([float(rate) * _BACKING_OFF for rate in self.scheduler.base_lrs])
+            weights, *others = map(float, self.scheduler.base_lrs)
+            self._set_learning_rates([weights * _BACKING_OFF_OF_WEIGHTS, *(rate * _BACKING_OFF for rate in others)])
 
     def _distance(self, batch: Any, features: FeatureMatching | None) -> tuple[Any, Tensor | None]:
         """The outputs, and their distance from the teacher's where there is one."""
