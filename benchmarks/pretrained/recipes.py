@@ -39,7 +39,7 @@ def post_training(
 
 
 def recommended(task: Task) -> nn.Module:
-    """What :func:`recommended_recipe` says, for as many steps as the budget has; what it trains on, it calibrates on."""
+    """What :func:`recommended_recipe` says, for as many steps as the budget has; calibrated on what trains it, too."""
     study, (few, more) = task.study, TRIALS
     teacher = study.model()
     recipe = recommended_recipe(task.width, more, study.model())  # to prepare and to calibrate, alike for all steps

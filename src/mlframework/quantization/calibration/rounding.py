@@ -17,8 +17,8 @@ from .own_parameters import own_parameters, unchanged_on_error
 from .report import MethodReport
 from .runs import evaluating, kept, nodes_of, nodes_off, run
 
-# A layer's statistics are made of about so many rows of inputs, or so many for each of the inputs that an output has, if
-# that is more; but of no more values than the third, which is 64 MiB, as long as there are as many rows as the last.
+# A layer's statistics are made of about so many rows of inputs, or so many for each input that an output has, if that is
+# more; but of no more values than the third, which is 64 MiB, as long as there are as many rows as the last.
 _ROWS = 16384
 _ROWS_AN_INPUT = 24
 _MOST_VALUES = 2**24
