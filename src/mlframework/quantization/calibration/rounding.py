@@ -17,7 +17,7 @@ from .own_parameters import own_parameters, unchanged_on_error
 from .report import MethodReport
 from .runs import evaluating, kept, nodes_of, nodes_off, run
 
-# A layer's statistics are made of about so many rows of inputs, or so many for each input that an output has, if that is
+# A layer's statistics are made of about so many rows of inputs, or so many for each of an output's inputs where that is
 # more; but of no more values than the third, which is 64 MiB, as long as there are as many rows as the last.
 _ROWS = 16384
 _ROWS_AN_INPUT = 24
