@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 
+import torch
 from torch import nn
 
 from mlframework.quantization import (
@@ -16,13 +17,16 @@ from mlframework.quantization import (
     MovingAverageObserver,
     PercentileObserver,
     QATConfig,
+    Recipe,
     calibrate,
+    distillation_loss,
     finetune,
     prepare,
     recommended_recipe,
 )
 
 from .methods import OURS, Method, Task
+from .protocol import Inputs
 
 
 def post_training(
@@ -39,14 +43,11 @@ def post_training(
 
 
 def recommended(task: Task) -> nn.Module:
-    """What :func:`recommended_recipe` says, for as many steps as the budget has; calibrated on what trains it, too."""
+    """What :func:`recommended_recipe` says, for as many steps as the budget has."""
     study, (few, more) = task.study, TRIALS
     teacher = study.model()
     recipe = recommended_recipe(task.width, more, study.model())  # to prepare and to calibrate, alike for all steps
-    calibrated = prepare(study.model(), recipe.config, study.example_inputs)
-    train_batches = islice(study.train_batches(task.seed), CALIBRATED_ON)
-    batches = [*study.calibration_batches(), *(batch.inputs for batch in train_batches)]
-    calibrate(calibrated, batches, method=recipe.calibration)
+    calibrated = _calibrated(task, recipe)
 
     def run(steps: int) -> tuple[nn.Module, float]:
         prepared, recipe = copy.deepcopy(calibrated), recommended_recipe(task.width, steps, study.model())
@@ -67,7 +68,29 @@ def recommended(task: Task) -> nn.Module:
     return prepared.eval()
 
 
-CALIBRATED_ON = 12  # batches to train on, beside those for calibration
+def _calibrated(task: Task, recipe: Recipe) -> nn.Module:
+    """On the batches for calibration, or on some to train on beside them: what is nearer to the float network on
+    others to train on."""
+    study = task.study
+    batches = [batch.inputs for batch in islice(study.train_batches(task.seed), ALSO_CALIBRATED_ON + COMPARED_ON)]
+    also, others = batches[:ALSO_CALIBRATED_ON], batches[ALSO_CALIBRATED_ON:]
+    models = []
+    for chosen in (study.calibration_batches(), [*study.calibration_batches(), *also]):
+        model = prepare(study.model(), recipe.config, study.example_inputs)
+        calibrate(model, chosen, method=recipe.calibration)
+        models.append(model)
+    few, many = (_distance(study.model(), model.eval(), others) for model in models)
+    task.notes.update(also_calibrated_on=len(also) if many < few else 0)
+    return models[many < few]
+
+
+def _distance(teacher: nn.Module, model: nn.Module, batches: Sequence[Inputs]) -> float:
+    with torch.no_grad():
+        return sum(distillation_loss(model(*inputs), teacher(*inputs)).item() for inputs in batches)
+
+
+ALSO_CALIBRATED_ON = 12  # batches to train on
+COMPARED_ON = 4  # of the same
 TRIALS = (8, 16)  # steps, which tell what a step costs and what comes before the first
 MISJUDGED = 1.25  # of the budget: a training that took more is run again with fewer steps
 

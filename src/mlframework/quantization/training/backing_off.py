@@ -14,7 +14,7 @@ from .checkpoint import require_fields, require_optimizer_state
 from .oscillation import OscillationFreezer, require_freezer_state
 
 # Of the mean loss of a window over the least before it.
-_GROWTH_THAT_DIVERGES = 1.3
+_GROWTH_THAT_DIVERGES = 1.5
 
 
 class BackingOff:
