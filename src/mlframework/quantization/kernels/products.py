@@ -183,8 +183,9 @@ class TransposedProduct(Product):
 
 def largest_sum(weight: Tensor, zero_point: int, dtype: torch.dtype) -> int:
     """A bound on the magnitude of any sum: weight codes with outputs first, input codes of that dtype."""
-    # Widened first: the magnitude of -128 is not an int8.
-    return int(weight.flatten(1).to(torch.int32).abs().sum(dim=1).max()) * largest_code(zero_point, dtype)
+    # The magnitude of -128, which is no int8, is -128 again, and 128 as a uint8.
+    magnitudes = weight.abs().view(torch.uint8)
+    return int(magnitudes.flatten(1).sum(dim=1, dtype=torch.int32).max()) * largest_code(zero_point, dtype)
 
 
 def largest_code(zero_point: int, dtype: torch.dtype) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..devices import kernels_for, kernels_on
 from ..epilogue import Epilogue
@@ -28,7 +30,6 @@ class CompiledLayer:
 
     def __init__(self, product: Product, epilogue: Epilogue) -> None:
         self._product, self._epilogue = product, epilogue
-        self._in_floats = EXACT_FLOATS.layer(product, epilogue)
         convolution = product.as_convolution()
         assert convolution is not None
         weight, (stride, padding, dilation, groups) = convolution
@@ -59,6 +60,12 @@ class CompiledLayer:
             return self._unpacked(codes)
         output: Tensor = packed_layer.overload(codes, *self.arguments)
         return output
+
+    @functools.cached_property
+    def _in_floats(self) -> Callable[[Tensor], Tensor]:
+        """The layer in PyTorch's operations. Few need it, and what is made of the weight for it takes its time."""
+        with _disable_current_modes():  # which may have tensors stand for others
+            return EXACT_FLOATS.layer(self._product, self._epilogue)
 
     def _unpacked(self, codes: Tensor) -> Tensor:
         product, epilogue = self._product, self._epilogue
