@@ -44,6 +44,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look through it again and again."""
     gc.freeze()
+    gc.set_threshold(10_000, 50, 50)  # a model is thousands of objects, which live as long as its test
 
 
 @pytest.fixture(autouse=True)

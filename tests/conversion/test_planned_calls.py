@@ -27,7 +27,9 @@ pytestmark = [
     pytest.mark.skipif(kernels.active_path() != "native", reason="programs need the compiled integer layers"),
 ]
 
-EVERY_NETWORK = pytest.mark.parametrize("name", NETWORKS)
+EVERY_NETWORK = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if "_mobilenet" in name else ()) for name in NETWORKS]
+)
 
 
 def converted_example(example: Example = EXAMPLES["resnet"]) -> nn.Module:

@@ -59,7 +59,7 @@ def assert_exact_products_give_the_same(file: ExportedFile) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [2, 4, 7])
+@pytest.mark.parametrize("bits", [2, *(pytest.param(bits, marks=pytest.mark.long) for bits in (4, 7))])
 @pytest.mark.parametrize("name", ["sum with relu", "product", "concat", "leaky relu", "gelu", "padded average pool"])
 def test_fewer_bits(name: str, bits: int, tmp_path: Path) -> None:
     model = make(INTEGER_NETWORKS[name])
@@ -86,7 +86,13 @@ def test_an_activation_clips_below_the_ends_of_its_grid(activation: nn.Module, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in BRANCHING])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if index % 2 else ())
+        for index, name in enumerate(name for name in EXAMPLES if name not in BRANCHING)
+    ],
+)
 @pytest.mark.filterwarnings("ignore:no data reached:UserWarning")
 def test_example_models_after_training(name: str, tmp_path: Path) -> None:
     example: Example = EXAMPLES[name]

@@ -28,7 +28,7 @@ NETWORKS = (
 )
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("target", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_convolutions_run_in_int8(name: str, target: str, tmp_path: Path) -> None:
     # Of weights within 7 bits no sum of two products saturates. OpenVINO raises int8 activations to uint8, so that they

@@ -61,7 +61,7 @@ def _train(
     ("name", "config", "backend"),
     [
         ("cnn", QATConfig(), "inductor"),
-        ("mlp", QATConfig(learnable=True), "inductor"),
+        pytest.param("mlp", QATConfig(learnable=True), "inductor", marks=pytest.mark.long),
         *(
             pytest.param(*each, "aot_eager", marks=pytest.mark.long)
             for each in (
@@ -92,7 +92,7 @@ def test_training_compiles_whole_and_settles(name: str, config: QATConfig, backe
     assert losses == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["cnn", "mlp"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("mlp", marks=pytest.mark.long)])
 def test_evaluation_compiles_whole_to_the_same_integers(name: str) -> None:
     prepared = prepare(_model(name), QATConfig(), (torch.randn(SHAPES[name]),))
     calibrate(prepared, [torch.randn(SHAPES[name]) for _ in range(3)])
@@ -126,7 +126,13 @@ def _zero(module: nn.Module, args: object, output: Tensor) -> None:
     output.mul_(0)
 
 
-@pytest.mark.parametrize("where", ["before the reader", "after the maker", "around both"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "around both",
+        *(pytest.param(where, marks=pytest.mark.long) for where in ("before the reader", "after the maker")),
+    ],
+)
 def test_hooks_that_change_values_in_place_are_seen(where: str) -> None:
     """Codes lie beside values, and a compiler that traces does not count changes of these."""
     model = nn.Sequential(nn.Sequential(nn.Linear(12, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 3)))

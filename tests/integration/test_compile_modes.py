@@ -70,7 +70,9 @@ def test_batches_of_all_sizes_share_a_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize(("name", "learnable"), [("resnet", True), ("transformer", False)])
+@pytest.mark.parametrize(
+    ("name", "learnable"), [("resnet", True), pytest.param("transformer", False, marks=pytest.mark.long)]
+)
 def test_training_under_autocast(name: str, learnable: bool) -> None:
     model = _prepared(name, learnable)
     eager, batches = copy.deepcopy(model), [EXAMPLES[name].inputs(8) for _ in range(3)]

@@ -141,7 +141,7 @@ def _worker(rank: int, folder: str, learnable: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("learnable", [pytest.param(False, marks=pytest.mark.long), True])
 def test_sharded_training_is_data_parallel_training(tmp_path: Path, learnable: bool) -> None:
     run_ranks(_worker, str(tmp_path), learnable)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]

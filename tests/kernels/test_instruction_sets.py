@@ -72,7 +72,7 @@ def test_every_instruction_set_computes_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["avx3", "avx512_vnni"])
+@pytest.mark.parametrize("name", [pytest.param("avx3", marks=pytest.mark.long), "avx512_vnni"])
 def test_an_instruction_set_that_is_not_here_is_refused_by_name(name: str) -> None:
     held = {**os.environ, "ATEN_CPU_CAPABILITY": "default", OWN_VARIABLE: name}
     result = run([sys.executable, "-c", PROGRAM], held)

@@ -27,7 +27,7 @@ from mlframework.quantization import (
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(params=["native", "reference"], autouse=True)
+@pytest.fixture(params=["native", pytest.param("reference", marks=pytest.mark.long)], autouse=True)
 def _path(request: pytest.FixtureRequest) -> Iterator[None]:
     with kernels.reference_kernels() if request.param == "reference" else nullcontext():
         yield

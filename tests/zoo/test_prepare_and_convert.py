@@ -17,7 +17,9 @@ from zoo import NETWORKS, logits_of, roughen_batch_norms, train_steps, zero_some
 
 pytestmark = pytest.mark.slow
 
-EVERY_NETWORK = pytest.mark.parametrize("name", NETWORKS)
+EVERY_NETWORK = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if "_mobilenet" in name else ()) for name in NETWORKS]
+)
 TRANSFORMERS = [name for name in NETWORKS if name.startswith("transformers_")]
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 

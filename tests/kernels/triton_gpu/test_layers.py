@@ -79,7 +79,9 @@ def assert_as_floats(product: Product, epilogue: Epilogue, codes: Tensor) -> Non
         assert actual.movedim(1, -1).is_contiguous(), "channels lie innermost"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.long) for dtype in DTYPES[1:])], ids=str
+)
 @EVERY_CASE
 def test_layers_of_converted_models(case: Any, dtype: torch.dtype) -> None:
     shape, weight_shape, geometry = case
