@@ -308,6 +308,25 @@ def test_what_comes_after_a_model_is_checked_with_it(name: str) -> None:
     assert container.get_submodule(head).loads == 1
 
 
+def test_a_hook_of_what_comes_after_a_model_has_its_module_to_itself() -> None:
+    """It is called with the module that is loaded, and once: as the load itself calls it."""
+    head = nn.BatchNorm1d(3)
+    calls = 0
+
+    def fits(module: nn.Module, state: State, prefix: str, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        module.running_mean = torch.zeros_like(state[f"{prefix}running_mean"])
+
+    head.register_load_state_dict_pre_hook(fits)
+    container = nn.Sequential(model_of("observed"), head)
+    state = {name: value.clone() for name, value in container.state_dict().items()}
+    state["1.running_mean"] = torch.ones(3)
+    container.load_state_dict(state)
+    assert calls == 1
+    assert torch.equal(head.running_mean, torch.ones(3))
+
+
 def test_what_comes_before_a_model() -> None:
     """It has been loaded when the model's turn comes, and the error says so; or the container checks as well."""
     container = nn.Sequential(nn.Linear(6, 6), model_of("observed"))

@@ -8,7 +8,7 @@ from torch import nn
 
 from example_architectures import CalledTwice, SmallResNet
 from example_models import EXAMPLES, train_briefly
-from mlframework.quantization import QATConfig, parameter_groups, prepare, quantization_parameters
+from mlframework.quantization import QATConfig, calibrate, parameter_groups, prepare, quantization_parameters
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -63,11 +63,18 @@ def test_biases_and_normalization_learn_at_a_rate_of_their_own() -> None:
 
 def test_learning_rates_relative_to_what_they_change() -> None:
     prepared = prepared_model()
+    with pytest.raises(
+        ValueError, match=r"of scales that data has set, got a model in which .*_fake_quantize has seen"
+    ):
+        parameter_groups(prepared, relative_quantization_learning_rate=1e-3)
+    calibrate(prepared, [torch.randn(4, 3, 8, 8)])
     own, *learned = parameter_groups(prepared, relative_quantization_learning_rate=1e-3, lr=1e-2, weight_decay=0.1)
     assert own["lr"] == 1e-2
     assert [id(*group["params"]) for group in learned] == ids(quantization_parameters(prepared))
     rates = {id(*group["params"]): group["lr"] for group in learned}
     node = prepared.stem.weight_fake_quantize
+    assert rates[id(node.scale)] == pytest.approx(1e-3 * node.scale.mean().item())
+    node = prepared.stem.output_fake_quantize
     assert rates[id(node.scale)] == pytest.approx(1e-3 * node.scale.mean().item())
     assert rates[id(prepared.x_fake_quantize.zero_point)] == pytest.approx(0.255)  # of the 255 codes above the lowest
     assert {group["weight_decay"] for group in learned} == {0}

@@ -137,6 +137,17 @@ def test_each_forward_is_recomputed_with_the_scales_it_had(make: Any, run: Run, 
     assert_same(make, run, QATConfig(), forwards=3, together=together)
 
 
+@pytest.mark.parametrize("run", [reentrant, recording])
+def test_a_checkpoint_around_several_forwards_is_refused(run: Run) -> None:
+    """The first has other scales than the second, and backward would run both again with these."""
+    prepared = prepare(Body(called), QATConfig(), (torch.randn(SHAPE),))
+    prepared(torch.randn(SHAPE))
+    input = torch.randn(SHAPE, requires_grad=True)
+    loss = run(lambda value: prepared(value) + prepared(2 * value), input).sum()
+    with pytest.raises(RuntimeError, match="must be around one training forward of a model that observes, got several"):
+        loss.backward()
+
+
 def test_parts_of_a_sequence() -> None:
     def run(model: Any, input: Tensor) -> Any:
         return checkpoint_sequential(model, 2, input, use_reentrant=False)

@@ -94,6 +94,7 @@ def test_an_interruption_in_the_middle_of_a_step_waits_for_its_end(learnable: bo
         torch.manual_seed(0)
         teacher = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         model = prepare(copy.deepcopy(teacher), QATConfig(learnable=learnable), (BATCHES[0],))
+        calibrate(model, BATCHES)
         calls: list[Any] = []
 
         def interrupt(module: nn.Module, args: Any) -> None:

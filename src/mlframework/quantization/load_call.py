@@ -49,6 +49,7 @@ class Call(NamedTuple):
 _LOAD = next(
     (each for each in nn.Module.load_state_dict.__code__.co_consts if getattr(each, "co_name", "") == "load"), None
 )
+_NOT_CHECKED = f"load_state_dict of PyTorch {torch.__version__} is not one that can be checked"
 
 
 def call_of(error_msgs: list[str], module: nn.Module, prefix: str) -> Call:
@@ -58,6 +59,8 @@ def call_of(error_msgs: list[str], module: nn.Module, prefix: str) -> Call:
     around it: all are variables of ``load_state_dict``. Where some other code loads, keys, and what is around, are left
     to it.
     """
+    if _LOAD is None:
+        raise RuntimeError(_NOT_CHECKED)
     frame: FrameType | None = inspect.currentframe()
     around: list[Container] = []
     while frame is not None:
@@ -71,6 +74,6 @@ def call_of(error_msgs: list[str], module: nn.Module, prefix: str) -> Call:
             if frame.f_locals.get("error_msgs") is error_msgs:
                 return Call(bool(frame.f_locals["strict"]), frame.f_locals.get("metadata") or {}, around)
             if frame.f_code is nn.Module.load_state_dict.__code__ and "error_msgs" not in frame.f_locals:
-                raise RuntimeError(f"load_state_dict of PyTorch {torch.__version__} is not one that can be checked")
+                raise RuntimeError(_NOT_CHECKED)
         frame = frame.f_back
     return Call(False, {}, [])

@@ -183,6 +183,10 @@ class _Rehearsal:
     ) -> None:
         """``is_checked``: beside what PyTorch checks, also dtypes, within the models that are loaded whole."""
         _note_checked(self.errors, "")
+        if not is_checked and not all(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
+            # PyTorch calls a user's hook with the module itself, which has to wait for the load.
+            self.knows_keys = False
+            own_load = _loads_nothing
         before = [len(entries) for entries in self.lists]
         try:
             own_load(stand_in, state, prefix, metadata, True, *self.lists)
@@ -307,6 +311,9 @@ def _has_foreign_code(module: nn.Module) -> bool:
     return type(module)._load_from_state_dict is not nn.Module._load_from_state_dict and not _is_ours(
         type(module)._load_from_state_dict
     )
+
+
+def _loads_nothing(*arguments: Any) -> None: ...
 
 
 def _leaves_keys(module: nn.Module) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,9 @@ def in_analysis(model: nn.Module) -> Iterator[None]:
     Afterwards modes, switches, buffers, attributes, hooks and the random state are as they were, also where an error or
     an interruption ends it.
     """
-    with torch.compiler.set_stance("force_eager"), state_kept(model), in_evaluation(model):
+    # Setting it would import the compiler, without which nothing is compiled.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with eager, state_kept(model), in_evaluation(model):
         yield
 
 

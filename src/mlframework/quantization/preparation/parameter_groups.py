@@ -34,6 +34,16 @@ def _with_codes(model: nn.Module) -> Iterator[tuple[nn.Parameter, int | None]]:
                     yield parameter, count
 
 
+def _require_data(model: nn.Module) -> None:
+    """Learned scales that no data has set have no size that a rate could be relative to."""
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizeLayer) and module.learnable and not module.is_initialized:
+            raise ValueError(
+                "relative_quantization_learning_rate must be of scales that data has set, got a model in which "
+                f"{name or 'the node'} has seen none: calibrate, or run a batch, first"
+            )
+
+
 def parameter_groups(
     model: nn.Module,
     *,
@@ -62,7 +72,7 @@ def parameter_groups(
         options: of the model's own parameters (``lr``, ``weight_decay``, ...).
 
     Raises:
-        ValueError: both rates are given.
+        ValueError: both rates are given, or a relative one of scales that no data has set.
 
     Example:
         >>> prepared = prepare(nn.Linear(4, 2), QATConfig(learnable=True), (torch.randn(1, 4),))
@@ -76,6 +86,8 @@ def parameter_groups(
             "quantization_learning_rate and relative_quantization_learning_rate must not both be given, got "
             f"{quantization_learning_rate} and {relative_quantization_learning_rate}"
         )
+    if relative_quantization_learning_rate is not None:
+        _require_data(model)
     learned = dict(_with_codes(model))
     ids = {id(parameter) for parameter in learned}
     own_parameters = [parameter for parameter in model.parameters() if id(parameter) not in ids]

@@ -48,6 +48,7 @@ class ForwardHistory:
         # The state in which each checkpoint has run, and of reentrant ones those that will not run again.
         self._checkpoints: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._spent: weakref.WeakSet[object] = weakref.WeakSet()
+        self._of_several: weakref.WeakSet[object] = weakref.WeakSet()  # forwards with a state each
         # Nodes of autograd are numbered: the next one when the latest forward ended, and when the forward did that gave
         # each layer its present state.
         self._last_node = 0
@@ -61,11 +62,14 @@ class ForwardHistory:
         self._spent.clear()
 
     def observe(self) -> None:
-        """A layer observes."""
-        self._note(self._state)
+        """Notes the state that a layer observes in, for the checkpoints that it runs in."""
+        for checkpoint in _checkpoints():
+            if self._checkpoints.get(checkpoint, self._state) != self._state:
+                self._of_several.add(checkpoint)
+            self._checkpoints[checkpoint] = self._state
 
     def end(self) -> None:
-        """The forward has ended."""
+        """Notes where in autograd's order of nodes a forward has ended."""
         self._last_node = torch._C._autograd._get_sequence_nr()
 
     def replace(self, layers: Mapping[int, RecomputedLayer]) -> None:
@@ -94,15 +98,16 @@ class ForwardHistory:
         if running is None:
             self._require_unchanged(index)
             return None
+        if running in self._of_several:
+            raise RuntimeError(
+                "torch.utils.checkpoint must be around one training forward of a model that observes, got several, "
+                "which had scales of their own: give each a checkpoint of its own"
+            )
         used = self._checkpoints[running]
         if isinstance(running, FunctionCtx) and not torch._C._autograd._get_current_graph_task_keep_graph():
             self._spent.add(running)
-        self._note(used)  # checkpoints may be nested
+        self._checkpoints.update(dict.fromkeys(_checkpoints(), used))  # which may be nested
         return next((states[index] for state, states in self._replaced if state >= used and index in states), None)
-
-    def _note(self, state: int) -> None:
-        for checkpoint in _checkpoints():
-            self._checkpoints[checkpoint] = state
 
     def _require_unchanged(self, index: int) -> None:
         """A forward that no checkpoint is known to have run (the layer was not observing then, say) has used the
@@ -188,7 +193,7 @@ def as_in_forward(layers: Sequence[RecomputedLayer | None], *inputs: Any) -> Ite
     Of empty inputs, which nothing observes, any state makes the same.
     """
     exchanged: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    is_empty = all(isinstance(input, Tensor) and input.numel() == 0 for input in inputs)
+    is_empty = bool(inputs) and all(isinstance(input, Tensor) and input.numel() == 0 for input in inputs)
     try:
         for layer in () if is_empty else layers:
             state = None if layer is None else layer.state_when_recomputing

@@ -20,7 +20,7 @@ CANNOT_RECOMPUTE = (
 @operator("refuse_recomputation(Tensor(a!) state) -> ()", ())
 def _refuse(state: Tensor) -> None:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    is_checkpoint = hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
+    is_checkpoint = hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
     if is_checkpoint or torch._C._current_graph_task_id() != -1:
         raise RuntimeError(f"torch.utils.checkpoint around a compiled model {CANNOT_RECOMPUTE}")
 
