@@ -205,12 +205,17 @@ def test_a_program_is_released_with_its_object() -> None:
         native.library().run_program([torch.ones(1)], number)
 
 
+def code(name: str, *numbers: int) -> list[int]:
+    """Of one instruction, as programs are made of them."""
+    return [len(name), *name.encode(), *numbers]
+
+
 def test_a_program_may_be_released_while_another_is() -> None:
     """As the tensors of one go, Python may run, and what it runs may let go of another."""
     array = numpy.zeros(256, dtype=numpy.uint8)
-    inner = native.library().make_program.default(1, ["identity"], [1, 0, 0, 0], [], [1])
+    inner = native.library().make_program.default(1, code("identity", 1, 0, 0, 0), [], [1])
     table = torch.from_numpy(array)
-    outer = native.library().make_program.default(1, ["lookup"], [1, 0, 1, 0], [table], [1])
+    outer = native.library().make_program.default(1, code("lookup", 1, 0, 1, 0), [table], [1])
     weakref.finalize(array, native.library().release_program.default, inner)
     del array, table
     thread = threading.Thread(target=native.library().release_program.default, args=(outer,), daemon=True)
@@ -224,12 +229,12 @@ def test_a_program_may_be_released_while_another_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((1, ["nonsense"], [1, 0, 0, 0], [], [1]), "names must be those of instructions, got nonsense"),
-        ((1, ["identity"], [1, 1, 0, 0], [], [1]), "code must name values below 1, got 1"),
-        ((1, ["identity"], [1, 0, 0, 0], [], [2]), "code must name values below 2, got 2"),
-        ((1, ["identity"], [1, 0, 0], [], [1]), "code must say of every instruction what it reads"),
-        ((1, ["lookup"], [1, 0, 1, 0], [], [1]), "tensors must be as many as code says"),
-        ((1, ["lookup"], [1, 0, 0, 0], [], [1]), "lookup must have at least 1 inputs, 1 tensors and 0 numbers"),
+        ((1, code("nonsense", 1, 0, 0, 0), [], [1]), "names must be those of instructions, got nonsense"),
+        ((1, code("identity", 1, 1, 0, 0), [], [1]), "code must name values below 1, got 1"),
+        ((1, code("identity", 1, 0, 0, 0), [], [2]), "code must name values below 2, got 2"),
+        ((1, code("identity", 1, 0, 0), [], [1]), "code must say of every instruction what it reads"),
+        ((1, code("lookup", 1, 0, 1, 0), [], [1]), "tensors must be as many as code says"),
+        ((1, code("lookup", 1, 0, 0, 0), [], [1]), "lookup must have at least 1 inputs, 1 tensors and 0 numbers"),
     ],
 )
 def test_programs_are_checked_when_they_are_made(arguments: tuple[Any, ...], error: str) -> None:

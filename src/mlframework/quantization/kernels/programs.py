@@ -21,14 +21,13 @@ def make_program(inputs: int, instructions: Sequence[tuple[Any, Sequence[int]]],
         instructions: of each the name, the tensors and the numbers, and which values it reads. It computes the next.
         outputs: the values that the program returns.
     """
-    names: list[str] = []
     code: list[int] = []
     tensors: list[Tensor] = []
     for (name, constants, numbers), reads in instructions:
-        names.append(name)
-        code += [len(reads), *reads, len(constants), len(numbers), *map(int, numbers)]
+        letters = name.encode()
+        code += [len(letters), *letters, len(reads), *reads, len(constants), len(numbers), *map(int, numbers)]
         tensors += constants
-    return int(native.library().make_program.default(inputs, names, code, tensors, outputs))
+    return int(native.library().make_program.default(inputs, code, tensors, outputs))
 
 
 def run_program(inputs: Sequence[Tensor], program: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ std::string instruction_sets() {
 STABLE_TORCH_LIBRARY_FRAGMENT(mlframework_quantization_kernels, library) {
   // A program's instructions by name; of each, `code` holds the number of values that it reads and which, the number of
   // its tensors, the number of its numbers and these.
-  library.def("make_program(int inputs, str[] names, int[] code, Tensor[] tensors, int[] outputs) -> int");
+  library.def("make_program(int inputs, int[] code, Tensor[] tensors, int[] outputs) -> int");
   library.def("run_program(Tensor[] inputs, int program) -> Tensor[]");
   library.def("release_program(int program) -> ()");
   library.def("instruction_set() -> str");

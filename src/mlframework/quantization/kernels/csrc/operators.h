@@ -84,8 +84,7 @@ Tensor weighted_product(const Tensor& codes, const Tensor& grid, const Tensor& w
                         const std::optional<Tensor>& bias, int64_t axis, int64_t lowest, int64_t highest, Shape stride,
                         Shape padding, Shape dilation, int64_t groups, ScalarType dtype);
 
-int64_t make_program(int64_t inputs, std::vector<std::string> names, Shape code, std::vector<Tensor> tensors,
-                     Shape outputs);
+int64_t make_program(int64_t inputs, Shape code, std::vector<Tensor> tensors, Shape outputs);
 
 std::vector<Tensor> run_program(std::vector<Tensor> inputs, int64_t program);
 

@@ -60,6 +60,7 @@ class Reader {
  public:
   explicit Reader(const std::vector<int64_t>& numbers) : numbers_(numbers) {}
 
+  bool is_at_end() const { return place_ == numbers_.size(); }
   int64_t next() {
     STD_TORCH_CHECK(place_ < numbers_.size(), "code must say of every instruction what it reads");
     return numbers_[place_++];
@@ -96,13 +97,15 @@ void note_last_reads(Program& program) {
 
 }  // namespace
 
-int64_t make_program(int64_t inputs, std::vector<std::string> names, Shape code, std::vector<Tensor> tensors,
-                     Shape outputs) {
+int64_t make_program(int64_t inputs, Shape code, std::vector<Tensor> tensors, Shape outputs) {
   const auto program = std::make_shared<Program>();
   program->inputs = inputs;
   Reader reader(code);
   size_t constants = 0;
-  for (const std::string& name : names) {
+  while (!reader.is_at_end()) {
+    // A name as numbers: of every string, PyTorch's stable interface keeps a copy for good.
+    const std::vector<int64_t> letters = reader.group();
+    const std::string name(letters.begin(), letters.end());
     Instruction instruction;
     instruction.inputs = reader.group();
     check_values(instruction.inputs, inputs + static_cast<int64_t>(program->instructions.size()));
