@@ -63,10 +63,10 @@ def test_biases_and_normalization_learn_at_a_rate_of_their_own() -> None:
 
 def test_learning_rates_relative_to_what_they_change() -> None:
     prepared = prepared_model()
-    with pytest.raises(
-        ValueError, match=r"of scales that data has set, got a model in which .*_fake_quantize has seen"
-    ):
-        parameter_groups(prepared, relative_quantization_learning_rate=1e-3)
+    with pytest.warns(UserWarning, match=r"no data has set the scales of \S+_fake_quantize and \d+ others"):
+        groups = parameter_groups(prepared, relative_quantization_learning_rate=1e-3)
+    (unset,) = [group for group in groups if group["params"][0] is prepared.stem.output_fake_quantize.scale]
+    assert unset["lr"] == 0
     calibrate(prepared, [torch.randn(4, 3, 8, 8)])
     own, *learned = parameter_groups(prepared, relative_quantization_learning_rate=1e-3, lr=1e-2, weight_decay=0.1)
     assert own["lr"] == 1e-2

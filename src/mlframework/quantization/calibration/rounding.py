@@ -17,12 +17,11 @@ from .own_parameters import own_parameters, unchanged_on_error
 from .report import MethodReport
 from .runs import evaluating, kept, nodes_of, nodes_off, run
 
-# A layer's statistics are made of about so many rows of inputs, or so many for each of an output's inputs where that is
-# more; but of no more values than the third, which is 64 MiB, as long as there are as many rows as the last.
+# How many rows of inputs a layer's statistics are made of, about.
 _ROWS = 16384
-_ROWS_AN_INPUT = 24
-_MOST_VALUES = 2**24
-_FEWEST_ROWS = 4096
+_ROWS_AN_INPUT = 24  # of an output, where that is more
+_MOST_VALUES = 2**24  # 64 MiB
+_FEWEST_ROWS = 4096  # also where these have more values
 _DAMPINGS = (0.1, 1.0)  # of the moments, from what trusts the rows more to what trusts them less
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,14 +35,23 @@ def _with_codes(model: nn.Module) -> Iterator[tuple[nn.Parameter, int | None]]:
                     yield parameter, count
 
 
-def _require_data(model: nn.Module) -> None:
-    """Learned scales that no data has set have no size that a rate could be relative to."""
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizeLayer) and module.learnable and not module.is_initialized:
-            raise ValueError(
-                "relative_quantization_learning_rate must be of scales that data has set, got a model in which "
-                f"{name or 'the node'} has seen none: calibrate, or run a batch, first"
-            )
+def _without_data(model: nn.Module) -> set[int]:
+    """The ids of learned scales that no data has set: they have no size that a rate could be relative to. Warns."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizeLayer) and module.learnable and not module.is_initialized
+    }
+    if layers:
+        first, others = next(iter(layers)) or "the node", len(layers) - 1
+        warnings.warn(
+            f"no data has set the scales of {first}{f' and {others} others' if others else ''}, so that a "
+            "relative learning rate of them is 0, and they stay what the first batch makes them: calibrate, or run a "
+            "batch, first",
+            UserWarning,
+            stacklevel=3,
+        )
+    return {id(layer.scale) for layer in layers.values()}
 
 
 def parameter_groups(
@@ -65,14 +75,14 @@ def parameter_groups(
         quantization_learning_rate: of scales and zero points; the optimizer's own where not given.
         relative_quantization_learning_rate: in its place, the share by which a step of Adam changes a range: of a scale
             its present mean times this, of a zero point the number of codes times this. Each has a group of its own.
-            Reads the scales back from their device.
+            Reads the scales back from their device; 0, with a warning, of those that no data has set.
         vector_learning_rate: of the model's own parameters with at most one axis: biases, what normalization multiplies
             by and adds, slopes of PReLU. They make up for the rounding of weights, are too few to learn data by heart,
             and take more than the weights do: on EfficientNet-Lite0 with 4-bit weights, ten times as much and more.
         options: of the model's own parameters (``lr``, ``weight_decay``, ...).
 
     Raises:
-        ValueError: both rates are given, or a relative one of scales that no data has set.
+        ValueError: both rates are given.
 
     Example:
         >>> prepared = prepare(nn.Linear(4, 2), QATConfig(learnable=True), (torch.randn(1, 4),))
@@ -86,8 +96,6 @@ def parameter_groups(
             "quantization_learning_rate and relative_quantization_learning_rate must not both be given, got "
             f"{quantization_learning_rate} and {relative_quantization_learning_rate}"
         )
-    if relative_quantization_learning_rate is not None:
-        _require_data(model)
     learned = dict(_with_codes(model))
     ids = {id(parameter) for parameter in learned}
     own_parameters = [parameter for parameter in model.parameters() if id(parameter) not in ids]
@@ -98,8 +106,11 @@ def parameter_groups(
         groups.append({"params": vectors, **options, "lr": vector_learning_rate})
     own = {**options, "weight_decay": 0}
     if relative_quantization_learning_rate is not None:
+        unset = _without_data(model)
         for parameter, codes in learned.items():
-            size = float(parameter.detach().mean()) if codes is None else codes
+            size: float | None = codes
+            if size is None:
+                size = 0.0 if id(parameter) in unset else float(parameter.detach().mean())
             groups.append({"params": [parameter], **own, "lr": size * relative_quantization_learning_rate})
     elif learned:
         group: dict[str, Any] = {"params": list(learned), **own}

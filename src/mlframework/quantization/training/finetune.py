@@ -54,7 +54,8 @@ def finetune(
     would be noise that the teacher does not have.
 
     Args:
-        model: from :func:`prepare`, and calibrated; otherwise the first batch sets the scales.
+        model: from :func:`prepare`, and calibrated; otherwise the first batch sets the scales, and learned ones of
+            activations stay there, which a warning says.
         teacher: the float model, with parameters of its own (``copy.deepcopy(model)`` before ``prepare``); it computes
             in evaluation mode. None to train by ``loss`` alone, in training mode.
         batches: as for :func:`calibrate`; with ``loss``, pairs of such a batch and what ``loss`` compares with. Gone

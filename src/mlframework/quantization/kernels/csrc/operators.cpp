@@ -20,8 +20,8 @@ std::string instruction_sets() {
 
 // The others are declared in Python (kernels/operators), where their references stand.
 STABLE_TORCH_LIBRARY_FRAGMENT(mlframework_quantization_kernels, library) {
-  // A program's instructions by name; of each, `code` holds the number of values that it reads and which, the number of
-  // its tensors, the number of its numbers and these.
+  // Of each of a program's instructions, `code` holds the letters of its name, the values that it reads, and its numbers,
+  // each after how many there are; before the last, how many tensors it has.
   library.def("make_program(int inputs, int[] code, Tensor[] tensors, int[] outputs) -> int");
   library.def("run_program(Tensor[] inputs, int program) -> Tensor[]");
   library.def("release_program(int program) -> ()");
