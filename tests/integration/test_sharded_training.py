@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoints
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from export.exported_file import session_of
 from mlframework.quantization import (
     FakeQuantizeLayer,
     QATConfig,
@@ -345,7 +345,7 @@ def _one_rank_deploys(rank: int, folder: str) -> None:
         with torch.no_grad():
             assert torch.equal(convert(whole)(same_for_all), evaluated)
         export_onnx(whole, (same_for_all,), f"{folder}/model.onnx")
-        session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+        session = session_of(Path(folder, "model.onnx").read_bytes())
         (outputs,) = session.run(None, {session.get_inputs()[0].name: same_for_all.numpy()})
         # ONNX Runtime requantizes in float32, which may end a step away; the range has 255.
         step = float(evaluated.max() - evaluated.min()) / 100

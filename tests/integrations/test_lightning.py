@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ with warnings.catch_warnings():
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger
 
+from export.exported_file import session_of
 from mlframework.quantization import (
     QATConfig,
     convert,
@@ -116,7 +116,7 @@ def test_a_fit_validates_in_integers_and_exports_them(tmp_path: Path) -> None:
         assert torch.equal(module.validated[0], float_model.eval()(IMAGES))
         integers = convert(module.model)(IMAGES)
         assert torch.equal(module.validated[-1], integers)
-    session = onnxruntime.InferenceSession(file)
+    session = session_of(file.read_bytes())
     (logits,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
     assert torch.equal(torch.from_numpy(logits), integers)
     assert callback.schedule is not None
@@ -275,7 +275,7 @@ def test_two_processes_agree_and_one_exports(tmp_path: Path) -> None:
     trainer(tmp_path, callback, strategy="ddp_fork", devices=2, max_epochs=1).fit(module, loader(8))
     with torch.no_grad():
         integers = convert(module.model)(IMAGES)
-    session = onnxruntime.InferenceSession(file)
+    session = session_of(file.read_bytes())
     (logits,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
     assert torch.equal(torch.from_numpy(logits), integers)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ with warnings.catch_warnings():
         ViTForImageClassification,
     )
 
+from export.exported_file import session_of
 from mlframework.quantization import QATConfig, calibrate, convert, prepare, quantization_metrics
 from mlframework.quantization.integrations.transformers import QATTrainerCallback, load_saved
 
@@ -141,7 +141,7 @@ def test_a_training_validates_in_integers_and_exports_the_best(tmp_path: Path) -
     # The sum over batches is in another order there; the loss is a mean of one batch.
     assert float(F.cross_entropy(integers, LABELS)) == pytest.approx(best, abs=1e-6)
     assert torch.equal(integers, logits_of(model))
-    session = onnxruntime.InferenceSession(file)
+    session = session_of(file.read_bytes())
     (logits,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
     # Attention and normalization are float there, too, and in another order of sums.
     torch.testing.assert_close(torch.from_numpy(logits), integers, atol=1e-3, rtol=1e-3)
