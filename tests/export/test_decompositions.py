@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.exported_file import ExportedFile, inputs_of, prepared_model
-from mlframework.quantization.export import decompositions, torch_export
+from mlframework.quantization.export import decompositions, optimization, torch_export
 from mlframework.quantization.export.optimization import with_kept_translations, without_slow_rules
 
 pytestmark = pytest.mark.slow  # exports many files
@@ -150,3 +151,24 @@ def test_translations_are_kept_and_each_export_has_a_table_of_its_own() -> None:
     first.register_op(torch.ops.aten.sin.default, lambda x: x)
     assert first.functions != second.functions
     assert ONNXRegistry.from_torchlib(opset_version=20) is not second
+
+
+def test_operators_that_are_declared_later_are_translated_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    tables: list[int] = []
+
+    def build(cls: type, opset_version: int) -> SimpleNamespace:
+        tables.append(opset_version)
+        return SimpleNamespace(functions={})
+
+    monkeypatch.setattr(optimization, "_registries", {})
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(build))
+    with torch.library._scoped_library("declared_later", "DEF") as library, with_kept_translations():
+        for _ in range(2):
+            ONNXRegistry.from_torchlib(opset_version=18)
+        assert len(tables) == 1
+        library.define("twice(Tensor x) -> Tensor")
+        for _ in range(2):
+            ONNXRegistry.from_torchlib(opset_version=18)
+        assert len(tables) == 2

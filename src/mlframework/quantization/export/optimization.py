@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 _registries: dict[Any, Any] = {}
 _patching = threading.RLock()
 
@@ -34,7 +36,8 @@ def with_kept_translations() -> Iterator[None]:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     def kept(cls: Any, /, **options: Any) -> Any:
-        key = tuple(options.items())
+        # It has only operators that are declared by then: what is imported later may declare more.
+        key = len(torch._C._dispatch_get_all_op_names()), *options.items()
         if key not in _registries:
             _registries[key] = build.__get__(None, cls)(**options)
         registry = copy.copy(_registries[key])
