@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.exported_file import ExportedFile, inputs_of, prepared_model
-from mlframework.quantization.export import decompositions, optimization, torch_export
+from mlframework.quantization.export import decompositions, onnx_model, optimization
 from mlframework.quantization.export.optimization import with_kept_translations, without_slow_rules
 
 pytestmark = pytest.mark.slow  # exports many files
@@ -97,7 +97,7 @@ def test_nothing_to_decompose(
     example = (inputs_of((3, 8, 8), 2),)
     file = ExportedFile(prepared, example, tmp_path)
     assert not runs
-    monkeypatch.setattr(torch_export, "decompose_if_needed", lambda program: None)
+    monkeypatch.setattr(onnx_model, "decompose_if_needed", lambda program: None)
     (tmp_path / "whole").mkdir()
     whole = ExportedFile(prepared, example, tmp_path / "whole")
     assert runs

@@ -15,7 +15,7 @@ from export.exported_file import prepared_model
 from mlframework.quantization import QATConfig, convert, prepare
 from mlframework.quantization.export import file as file_module
 from mlframework.quantization.export.export_onnx import export_onnx
-from mlframework.quantization.export.torch_export import NotExportableError
+from mlframework.quantization.export.program import NotExportableError
 
 EXAMPLE = (torch.randn(2, 6),)
 

@@ -17,7 +17,7 @@ from .calibration.rounding import round_weights
 from .calibration.smoothing import smooth_activations
 from .conversion.convert import convert
 from .export.export_onnx import export_onnx
-from .export.torch_export import NotExportableError
+from .export.program import NotExportableError
 from .integrations.quantization_metrics import log_quantization, quantization_metrics
 from .parameters import QuantizationParameters, dequantize, quantize, requantize
 from .preparation.float_state import float_state_dict, load_float_state_dict

@@ -20,8 +20,9 @@ from . import engine_passes, onnx_graph
 from .example_call import run_example
 from .export_model import make_export_model
 from .file import check_writable, write_atomically
+from .onnx_model import onnx_model
+from .program import NotExportableError, exported_program
 from .targets import CONVENTIONS, activation_schemes, check_target, resolved_target
-from .torch_export import NotExportableError, onnx_model
 
 _METADATA = "mlframework.quantization"
 
@@ -89,7 +90,8 @@ def export_onnx(
     ]
     conventions = CONVENTIONS[target]
     exportable = make_export_model(converted, conventions, example.shapes).eval()
-    proto = onnx_model(exportable, example.arguments, example.input_names, example.output_names, dynamic_batch)
+    program = exported_program(exportable, example.arguments, dynamic_batch)
+    proto = onnx_model(program, example.input_names, example.output_names)
     engine_passes.remove_idle_pairs(proto.graph)
     onnx_graph.name_values_after_modules(proto.graph, names)
     engine_passes.give_consumers_their_own_dequantize(proto.graph)

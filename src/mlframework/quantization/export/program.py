@@ -1,4 +1,4 @@
-"""From a model of nodes to an ONNX graph, through ``torch.export`` and ``torch.onnx``."""
+"""A converted model's exported form taken down by ``torch.export``: one program, whichever file is made of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import inspect
 import io
 import logging
 import re
-import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,68 +17,39 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .batch_guards import batch_guards
-from .decompositions import decompose_if_needed
-from .optimization import with_kept_translations, without_slow_rules
-from .qdq_operators import translations
 from .running_modules import running_modules
-
-# The operators' version that is written: torch.onnx's own, and the first with Gelu.
-OPSET = 20
 
 
 class NotExportableError(RuntimeError):
     """A model, or an operation in it, has no ONNX form; the message says which."""
 
 
-def onnx_model(
-    model: nn.Module,
-    arguments: inspect.BoundArguments,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    dynamic: bool,
-) -> Any:
-    """The ``onnx.ModelProto`` of a model in evaluation mode.
+def exported_program(
+    model: nn.Module, arguments: inspect.BoundArguments, dynamic: bool
+) -> torch.export.ExportedProgram:
+    """The program of a model in evaluation mode.
 
     Args:
         model: what to export.
         arguments: of its forward.
-        input_names, output_names: what to call the tensors that go in and come out.
         dynamic: whether the first axis, as long in every tensor as in the first one, is a batch of any size.
 
     Warns:
         UserWarning: it was to be of any size, and the model's code assumes the one of the arguments.
 
     Raises:
-        NotExportableError: ``torch.export`` cannot take the model down, or an operation has no ONNX counterpart.
+        NotExportableError: ``torch.export`` cannot take the model down.
     """
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         try:
-            program = _program(model, *(_with_dynamic_batch(arguments) if dynamic else (arguments, None)))
+            return _program(model, *(_with_dynamic_batch(arguments) if dynamic else (arguments, None)))
         except _FixedBatchError as error:
             warnings.warn(
                 f"the file takes the batch size of example_inputs only, because the code of {error} assumes it "
                 "(with dynamic_batch=False there is no warning)",
                 stacklevel=3,
             )
-            program = _program(model, arguments, None)
-        decompose_if_needed(program)
-        try:
-            with without_slow_rules(), with_kept_translations():
-                exported = torch.onnx.export(
-                    program,
-                    dynamo=True,
-                    opset_version=OPSET,
-                    custom_translation_table=translations(),
-                    input_names=input_names,
-                    output_names=output_names,
-                    verbose=False,
-                )
-        except Exception as error:  # whatever it is, it came from an operation
-            raise NotExportableError(_untranslated(error)) from error
-    assert exported is not None
-    proto = exported.model_proto
-    _name_batch_axis(proto.graph)
-    return proto
+            return _program(model, arguments, None)
 
 
 class _FixedBatchError(Exception):
@@ -126,35 +96,8 @@ def _program(
             ) from error
 
 
-def _untranslated(error: BaseException) -> str:
-    """Which operation has no counterpart, and whose it is."""
-    for cause in _causes(error):
-        for frame, _ in traceback.walk_tb(cause.__traceback__):
-            node = frame.f_locals.get("node")
-            if isinstance(node, torch.fx.Node):  # the one that torch.onnx was at
-                owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
-                return f"{owners[-1] if owners else 'the model'} calls {node.target}, which has no ONNX counterpart"
-    return f"an operation has no ONNX counterpart: {error}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _name_batch_axis(graph: Any) -> None:
-    """Calls the one axis of no fixed size "batch", where torch.onnx has a number."""
-    values = [*graph.input, *graph.output]
-    axes = [axis for value in values for axis in value.type.tensor_type.shape.dim if axis.dim_param]
-    symbols = {axis.dim_param for axis in axes if axis.dim_param.isidentifier()}
-    for axis in axes:
-        for symbol in symbols:
-            axis.dim_param = re.sub(rf"\b{symbol}\b", "batch", axis.dim_param)
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what the exporter says about itself."""
     # That torchvision is not installed (it need not be), and where in torch a value was needed that is not there.
     names = ("torch.onnx._internal.exporter._registration", "torch.fx.experimental.symbolic_shapes")
