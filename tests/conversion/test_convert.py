@@ -36,7 +36,7 @@ from mlframework.quantization import (
     prepare,
 )
 from mlframework.quantization.int8.layers import Int8Linear
-from mlframework.quantization.qat.targets import TARGETS
+from mlframework.quantization.targets import TARGETS
 
 # One of the examples has a layer that its forward never reaches, of which convert() warns.
 pytestmark = pytest.mark.filterwarnings("ignore:no data reached spare")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export.exported_file import ExportedFile, inputs_of, session_of
 from export.small_networks import INTEGER_NETWORKS, SHAPE, UNEVEN_POOLS, make
-from mlframework.quantization.export.targets import CONVENTIONS
+from mlframework.quantization.targets import TARGETS
 
 pytestmark = pytest.mark.slow  # exports many files
 
@@ -34,7 +34,8 @@ def calls_twice() -> nn.Module:
     return nn.Sequential(CallsTwice(), nn.Conv2d(32, 4, 1))
 
 
-OTHERS = [target for target in CONVENTIONS if target != "onnxruntime"]
+ONNX_TARGETS = [name for name, target in TARGETS.items() if target.file_format == "onnx"]
+OTHERS = [target for target in ONNX_TARGETS if target != "onnxruntime"]
 
 
 # Every fourth network for each of them; all networks for all of them in the long tests.
@@ -52,7 +53,7 @@ def test_files_for_other_engines_load(name: str, target: str, tmp_path: Path) ->
         session_of(file.path.read_bytes(), exact)
 
 
-@pytest.mark.parametrize("target", CONVENTIONS)
+@pytest.mark.parametrize("target", ONNX_TARGETS)
 def test_a_layer_called_twice(target: str, tmp_path: Path) -> None:
     file = ExportedFile.of(make(calls_twice), SHAPE, tmp_path, target)
     session_of(file.path.read_bytes(), exact=False)

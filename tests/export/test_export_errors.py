@@ -55,7 +55,7 @@ def test_an_unknown_target(tmp_path: Path) -> None:
 
 
 def test_executorch_reads_other_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'executorch', which reads \.pte files.*onnxruntime, tensorrt, openvino"):
+    with pytest.raises(ValueError, match=r"'executorch', which reads \.pte files"):
         export_onnx(model("executorch"), EXAMPLE, tmp_path / "model.onnx", "executorch")
 
 

@@ -22,11 +22,11 @@ from mlframework.quantization import (
     export_onnx,
     prepare,
 )
-from mlframework.quantization.export.targets import CONVENTIONS, disagreement, resolved_target
+from mlframework.quantization.export.targets import disagreement, resolved_target
 
 pytestmark = pytest.mark.slow
 
-TARGETS = list(CONVENTIONS)
+TARGETS = ["onnxruntime", "tensorrt", "openvino"]
 NETWORKS = ("residual", "concat", "depthwise, grouped, dilated, strided", "linear layers", "transposed")
 
 
@@ -152,7 +152,7 @@ def test_grids_of_no_target() -> None:
     calibrate(model, [torch.randn(4, 3)])
     expected = r"grids of one target .* but 0\.quantize has activations in int8 .* affine"
     with pytest.raises(ValueError, match=expected):
-        resolved_target(convert(model), None)
+        resolved_target(convert(model), None, "onnx")
 
 
 def _attribute(node: Any, name: str) -> Any:

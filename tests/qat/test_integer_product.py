@@ -28,7 +28,7 @@ from mlframework.quantization import (
     StraightThroughEstimator,
     kernels,
 )
-from mlframework.quantization.qat.targets import TARGETS
+from mlframework.quantization.targets import TARGETS
 
 pytestmark = needs_integer_layers
 

@@ -26,7 +26,7 @@ from mlframework.quantization.int8.average_pooling import AveragePooling, Mean
 from mlframework.quantization.int8.integer_operation import Addition, Concatenation, IntegerOperation, Multiplication
 from mlframework.quantization.int8.lookup import Lookup
 from mlframework.quantization.qat.qat_operation import QATOperation
-from mlframework.quantization.qat.targets import TARGETS
+from mlframework.quantization.targets import TARGETS
 
 EVERY_GRID = pytest.mark.parametrize(
     "config",

@@ -22,7 +22,7 @@ from mlframework.quantization import (
     quantize,
 )
 from mlframework.quantization.conversion.between_floats import between_floats
-from mlframework.quantization.qat.targets import TARGETS
+from mlframework.quantization.targets import TARGETS
 
 EVERY_GRID = pytest.mark.parametrize(
     "config",

@@ -16,6 +16,7 @@ from .calibration.report import MethodReport
 from .calibration.rounding import round_weights
 from .calibration.smoothing import smooth_activations
 from .conversion.convert import convert
+from .export.export import export, export_program
 from .export.export_onnx import export_onnx
 from .export.program import NotExportableError
 from .integrations.quantization_metrics import log_quantization, quantization_metrics
@@ -82,7 +83,9 @@ __all__ = [
     "distillation_loss",
     "equalize",
     "explain",
+    "export",
     "export_onnx",
+    "export_program",
     "fake_quantize",
     "finetune",
     "float_state_dict",

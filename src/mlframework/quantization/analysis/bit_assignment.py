@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from ..qat.config import QATConfig, Selector
-from ..qat.targets import TARGETS
 from ..tables import html_table, text_table
+from ..targets import TARGETS
 from .measures import decibels
 from .optional import required
 from .sensitivity_report import SensitivityReport

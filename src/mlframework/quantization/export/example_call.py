@@ -47,7 +47,8 @@ def run_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"example_inputs and example_kwargs must fit the model's forward{signature}: {error}") from None
-    bound.arguments = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), bound.arguments)
+    # ExecuTorch's programs read inputs in the memory format of the example.
+    bound.arguments = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().contiguous(), bound.arguments)
     with running_modules(model) as running, _recorded_shapes(model) as shapes, state_kept(model):
         try:
             result = model(*copies(bound.args), **copies(bound.kwargs))

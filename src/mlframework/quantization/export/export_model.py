@@ -19,16 +19,18 @@ from ..graph.subgraph import module_of_nodes
 from ..graph.unflattening import set_forwards
 from ..int8.average_pooling import AveragePooling
 from ..int8.integer_module import IntegerModule
+from ..int8.integer_operation import Concatenation
 from ..int8.layers import Int8Convolution, Int8ConvTranspose2d, Int8Embedding, Int8Layer, Int8Linear
 from ..int8.lookup import Lookup
 from ..int8.operations import Dequantize, Int8Operation, Int8ReLU, Int8Selection, Quantize
+from ..targets import Conventions
 from .grid_nodes import GridNodes
+from .qdq_average_layers import average_as_layer
 from .qdq_averages import average
 from .qdq_layers import QDQConvolution, QDQEmbedding, QDQLinear
 from .qdq_nodes import QDQDequantize, QDQQuantize, QDQReLU, QDQSelection
-from .qdq_operations import QDQOperation, QDQTable, fuses_exactly, nodes_of
+from .qdq_operations import QDQConcatenation, QDQOperation, QDQTable, fuses_exactly, nodes_of
 from .qdq_transposed import transposed_convolution
-from .targets import Conventions
 
 Shapes = Mapping[IntegerModule, list[torch.Size]]
 
@@ -68,8 +70,11 @@ def _form_of(module: IntegerModule, conventions: Conventions, shapes: Shapes) ->
     if isinstance(module, Int8Selection):
         return QDQSelection.of(module)
     if isinstance(module, Int8Operation):
-        if conventions.exact and isinstance(module.operation, AveragePooling):
-            return average(module, shapes.get(module, []))
+        if isinstance(module.operation, AveragePooling) and (conventions.exact or conventions.averages_as_layers):
+            form = average if conventions.exact else average_as_layer
+            return form(module, shapes.get(module, []))
+        if conventions.concatenates_one_grid and isinstance(module.operation, Concatenation):
+            return QDQConcatenation(module)
         if conventions.exact and isinstance(module.operation, Lookup) and not fuses_exactly(module):
             return QDQTable(module)
         return QDQOperation(module, on_codes)

@@ -10,19 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from ..conversion.convert import convert, unwrapped
-from ..graph.clone import copy_of
 from ..int8.integer_module import IntegerModule
 from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import Int8WithFloatEdges, OnGrid
-from ..qat.fake_quantize_layer import FakeQuantizeLayer
+from ..targets import TARGETS
 from . import engine_passes, onnx_graph
-from .example_call import run_example
-from .export_model import make_export_model
-from .file import check_writable, write_atomically
+from .file import write_atomically
+from .model_program import check_arguments, converted_for, program_of
 from .onnx_model import onnx_model
-from .program import NotExportableError, exported_program
-from .targets import CONVENTIONS, activation_schemes, check_target, resolved_target
+from .program import NotExportableError
+from .targets import activation_schemes
 
 _METADATA = "mlframework.quantization"
 
@@ -76,21 +73,18 @@ def export_onnx(
         ['model.onnx']
     """
     onnx = _import_onnx()
-    _check_types(model, example_inputs, example_kwargs, dynamic_batch)
-    check_target(target)
-    check_writable(path)
-    converted = _converted(model)
-    target = resolved_target(converted, target)
-    example = run_example(converted, example_inputs, example_kwargs or {})
+    check_arguments(model, example_inputs, example_kwargs, target, "onnx", path)
+    if not isinstance(dynamic_batch, bool):
+        raise TypeError(f"dynamic_batch must be a bool, got {dynamic_batch!r}")
+    converted, target = converted_for(model, target, "onnx")
     metadata = _metadata(converted, target)
     names = [
         name
         for name, module in converted.named_modules()
         if isinstance(module, (IntegerModule, Int8WithFloatEdges, OnGrid))
     ]
-    conventions = CONVENTIONS[target]
-    exportable = make_export_model(converted, conventions, example.shapes).eval()
-    program = exported_program(exportable, example.arguments, dynamic_batch)
+    conventions = TARGETS[target].conventions
+    program, example = program_of(converted, example_inputs, example_kwargs, conventions, dynamic_batch)
     proto = onnx_model(program, example.input_names, example.output_names)
     engine_passes.remove_idle_pairs(proto.graph)
     onnx_graph.name_values_after_modules(proto.graph, names)
@@ -123,28 +117,6 @@ def _import_onnx() -> Any:
             f"export_onnx needs onnx and onnxscript ({error}): pip install 'mlframework-quantization[onnx]'"
         ) from error
     return onnx
-
-
-def _check_types(model: Any, args: Any, kwargs: Any, dynamic_batch: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(args, tuple):
-        raise TypeError(f"example_inputs must be a tuple of arguments, got {type(args).__name__}")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(f"example_kwargs must be a mapping from names to arguments, got {type(kwargs).__name__}")
-    if not isinstance(dynamic_batch, bool):
-        raise TypeError(f"dynamic_batch must be a bool, got {dynamic_batch!r}")
-
-
-def _converted(model: nn.Module) -> nn.Module:
-    """The converted model, on the CPU and in evaluation mode, as a copy."""
-    if any(isinstance(module, FakeQuantizeLayer) for module in model.modules()):
-        converted = convert(model)
-    elif any(isinstance(module, IntegerModule) for module in model.modules()):
-        converted = copy_of(unwrapped(model))
-    else:
-        raise TypeError(f"model must be prepared or converted, got a {type(model).__name__} without quantized layers")
-    return converted.to("cpu").eval()
 
 
 def _metadata(converted: nn.Module, target: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import arithmetic
@@ -110,6 +111,6 @@ class OutputNodes(nn.Module):
         if self.relu:
             values = torch.relu(values)
         if self.value_range is not None:
-            values = values.clamp(*self.value_range)
+            values = F.hardtanh(values, *self.value_range)  # which XNNPACK fuses, and clamp not
         codes = self.grid.quantize(values)
         return operators.clip_codes(codes, self.lowest, self.highest) if self.clips_codes else codes

@@ -40,6 +40,29 @@ class QDQOperation(nn.Module):
         return result
 
 
+class QDQConcatenation(QDQOperation):
+    """A concatenation whose parts are brought to its output's grid before."""
+
+    def __init__(self, node: Int8Operation) -> None:
+        super().__init__(node, on_codes=False)
+        output = node.output_parameters
+        self.changes_grid = [not _same_grid(part, output) for part in node.input_parameters]
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        """Codes of the inputs' grids to codes of the output's."""
+        parts = [
+            grid.quantize(nodes.dequantize(part)) if changes else part  # type: ignore[operator]
+            for nodes, part, changes in zip(self.inputs, codes, self.changes_grid, strict=True)
+            for grid in (self.output.grid,)
+        ]
+        result: Tensor = self.output(self.operation.on_values(*map(self.output.grid.dequantize, parts)))
+        return result
+
+
+def _same_grid(one: QuantizationParameters, other: QuantizationParameters) -> bool:
+    return torch.equal(one.scale, other.scale) and torch.equal(one.zero_point, other.zero_point)
+
+
 class QDQTable(nn.Module):
     """A function of each element as the table that it is: exact whatever an engine makes of the function."""
 

@@ -1,41 +1,17 @@
-"""What each deployment engine expects of a file, and whether a model has the grids for it."""
+"""Which engine a model is exported for, and whether it has the grids and the arithmetic of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, replace
 
 from torch import nn
 
 from ..int8.integer_module import IntegerModule
+from ..int8.integer_operation import IntegerOperation
+from ..int8.operations import Int8Operation
 from ..preparation.report import PreparationReport
-from ..qat.targets import TARGETS
 from ..scheme import QuantizationScheme
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """How a file is written.
-
-    Attributes:
-        exact: for ONNX Runtime, integer for integer: whatever its fused operators compute in floats or leave in floats
-            is written as operations on codes. Otherwise float operations between quantize and dequantize nodes
-            throughout, which is what engines' pattern matchers look for.
-        own_nodes_for_sums: a sum whose operand other operations read as well gets a quantize node of its own.
-        unsigned_concatenations: int8 codes of a concatenation are written 128 higher, as uint8. OpenVINO (2026.4)
-            computes a convolution of the signed ones wrongly.
-    """
-
-    exact: bool = False
-    own_nodes_for_sums: bool = False
-    unsigned_concatenations: bool = False
-
-
-# In the order in which a target is looked for: the grids of TensorRT are among those of OpenVINO.
-CONVENTIONS = {
-    "onnxruntime": Conventions(exact=True),
-    "tensorrt": Conventions(own_nodes_for_sums=True),
-    "openvino": Conventions(unsigned_concatenations=True),
-}
+from ..targets import TARGETS, Operations
 
 
 def activation_schemes(converted: nn.Module) -> dict[str, list[QuantizationScheme]]:
@@ -51,38 +27,52 @@ def activation_schemes(converted: nn.Module) -> dict[str, list[QuantizationSchem
 
 
 def disagreement(converted: nn.Module, target: str) -> str | None:
-    """The first layer whose grids are not the target's, in words; None where all are. Any number of bits will do."""
-    grids = TARGETS[target]
-    expected = {replace(grid, bits=8) for grid in (grids.activation, grids.non_negative_activation)}
+    """The first layer whose grids or arithmetic are not the target's, in words; None where all are. Any number of bits
+    will do."""
+    engine = TARGETS[target]
+    expected = {replace(grid, bits=8) for grid in (engine.activation, engine.non_negative_activation)}
     for name, schemes in activation_schemes(converted).items():
         for scheme in schemes:
             if replace(scheme, bits=8) not in expected:
                 return f"{name or 'the model'} has activations in {scheme}"
+    for name, module in converted.named_modules():
+        if isinstance(module, Int8Operation) and not _is_form_of(module.operation, engine.operations):
+            return f"{name or 'the model'} computes a {module.operation} as another engine does"
     return None
 
 
-def resolved_target(converted: nn.Module, target: str | None) -> str:
-    """``target``, checked; where it is None, the one that the model was prepared for, or else the first whose grids it
-    has.
+def _is_form_of(operation: IntegerOperation, forms: Operations) -> bool:
+    """Whether an operation is in the form that an engine has, where there are several."""
+    return type(operation) in astuple(forms) or not isinstance(operation, astuple(Operations()))
+
+
+def resolved_target(converted: nn.Module, target: str | None, file_format: str | None = None) -> str:
+    """``target``, checked; where it is None, the one that the model was prepared for, or else the first that it suits.
+
+    Args:
+        converted: the model.
+        target: the engine that was asked for.
+        file_format: of the file, where it is given.
 
     Raises:
         TypeError: ``target`` is not a string.
-        ValueError: there is no such target, no file for it, or the model has other grids.
+        ValueError: there is no such target, its files are of another format, or the model has other grids or another
+            arithmetic.
     """
     reports = (getattr(module, "preparation_report", None) for module in converted.modules())
     target = target or next((report.target for report in reports if isinstance(report, PreparationReport)), None)
+    candidates = _targets_of(file_format)
     if target is None:
-        for candidate in CONVENTIONS:
+        for candidate in candidates:
             if disagreement(converted, candidate) is None:
                 return candidate
-        reason = disagreement(converted, "onnxruntime")
-        raise ValueError(f"model must have the grids of one target ({', '.join(CONVENTIONS)}), but {reason}")
-    check_target(target)
+        reason = disagreement(converted, candidates[0])
+        raise ValueError(f"model must have the grids of one target ({', '.join(candidates)}), but {reason}")
+    check_target(target, file_format)
     reason = disagreement(converted, target)
     if reason is not None:
-        expected = " and ".join(
-            sorted({str(grid) for grid in (TARGETS[target].activation, TARGETS[target].non_negative_activation)})
-        )
+        engine = TARGETS[target]
+        expected = " and ".join(sorted({str(grid) for grid in (engine.activation, engine.non_negative_activation)}))
         raise ValueError(
             f"target must be the one that the model was prepared for: {target!r} has activations in {expected}, "
             f"but {reason}"
@@ -90,21 +80,26 @@ def resolved_target(converted: nn.Module, target: str | None) -> str:
     return target
 
 
-def check_target(target: str | None) -> None:
+def check_target(target: str | None, file_format: str | None = None) -> None:
     """Refuses what is no target, before anything is done.
 
     Raises:
         TypeError: ``target`` is not a string.
-        ValueError: there is no such target, or no file for it.
+        ValueError: there is no such target, or its files are of another format.
     """
     if target is None:
         return
     if not isinstance(target, str):
         raise TypeError(f"target must be a str or None, got {target!r}")
-    if target == "executorch":
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(_targets_of(file_format))}, got {target!r}")
+    own = TARGETS[target].file_format
+    if file_format not in (None, own):
         raise ValueError(
-            "target must be one that reads ONNX, got 'executorch', which reads .pte files; "
-            f"for a file of the same integers prepare for one of {', '.join(CONVENTIONS)}"
+            f"target must be one that reads .{file_format} files ({', '.join(_targets_of(file_format))}), got "
+            f"{target!r}, which reads .{own} files: export(model, example_inputs, 'model.{own}') writes one"
         )
-    if target not in CONVENTIONS:
-        raise ValueError(f"target must be one of {', '.join(CONVENTIONS)}, got {target!r}")
+
+
+def _targets_of(file_format: str | None) -> list[str]:
+    return [name for name, target in TARGETS.items() if file_format in (None, target.file_format)]

@@ -46,6 +46,7 @@ class AveragePooling(IntegerOperation):
     """
 
     kind = "average pool"
+    multiplier_of = staticmethod(arithmetic.average_multiplier)
 
     def __init__(self, pooling: Fixed | Adaptive | Mean) -> None:
         self.pooling = pooling
@@ -67,7 +68,7 @@ class AveragePooling(IntegerOperation):
             )
             return averages.reshape(*codes[0].shape[:-dimensions], *[1] * dimensions)
         sums, counts = self._sums_and_counts(codes[0], zero_point)
-        multiplier = arithmetic.average_multiplier(scale, output.scale, counts)
+        multiplier = self.multiplier_of(scale, output.scale, counts)
         return arithmetic.requantize_accumulator(sums, multiplier, output.zero_point, *ends, output.scheme.dtype)
 
     @property

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..int8.average_pooling import AveragePooling, Mean
-from ..int8.integer_operation import Addition, Concatenation, IntegerOperation, Multiplication
+from ..int8.average_pooling import Mean
+from ..int8.integer_operation import IntegerOperation
 from ..int8.pooling_windows import ADAPTIVE_POOLS, FIXED_POOLS
+from ..targets import Operations
 from . import operations
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -33,28 +34,28 @@ _POOLS: dict[Any, type[nn.Module]] = {
 Call = tuple[IntegerOperation, tuple[fx.Node, ...]]
 
 
-def integer_operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Call | None:
-    """The integer form of a node and its operands; None where it has none."""
+def integer_operation(node: fx.Node, modules: Mapping[str, nn.Module], forms: Operations) -> Call | None:
+    """The integer form of a node, of those that the engine has, and its operands; None where there is none."""
     if not operations.is_float_tensor(node):
         return None
     if node.op == "call_module":
         module = modules[str(node.target)]
         if type(module) not in (*ADAPTIVE_POOLS, *FIXED_POOLS) or len(node.args) != 1:
             return None
-        return AveragePooling(module), (node.args[0],)  # type: ignore[arg-type, return-value]
+        return forms.average_pooling(module), (node.args[0],)  # type: ignore[arg-type, return-value]
     if node.op not in ("call_function", "call_method"):
         return None
     call: Call | None = None
     args: tuple[Any, ...] = node.args
     kwargs: dict[str, Any] = node.kwargs
     if node.target in _ADDS | _MULTIPLIES and len(args) == 2 and not kwargs:
-        call = Addition() if node.target in _ADDS else Multiplication(), args
+        call = forms.addition() if node.target in _ADDS else forms.multiplication(), args
     elif node.target in _CONCATS and args:
-        call = _concatenation(*args, **kwargs)
+        call = _concatenation(forms, *args, **kwargs)
     elif node.target in _POOLS:
-        call = _pooling(node)
+        call = _pooling(forms, node)
     elif node.target in _MEANS and args:
-        call = _mean(*args, **kwargs)
+        call = _mean(forms, *args, **kwargs)
     if call is None or not all(
         isinstance(operand, fx.Node) and operations.is_float_tensor(operand) for operand in call[1]
     ):
@@ -62,24 +63,24 @@ def integer_operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> Call |
     return call
 
 
-def _concatenation(tensors: Any, dim: int = 0, **others: Any) -> Call | None:
+def _concatenation(forms: Operations, tensors: Any, dim: int = 0, **others: Any) -> Call | None:
     if others or not isinstance(dim, int) or not isinstance(tensors, (tuple, list)):
         return None
-    return Concatenation(dim), tuple(tensors)
+    return forms.concatenation(dim), tuple(tensors)
 
 
-def _pooling(node: fx.Node) -> Call | None:
+def _pooling(forms: Operations, node: fx.Node) -> Call | None:
     first, *rest = node.args or (node.kwargs.get("input"),)
     settings = {name: value for name, value in node.kwargs.items() if name != "input"}
     if node.all_input_nodes != [first]:  # its settings are computed
         return None
-    return AveragePooling(_POOLS[node.target](*rest, **settings)), (first,)  # type: ignore[arg-type, return-value]
+    return forms.average_pooling(_POOLS[node.target](*rest, **settings)), (first,)  # type: ignore[arg-type, return-value]
 
 
-def _mean(input: Any, dim: Any = None, keepdim: Any = False, **others: Any) -> Call | None:
+def _mean(forms: Operations, input: Any, dim: Any = None, keepdim: Any = False, **others: Any) -> Call | None:
     dims = (dim,) if isinstance(dim, int) else dim
     if others or not isinstance(keepdim, bool) or not isinstance(dims, (tuple, list)):
         return None
     if not dims or not all(isinstance(entry, int) for entry in dims):
         return None
-    return AveragePooling(Mean(tuple(dims), keepdim)), (input,)
+    return forms.average_pooling(Mean(tuple(dims), keepdim)), (input,)

@@ -156,7 +156,7 @@ class PartPreparation:
                 continue
             wrapper = QATModuleWrapper(layer, config)
             is_result = prefix == "" and called[-1:] == [name]  # of the model, as far as one can tell
-            if not takes_output_grid(layer) and not (config.quantize_last_linear and is_result):
+            if not takes_output_grid(layer, config) and not (config.quantize_last_linear and is_result):
                 wrapper.output_fake_quantize = None  # its own code reads floats
             entries.append(layer_entry(qualified, wrapper, f"{ALONE}: {reason}"))
             replace_module(self.root, layer, wrapper)

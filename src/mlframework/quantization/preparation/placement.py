@@ -22,6 +22,7 @@ from ..int8.lookup import Lookup
 from ..qat.batch_norms import evaluation_form
 from ..qat.config import QATConfig
 from ..qat.layer_types import layer_type_of, obstacle_of, takes_batch_norm
+from ..targets import TARGETS
 from . import operations
 from .function_layers import FunctionLayer, function_layer
 from .integer_operations import integer_operation
@@ -114,10 +115,12 @@ def skip_reason(name: str, layer: nn.Module, config: QATConfig) -> str | None:
     return obstacle_of(layer)
 
 
-def takes_output_grid(layer: nn.Module) -> bool:
+def takes_output_grid(layer: nn.Module, config: QATConfig) -> bool:
     """Whether a layer's output is put on a grid even where nothing reads its integers: engines run a convolution in
-    integers only between a dequantize and a quantize node."""
-    return not isinstance(layer, (nn.Linear, nn.Embedding))
+    integers only between a dequantize and a quantize node, some of them a linear layer, too."""
+    if isinstance(layer, nn.Linear):
+        return not TARGETS[config.target].has_float_results
+    return not isinstance(layer, nn.Embedding)
 
 
 class _Placer:
@@ -141,7 +144,7 @@ class _Placer:
                 self._start_chain(chain)
         for chain in self.placement.chains:
             is_asked_for = chain.config.quantize_last_linear and self._is_linear_result(chain)
-            if takes_output_grid(chain.layer) or is_asked_for:
+            if takes_output_grid(chain.layer, chain.config) or is_asked_for:
                 self.on_grid.add(chain.end)
         self._demand_inputs()
         self._join_operations()
@@ -340,7 +343,7 @@ class _Placer:
 
     def _operation(self, node: fx.Node) -> Joined | None:
         """An operation with an integer form whose operands are on grids or can be."""
-        call = integer_operation(node, self.modules)
+        call = integer_operation(node, self.modules, TARGETS[self.config.target].operations)
         if call is None:
             return None
         operation, operands = call

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..scheme import QuantizationScheme
+from ..targets import TARGETS, Target
 from .activation_observer import ActivationObserver
 from .straight_through_estimator import StraightThroughEstimator
-from .targets import TARGETS, Target
 
 Selector = str | type[nn.Module]
 
