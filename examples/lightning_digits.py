@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer(options.epochs, [callback]).fit(module, batches, held_out)
 
     int8_model = convert(module.model)
-    report = verify(module.model, [data.test_images], converted=int8_model, onnx_path=file)
+    report = verify(module.model, [data.test_images], converted=int8_model, path=file)
     print(f"int8: {test_accuracy(int8_model, data):.2f} %, {len(report.layers)} layers agree code for code with {file}")
     return 0
 

@@ -77,9 +77,9 @@ def test_prepared_converted_and_exported_agree(kind: type[nn.Module], tmp_path: 
     prepared = prepare(model, QATConfig(), inputs())
     calibrate(prepared, [inputs() for _ in range(3)])
     export_onnx(prepared, inputs(), tmp_path / "model.onnx")
-    report = compare_outputs(prepared, [inputs()], onnx_path=tmp_path / "model.onnx")
+    report = compare_outputs(prepared, [inputs()], path=tmp_path / "model.onnx")
     assert report.layers[-1].converted.differing == 0
     # Sums of floats may part in their last bits before they are quantized; zeros at padded positions are far off.
-    assert all(layer.onnx.largest <= 1 for layer in report.layers if layer.onnx is not None)
-    assert report.layers[-1].onnx is not None
-    assert report.layers[-1].onnx.largest < 0.05
+    assert all(layer.exported.largest <= 1 for layer in report.layers if layer.exported is not None)
+    assert report.layers[-1].exported is not None
+    assert report.layers[-1].exported.largest < 0.05

@@ -88,11 +88,11 @@ def test_not_one_code_differs(name: str, seed: int, folder: Path) -> None:
     network, prepared, path = deployed(name, seed, folder)
     assert not preparation_report(prepared).left_float
     batches = [network.example_inputs(BATCH_SIZE, 1 + index) for index in range(BATCHES)]
-    report = verify(prepared, batches, onnx_path=path)
-    shown = [layer for layer in report.layers if layer.onnx is not None]
+    report = verify(prepared, batches, path=path)
+    shown = [layer for layer in report.layers if layer.exported is not None]
     assert len(shown) >= len(report.layers) - 1  # the last layer's value bears the output's name
-    assert report.layers[-1].onnx is not None
-    assert report.layers[-1].onnx.elements >= BATCHES * BATCH_SIZE
+    assert report.layers[-1].exported is not None
+    assert report.layers[-1].exported.elements >= BATCHES * BATCH_SIZE
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_exact_products_change_nothing(name: str, folder: Path) -> None:
         session_of(path.read_bytes(), exact)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.x64quantprecision", "1")
-    report = compare_outputs(prepared, [network.example_inputs(BATCH_SIZE, 1)], onnx_path=path, session_options=options)
-    assert all(layer.onnx_saturating is None for layer in report.layers)
+    report = compare_outputs(prepared, [network.example_inputs(BATCH_SIZE, 1)], path=path, session_options=options)
+    assert all(layer.exported_saturating is None for layer in report.layers)
     assert report.agrees or not network.fully_integer
 
 
@@ -128,10 +128,14 @@ def test_onnx_runtime_leaves_nothing_in_float(name: str, exact: bool, folder: Pa
 def test_networks_that_are_partly_float(name: str, folder: Path) -> None:
     """Float sums are formed in another order by ONNX Runtime, and a code may then be the next; errors do not grow."""
     network, prepared, path = deployed(name, 0, folder)
-    report = compare_outputs(prepared, [network.example_inputs(32, seed) for seed in (1, 2)], onnx_path=path)
+    report = compare_outputs(prepared, [network.example_inputs(32, seed) for seed in (1, 2)], path=path)
     assert all(layer.converted.differing == 0 for layer in report.layers)
     for layer in report.layers:
-        assert layer.onnx is None or layer.onnx.differing <= 0.02 * layer.onnx.elements or layer.compared == "floats"
+        assert (
+            layer.exported is None
+            or layer.exported.differing <= 0.02 * layer.exported.elements
+            or layer.compared == "floats"
+        )
     floats = preparation_report(prepared).left_float
     assert floats
     assert all(entry.detail for entry in floats)

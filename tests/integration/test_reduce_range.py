@@ -87,4 +87,4 @@ def test_the_files_weights_use_seven_bits_and_no_engine_saturates(name: str, tmp
     codes = [torch.from_numpy(array.copy()) for array in initializers if array.dtype == "int8"]
     assert sum(tensor.dim() > 1 for tensor in codes) >= len(layers)
     assert all(largest_code(tensor) <= 63 for tensor in codes)
-    verify(prepared, [network.example_inputs(64, seed) for seed in (1, 2)], onnx_path=tmp_path / "model.onnx")
+    verify(prepared, [network.example_inputs(64, seed) for seed in (1, 2)], path=tmp_path / "model.onnx")

@@ -51,7 +51,7 @@ def test_every_quantized_layer_is_compared_and_agrees(example: Example) -> None:
     wrappers = {name for name, module in prepared.named_modules() if isinstance(module, QATModuleWrapper)}
     assert wrappers & reached <= names
     assert any(name.startswith("output") for name in names)
-    assert all(layer.converted.elements > 0 and layer.onnx is None for layer in report.layers)
+    assert all(layer.converted.elements > 0 and layer.exported is None for layer in report.layers)
 
 
 def test_a_fault_is_found_in_its_layer() -> None:
@@ -172,8 +172,8 @@ def test_a_linear_layer_of_sequences_that_gives_floats_compares_with_its_file(tm
     prepared = prepare(model, None, (torch.randn(2, 5, 6),))
     calibrate(prepared, [torch.randn(8, 5, 6)])
     export_onnx(convert(prepared.eval()), (torch.randn(2, 5, 6),), tmp_path / "model.onnx")
-    report = compare_outputs(prepared, [(torch.randn(3, 5, 6),)], onnx_path=tmp_path / "model.onnx")
+    report = compare_outputs(prepared, [(torch.randn(3, 5, 6),)], path=tmp_path / "model.onnx")
     (layer,) = (layer for layer in report.layers if layer.name == "0")
     assert layer.compared == "floats"
-    assert layer.onnx is not None
-    assert (layer.onnx.elements, layer.onnx.differing) == (3 * 5 * 8, 0)
+    assert layer.exported is not None
+    assert (layer.exported.elements, layer.exported.differing) == (3 * 5 * 8, 0)

@@ -104,12 +104,12 @@ def test_ties_between_engines_are_no_fault(largest: bool, tmp_path: Path) -> Non
     calibrate(prepared, [torch.randn(32, 8)])
     path = tmp_path / "model.onnx"
     export_onnx(prepared, (torch.randn(2, 8),), path)
-    report = verify(prepared, [torch.randn(64, 8), torch.randn(64, 8)], onnx_path=path)
-    result = report.layers[-1].onnx
+    report = verify(prepared, [torch.randn(64, 8), torch.randn(64, 8)], path=path)
+    result = report.layers[-1].exported
     assert result is not None
     assert result.ties > 0
     assert str(result) == f"0 of 640 ({result.ties} ties)"
-    assert report.to_dict()["layers"][-1]["onnx"]["ties"] == result.ties
+    assert report.to_dict()["layers"][-1]["exported"]["ties"] == result.ties
 
 
 def test_other_indices_are_a_fault(tmp_path: Path) -> None:
@@ -121,4 +121,4 @@ def test_other_indices_are_a_fault(tmp_path: Path) -> None:
     other = prepare(Classifier(largest=False).eval(), QATConfig(reduce_range=True), (torch.randn(2, 8),))
     other.load_state_dict(prepared.state_dict())
     with pytest.raises(VerificationError):
-        verify(other, [torch.randn(64, 8)], onnx_path=path)
+        verify(other, [torch.randn(64, 8)], path=path)

@@ -64,8 +64,8 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
 
 def test_the_file_agrees(prepared: nn.Module, path: Path) -> None:
     image, weight = batch(5)
-    report = verify(prepared, [batch(3), {"weight": weight, "image": image}], onnx_path=path)
-    compared = {layer.name: layer.onnx.elements for layer in report.layers if layer.onnx is not None}
+    report = verify(prepared, [batch(3), {"weight": weight, "image": image}], path=path)
+    compared = {layer.name: layer.exported.elements for layer in report.layers if layer.exported is not None}
     assert compared["stem.0"] == 8 * 4 * 36
     assert compared["output 0"] == 8 * 2
     assert compared["output 1"] == 8 * 4 * 36
@@ -78,14 +78,14 @@ def test_another_file_is_found_out(prepared: nn.Module, path: Path, tmp_path: Pa
     values[0] = -values[0]
     weight.CopyFrom(numpy_helper.from_array(values.astype(np.int8), weight.name))
     onnx.save(model, str(tmp_path / "tampered.onnx"))
-    report = compare_outputs(prepared, [batch(4)], onnx_path=str(tmp_path / "tampered.onnx"))
+    report = compare_outputs(prepared, [batch(4)], path=str(tmp_path / "tampered.onnx"))
     assert report.first_difference is not None
     assert report.first_difference.name == "stem.0"
-    assert report.first_difference.onnx is not None
-    assert report.first_difference.onnx.largest > 1
+    assert report.first_difference.exported is not None
+    assert report.first_difference.exported.largest > 1
     assert all(layer.converted.differing == 0 for layer in report.layers)
     with pytest.raises(VerificationError, match="ONNX Runtime"):
-        verify(prepared, [batch(4)], onnx_path=tmp_path / "tampered.onnx")
+        verify(prepared, [batch(4)], path=tmp_path / "tampered.onnx")
 
 
 @pytest.mark.parametrize("target", ["openvino", "tensorrt"])
@@ -95,11 +95,11 @@ def test_files_for_other_engines_run_too(target: str, tmp_path: Path) -> None:
     model = prepare(example.make(), QATConfig.for_target(target), example.inputs())
     calibrate(model, [example.inputs(8)])
     export_onnx(model, example.inputs(), tmp_path / "model.onnx", target)
-    report = compare_outputs(model, [example.inputs(8)], onnx_path=tmp_path / "model.onnx")
+    report = compare_outputs(model, [example.inputs(8)], path=tmp_path / "model.onnx")
     for layer in report.layers:
-        if layer.onnx is not None and layer.compared == "codes":
-            assert layer.onnx.largest <= 1
-            assert layer.onnx.differing <= 0.01 * layer.onnx.elements
+        if layer.exported is not None and layer.compared == "codes":
+            assert layer.exported.largest <= 1
+            assert layer.exported.differing <= 0.01 * layer.exported.elements
 
 
 def test_codes_that_a_file_holds_as_unsigned_ones(tmp_path: Path) -> None:
@@ -116,9 +116,14 @@ def test_codes_that_a_file_holds_as_unsigned_ones(tmp_path: Path) -> None:
     model = prepare(Joins(), QATConfig.for_target("openvino"), (inputs,))
     calibrate(model, [inputs])
     export_onnx(model, (inputs,), tmp_path / "model.onnx")
-    report = compare_outputs(model, [inputs], onnx_path=tmp_path / "model.onnx")
+    report = compare_outputs(model, [inputs], path=tmp_path / "model.onnx")
     assert (
-        max(layer.onnx.largest for layer in report.layers if layer.onnx is not None and layer.compared == "codes") <= 1
+        max(
+            layer.exported.largest
+            for layer in report.layers
+            if layer.exported is not None and layer.compared == "codes"
+        )
+        <= 1
     )
 
 
@@ -127,23 +132,23 @@ def test_floats_after_the_last_layer_may_differ_by_a_tolerance(tmp_path: Path) -
     model = prepare(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Softmax(1)), None, (inputs,))
     calibrate(model, [inputs])
     export_onnx(model, (inputs,), tmp_path / "model.onnx")
-    verify(model, [inputs], onnx_path=tmp_path / "model.onnx", float_tolerance=1e-6)
+    verify(model, [inputs], path=tmp_path / "model.onnx", float_tolerance=1e-6)
 
 
 def test_a_file_of_another_network_is_refused(path: Path, tmp_path: Path) -> None:
     example = EXAMPLES["mlp"]
     model = prepare(example.make(), None, example.inputs())
     calibrate(model, [example.inputs(4)])
-    with pytest.raises(ValueError, match=r"onnx_path must be of the same network as model: it takes 2 tensors"):
-        compare_outputs(model, [example.inputs()], onnx_path=path)
+    with pytest.raises(ValueError, match=r"path must be of the same network as model: it takes 2 tensors"):
+        compare_outputs(model, [example.inputs()], path=path)
 
 
 def test_a_file_that_is_not_there(prepared: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        compare_outputs(prepared, [batch(2)], onnx_path=tmp_path / "missing.onnx")
+        compare_outputs(prepared, [batch(2)], path=tmp_path / "missing.onnx")
 
 
 def test_without_onnx_runtime(prepared: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"pip install 'mlframework-quantization\[onnx\]'"):
-        compare_outputs(prepared, [batch(2)], converted=convert(prepared), onnx_path=path)
+        compare_outputs(prepared, [batch(2)], converted=convert(prepared), path=path)

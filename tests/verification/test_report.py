@@ -69,7 +69,7 @@ def test_the_first_difference_is_where_the_models_part() -> None:
     assert report.first_difference is layers[1]
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["first_difference"] == "body"
-    assert plain["layers"][1]["onnx"] == {"elements": 10, "differing": 2, "largest": 3.0, "ties": 0}
+    assert plain["layers"][1]["exported"] == {"elements": 10, "differing": 2, "largest": 3.0, "ties": 0}
     lines = str(report).splitlines()
     assert lines[0].split() == [
         "layer",
@@ -116,7 +116,7 @@ def test_what_saturates_is_told_beside_what_agrees() -> None:
     assert lines[-2:] == ["nothing differs", report.saturation]
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["saturation"] == report.saturation
-    assert [layer["onnx_saturating"]["differing"] for layer in plain["layers"]] == [0, 2, 9]
+    assert [layer["exported_saturating"]["differing"] for layer in plain["layers"]] == [0, 2, 9]
 
 
 def test_floats_tell_of_saturation_where_no_code_does() -> None:

@@ -101,12 +101,12 @@ def test_one_wrong_sum_is_enough(wrong: int, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_the_exact_session_decides_and_the_plain_one_is_told_of(exported: Exported, saturating: Path) -> None:
     with pytest.warns(UserWarning, match=r"differs in [0-9]+ of [0-9]+ codes.*reduce_range=True.*x64quantprecision=1"):
-        report = verify(exported.model, [INPUTS, INPUTS], onnx_path=saturating)
+        report = verify(exported.model, [INPUTS, INPUTS], path=saturating)
     assert report.agrees
     assert report.saturates
     by_name = {layer.name: layer for layer in report.layers}
     assert by_name["2"].saturates
-    plain = by_name["2"].onnx_saturating
+    plain = by_name["2"].exported_saturating
     assert plain is not None
     assert plain.elements == 2 * 64 * 8 * 4
     assert 0 < plain.differing < plain.elements
@@ -115,7 +115,7 @@ def test_the_exact_session_decides_and_the_plain_one_is_told_of(exported: Export
     assert "saturation" in str(report).splitlines()[-1]
     plain_data = report.to_dict()
     assert plain_data["saturation"] == report.saturation
-    assert plain_data["layers"][2]["onnx_saturating"]["differing"] == plain.differing
+    assert plain_data["layers"][2]["exported_saturating"]["differing"] == plain.differing
 
 
 @pytest.mark.slow
@@ -125,20 +125,20 @@ def test_where_exact_products_differ_the_error_tells_both(exported: Exported, sa
     state["0.bias"] += 1000
     converted.load_state_dict(state)
     with pytest.raises(VerificationError, match=r"the models part at 0\n.*by saturation of 16-bit sums"):
-        verify(exported.model, [INPUTS], converted=converted, onnx_path=saturating)
+        verify(exported.model, [INPUTS], converted=converted, path=saturating)
 
 
 @pytest.mark.slow
 def test_only_verify_warns(exported: Exported, saturating: Path) -> None:
-    assert compare_outputs(exported.model, [INPUTS], onnx_path=saturating).saturates  # a warning would be an error
+    assert compare_outputs(exported.model, [INPUTS], path=saturating).saturates  # a warning would be an error
 
 
 @pytest.mark.slow
 def test_this_processor(exported: Exported) -> None:
     """What is found out of it, and nothing else, decides how many sessions there are."""
-    report = compare_outputs(exported.model, [INPUTS], onnx_path=exported.path)
+    report = compare_outputs(exported.model, [INPUTS], path=exported.path)
     assert report.agrees
-    beside = [layer.onnx_saturating is not None for layer in report.layers if layer.onnx is not None]
+    beside = [layer.exported_saturating is not None for layer in report.layers if layer.exported is not None]
     assert set(beside) == {plain_sessions_saturate()}
     assert report.saturates == plain_sessions_saturate()
     assert ("saturation" in str(report)) == plain_sessions_saturate()
@@ -151,13 +151,13 @@ def test_weights_within_seven_bits_agree_in_one_session_and_in_two(
 ) -> None:
     monkeypatch.setattr(onnx_session, "plain_sessions_saturate", lambda: saturates)
     exported = Exported(tmp_path, reduce_range=True)
-    report = verify(exported.model, [INPUTS], onnx_path=exported.path)
+    report = verify(exported.model, [INPUTS], path=exported.path)
     assert not report.saturates
     if saturates:
-        assert all(layer.onnx_saturating == layer.onnx for layer in report.layers)
+        assert all(layer.exported_saturating == layer.exported for layer in report.layers)
         assert str(report).endswith("these batches met none")
     else:
-        assert all(layer.onnx_saturating is None for layer in report.layers)
+        assert all(layer.exported_saturating is None for layer in report.layers)
         assert report.to_dict()["saturation"] is None
 
 
@@ -183,7 +183,7 @@ def test_options_are_kept_for_both_sessions_and_left_alone(
     assert (tmp_path / "optimized.onnx").read_bytes() == written
     assert session.saturates
     assert not exact.saturates
-    verify(exported.model, [INPUTS], onnx_path=exported.path, session_options=options)
+    verify(exported.model, [INPUTS], path=exported.path, session_options=options)
     with pytest.raises(RuntimeError, match="does not have configuration with key"):
         options.get_session_config_entry(EXACT_PRODUCTS)
     assert options.get_session_config_entry("session.qdqisint8allowed") == "1"
@@ -195,8 +195,8 @@ def test_options_that_ask_for_exact_products_leave_nothing_to_tell(
     exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_session, "plain_sessions_saturate", lambda: True)
-    report = verify(exported.model, [INPUTS], onnx_path=exported.path, session_options=exact_options())
-    assert all(layer.onnx_saturating is None for layer in report.layers)
+    report = verify(exported.model, [INPUTS], path=exported.path, session_options=exact_options())
+    assert all(layer.exported_saturating is None for layer in report.layers)
     assert report.saturation is None
 
 
@@ -205,8 +205,8 @@ def test_options_that_ask_for_exact_products_leave_nothing_to_tell(
 @pytest.mark.parametrize("providers", [["CPUExecutionProvider"], [("CPUExecutionProvider", {"use_arena": "0"})]])
 def test_providers_of_the_cpu(providers: Any, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_session, "plain_sessions_saturate", lambda: True)
-    report = verify(exported.model, [INPUTS], onnx_path=exported.path, providers=providers)
-    assert report.layers[-1].onnx_saturating is not None
+    report = verify(exported.model, [INPUTS], path=exported.path, providers=providers)
+    assert report.layers[-1].exported_saturating is not None
 
 
 @pytest.mark.slow
@@ -226,5 +226,5 @@ def test_a_file_that_does_not_load_with_exact_products(tmp_path: Path, monkeypat
     model = prepare(nn.Sequential(*layers), QATConfig(), (INPUTS,))
     calibrate(model, [INPUTS])
     export_onnx(model, (INPUTS,), tmp_path / "model.onnx")
-    with pytest.raises(ValueError, match=r"onnx_path must load with session\.x64quantprecision=1"):
-        compare_outputs(model, [INPUTS], onnx_path=tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"path must load with session\.x64quantprecision=1"):
+        compare_outputs(model, [INPUTS], path=tmp_path / "model.onnx")

@@ -20,8 +20,8 @@ from mlframework.quantization import compare_outputs, verify
         ({"providers": 3}, TypeError, "providers must be a list of execution providers, got 3"),
         ({"providers": [3]}, TypeError, "providers must hold names, or tuples of a name and its options, got 3"),
         ({"providers": ["cpu"]}, ValueError, r"providers must be available .*CPUExecutionProvider.*, got 'cpu'"),
-        ({"onnx_path": None, "providers": ["cpu"]}, ValueError, "need a file to run, got onnx_path=None"),
-        ({"onnx_path": None, "session_options": {}}, ValueError, "need a file to run, got onnx_path=None"),
+        ({"path": None, "providers": ["cpu"]}, ValueError, "need a file to run, got path=None"),
+        ({"path": None, "session_options": {}}, ValueError, "need a file to run, got path=None"),
     ],
 )
 @pytest.mark.parametrize("run", [compare_outputs, verify])
@@ -33,4 +33,4 @@ def test_bad_arguments_are_refused_first(
         yield
 
     with pytest.raises(error, match=message):
-        run(nn.Linear(4, 2), batches(), **{"onnx_path": "missing.onnx", **arguments})
+        run(nn.Linear(4, 2), batches(), **{"path": "missing.onnx", **arguments})

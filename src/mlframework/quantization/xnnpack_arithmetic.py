@@ -15,8 +15,9 @@ from .scheme import QuantizationScheme
 
 _MULTIPLIER_BITS = 20  # of the larger ratio's multiplier, which lies in [2**20, 2**21)
 _LARGEST_SHIFT = 30
-# Ratios of an operand's scale to the output's that XNNPACK takes: it refuses others when a program is loaded.
-SMALLEST_SUM_RATIO, LARGEST_SUM_RATIO = 2.0**-10, 2.0**8
+# Ratios of scales that XNNPACK takes, from the first to below the second; it refuses others when a program is loaded.
+SUM_RATIOS = 2.0**-10, 2.0**8  # of an operand's to the output's
+PRODUCT_RATIOS = 2.0**-16, 2.0**8  # of the product of the operands' to the output's
 
 
 def fixed_point_sum_constants(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
 from ..replaced_file import replaced_file
-from .program import NotExportableError, quiet
+from .executorch_package import import_lowering, import_runtime, quiet_executorch
+from .program import NotExportableError
 from .qdq_program import lower_to_decomposed
 from .xnnpack_passes import divide_what_is_quantized, fold_biases
 
@@ -39,21 +37,23 @@ def write_executorch(program: torch.export.ExportedProgram, path: str | os.PathL
         NotExportableError: ExecuTorch has no form of an operator, or a layer would be computed in floats.
         OSError: writing fails; what was at ``path`` is as before.
     """
-    lowering, partitioner = _import_executorch()
+    lowering, partitioner = import_lowering()
     lower_to_decomposed(program)
     fold_biases(program)
     divide_what_is_quantized(program)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet_executorch():
         try:
             edge = lowering(program, partitioner=[partitioner()])
             outside = list(_outside(edge.exported_program()))
-            buffer = None if any(_LAYERS.search(str(node.target)) for node in outside) else edge.to_executorch().buffer
+            in_floats = [node for node in outside if _LAYERS.search(str(node.target))]
+            buffer = None if in_floats else edge.to_executorch().buffer
         except Exception as error:  # whatever it is, it came from an operation
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise NotExportableError(f"ExecuTorch has no form of an operation: {reason}") from error
     if buffer is None:
-        layers = "; ".join(_place_of(node) for node in outside if _LAYERS.search(str(node.target)))
-        raise NotExportableError(f"XNNPACK has no integer form of {layers}")
+        layers = "; ".join(map(_place_of, in_floats))
+        raise NotExportableError(f"XNNPACK has no integer form of {layers}, which would be computed in floats")
+    _check_that_it_loads(buffer)
     if outside:
         warnings.warn(
             "outside of XNNPACK, on floats and slowly, run " + "; ".join(dict.fromkeys(map(_place_of, outside))),
@@ -61,6 +61,16 @@ def write_executorch(program: torch.export.ExportedProgram, path: str | os.PathL
         )
     with replaced_file(path) as file:
         file.write(buffer)
+
+
+def _check_that_it_loads(buffer: bytes) -> None:
+    """XNNPACK refuses what it has no kernel for only when a program is loaded."""
+    runtime = import_runtime()
+    try:
+        program = runtime.get().load_program(buffer)
+        program.load_method("forward")
+    except RuntimeError as error:
+        raise NotExportableError(f"XNNPACK refuses the program (the log says what of it): {error}") from error
 
 
 def _outside(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
@@ -75,32 +85,9 @@ def _place_of(node: fx.Node) -> str:
     owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     line = f" ({lines[-1][0]}:{lines[-1][1]})" if lines else ""
-    return f"{node.target} in {owners[-1] if owners else 'the model'}{line}"
+    return f"{_name_of(node)} in {owners[-1] if owners else 'the model'}{line}"
 
 
-def _import_executorch() -> tuple[Any, Any]:
-    try:
-        with _quiet():
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import to_edge_transform_and_lower
-    except ImportError as error:
-        raise ImportError(
-            f"a file for ExecuTorch needs executorch ({error}): pip install 'mlframework-quantization[executorch]'"
-        ) from error
-    return to_edge_transform_and_lower, XnnpackPartitioner
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what ExecuTorch and the torchao that it imports say about themselves."""
-    names = ("torchao", "torch.utils._pytree", "root")
-    loggers = [(logger, logger.level) for logger in map(logging.getLogger, names)]
-    for logger, _ in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in loggers:
-            logger.setLevel(level)
+def _name_of(node: fx.Node) -> str:
+    """An operator's name without the schema that ExecuTorch's have in theirs."""
+    return re.sub(r"^<EdgeOpOverload: (\S+)>.*", r"\1", str(node.target))

@@ -14,6 +14,7 @@ from .executorch_file import write_executorch
 from .export_onnx import export_onnx
 from .model_program import check_arguments, converted_for, program_of
 from .qdq_program import lower_to_decomposed
+from .xnnpack_limits import check_ratios
 
 
 def export(
@@ -62,6 +63,7 @@ def export(
     if TARGETS[engine].file_format == "onnx":
         export_onnx(converted, example_inputs, path, engine, example_kwargs=example_kwargs)
         return
+    check_ratios(converted)
     program, _ = program_of(converted, example_inputs, example_kwargs, TARGETS[engine].conventions, False)
     write_executorch(program, path)
 

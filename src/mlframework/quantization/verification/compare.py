@@ -19,10 +19,12 @@ from ..int8.operations import Int8Operation
 from ..preparation.batches import arguments_of, iterated
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.weight_range import ranges_kept
+from .exported_outputs import ExportedOutputs
 from .index_ties import IndexTies
-from .onnx_session import ExportedOutputs, OnnxSession, Providers, check_session_arguments
+from .onnx_session import OnnxSession, Providers, check_session_arguments
 from .recording import quantized_layers, recorded_outputs
 from .report import ComparisonReport, Difference, LayerComparison
+from .sessions import session_of
 
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]
@@ -33,7 +35,7 @@ def compare_outputs(
     batches: Iterable[Any],
     *,
     converted: nn.Module | None = None,
-    onnx_path: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str] | None = None,
     session_options: onnxruntime.SessionOptions | None = None,
     providers: Providers | None = None,
 ) -> ComparisonReport:
@@ -48,9 +50,11 @@ def compare_outputs(
         model: from :func:`prepare`, with data seen; it is not changed.
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
         converted: what :func:`convert` made of it; made here where it is not given.
-        onnx_path: what :func:`export_onnx` wrote, to be run in ONNX Runtime; None compares without one.
-        session_options: of the session that runs it, used as they are and not changed. Where they ask for exact
-            products themselves, there is this one session.
+        path: what :func:`export` wrote, to be run in ONNX Runtime or, of a ``.pte`` file, in ExecuTorch, which shows
+            the results alone; a batch that is a multiple of the one that such a file takes is run in parts. None
+            compares without a file.
+        session_options: of the session of ONNX Runtime that runs it, used as they are and not changed. Where they ask
+            for exact products themselves, there is this one session.
         providers: what executes it, as ``onnxruntime.InferenceSession`` takes them: names, or tuples of a name and
             options; the CPU by default. With any other than the CPU's there is one session.
 
@@ -59,7 +63,7 @@ def compare_outputs(
             ``session_options`` or ``providers`` is not of its type.
         ValueError: there are no batches, the models are not of one and the same network, a provider is not available,
             or there are options or providers for no file.
-        ImportError: ``onnx_path`` is given and onnxruntime is not installed.
+        ImportError: ``path`` is given and its engine is not installed.
 
     Example:
         >>> prepared = prepare(nn.Linear(4, 2), QATConfig(quantize_last_linear=True), (torch.randn(1, 4),))
@@ -67,12 +71,12 @@ def compare_outputs(
         >>> compare_outputs(prepared, [torch.randn(8, 4)]).agrees
         True
     """
-    check_session_arguments(onnx_path, session_options, providers)
+    check_session_arguments(path, session_options, providers)
     converted = convert(model) if converted is None else converted
     nodes = _shared_layers(model, converted)
-    session = None if onnx_path is None else OnnxSession(onnx_path, nodes, session_options, providers)
+    session = None if path is None else session_of(path, nodes, session_options, providers)
     saturating: OnnxSession | None = None
-    if session is not None and session.saturates:
+    if isinstance(session, OnnxSession) and session.saturates:
         session, saturating = session.with_exact_products(), session
     layers: dict[str, LayerComparison] = {}
     results: dict[str, LayerComparison] = {}
@@ -99,7 +103,8 @@ def compare_outputs(
             seen += 1
     if seen == 0:
         raise ValueError("batches must hold at least one batch, got none")
-    return ComparisonReport((*layers.values(), *results.values()))
+    report = ComparisonReport((*layers.values(), *results.values()))
+    return report if session is None else replace(report, engine=session.engine)
 
 
 class VerificationError(AssertionError):
@@ -119,7 +124,7 @@ def verify(
     batches: Iterable[Any],
     *,
     converted: nn.Module | None = None,
-    onnx_path: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str] | None = None,
     session_options: onnxruntime.SessionOptions | None = None,
     providers: Providers | None = None,
     float_tolerance: float = 0.0,
@@ -130,7 +135,7 @@ def verify(
     ``UserWarning`` then, which says how much differs and what to do about it.
 
     Args:
-        model, batches, converted, onnx_path, session_options, providers: as there.
+        model, batches, converted, path, session_options, providers: as there.
         float_tolerance: by how much floats that ONNX Runtime computes (a softmax after the last layer) may differ, in
             their own unit: no two libraries round float functions alike. Codes may never differ.
 
@@ -145,7 +150,7 @@ def verify(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = os.path.join(folder, "model.onnx")
         ...     export_onnx(prepared, (torch.randn(1, 4),), path)
-        ...     report = verify(prepared, [torch.randn(8, 4)], onnx_path=path)
+        ...     report = verify(prepared, [torch.randn(8, 4)], path=path)
         >>> report.agrees, report.saturates
         (True, False)
     """
@@ -153,7 +158,7 @@ def verify(
         model,
         batches,
         converted=converted,
-        onnx_path=onnx_path,
+        path=path,
         session_options=session_options,
         providers=providers,
     )
@@ -166,7 +171,7 @@ def verify(
 
 def _within(layer: LayerComparison, tolerance: float) -> bool:
     exact = layer.converted.differing == 0 and layer.compared == "floats"
-    sessions = (layer.onnx, layer.onnx_saturating)
+    sessions = (layer.exported, layer.exported_saturating)
     return exact and any(each is not None and each.largest <= tolerance for each in sessions)
 
 
@@ -228,20 +233,20 @@ def _results(
     comparisons = []
     for index, (one, other) in enumerate(zip(*tensors, strict=True)):
         name = "output" if len(tensors[0]) == 1 else f"output {index}"
-        onnx = [None if values is None else _difference(name, [other], [values[index]]) for values in exported]
+        files = [None if values is None else _difference(name, [other], [values[index]]) for values in exported]
         if not other.is_floating_point():
             for session, values in enumerate(exported):
-                if values is not None and onnx[session] != Difference(other.numel()):
+                if values is not None and files[session] != Difference(other.numel()):
                     between = ties().between(index, other, values[index])
-                    onnx[session] = Difference.between(other, values[index], between)
-        comparisons.append(LayerComparison(name, "result", "floats", _difference(name, [one], [other]), *onnx))
+                    files[session] = Difference.between(other, values[index], between)
+        comparisons.append(LayerComparison(name, "result", "floats", _difference(name, [one], [other]), *files))
     return comparisons
 
 
 def _difference(name: str, ones: list[Tensor], others: list[Tensor]) -> Difference:
     if [tuple(one.shape) for one in ones] != [tuple(other.shape) for other in others]:
         raise ValueError(
-            f"converted and onnx_path must be of the same network as model, got other shapes at {name}: "
+            f"converted and path must be of the same network as model, got other shapes at {name}: "
             f"{[tuple(one.shape) for one in ones]} and {[tuple(other.shape) for other in others]}"
         )
     return sum(map(Difference.between, ones, others), Difference())
@@ -254,8 +259,8 @@ def _accumulate(comparisons: dict[str, LayerComparison], new: LayerComparison) -
         comparisons[new.name] = replace(
             before,
             converted=before.converted + new.converted,
-            onnx=_sum(before.onnx, new.onnx),
-            onnx_saturating=_sum(before.onnx_saturating, new.onnx_saturating),
+            exported=_sum(before.exported, new.exported),
+            exported_saturating=_sum(before.exported_saturating, new.exported_saturating),
         )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from .exported_outputs import ExportedOutputs, tensors_of
 from .saturation import EXACT_PRODUCTS, plain_sessions_saturate
 
 if TYPE_CHECKING:
@@ -21,14 +20,6 @@ Providers = Sequence[str | tuple[str, Mapping[str, Any]]]
 
 _CPU = "CPUExecutionProvider"
 _INT8_ACTIVATIONS = "session.qdqisint8allowed"
-
-
-class ExportedOutputs(NamedTuple):
-    """What the layers give, by name (of one called several times, the last), and what the model returns (None where
-    there is no file)."""
-
-    layers: dict[str, Tensor]
-    results: list[Tensor] | None
 
 
 class OnnxSession:
@@ -47,6 +38,8 @@ class OnnxSession:
         ImportError: onnx or onnxruntime is not installed.
         FileNotFoundError: there is no such file.
     """
+
+    engine: ClassVar = "ONNX Runtime"
 
     def __init__(
         self,
@@ -99,20 +92,18 @@ class OnnxSession:
             exact._start(options)
         except Exception as error:  # of ONNX Runtime, whose errors have no common base
             raise ValueError(
-                f"onnx_path must load with {EXACT_PRODUCTS}=1, without which this processor's products saturate; "
+                f"path must load with {EXACT_PRODUCTS}=1, without which this processor's products saturate; "
                 f"a file that does not was written by an earlier version of export_onnx: {error}"
             ) from error
         return exact
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedOutputs:
         """Runs the file on the arguments of a call of ``model``."""
-        arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        tensors = [leaf for leaf in tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
+        tensors = tensors_of(model, args, kwargs)
         inputs = self.session.get_inputs()
         if len(inputs) != len(tensors):
             raise ValueError(
-                f"onnx_path must be of the same network as model: it takes {len(inputs)} tensors, "
-                f"a batch has {len(tensors)}"
+                f"path must be of the same network as model: it takes {len(inputs)} tensors, a batch has {len(tensors)}"
             )
         feed = {value.name: tensor.detach().cpu().numpy() for value, tensor in zip(inputs, tensors, strict=True)}
         outputs = [torch.from_numpy(array) for array in self.session.run([*self.layers, *self.results], feed)]
@@ -121,7 +112,7 @@ class OnnxSession:
         )
 
 
-def check_session_arguments(onnx_path: Any, session_options: Any, providers: Any) -> None:
+def check_session_arguments(path: Any, session_options: Any, providers: Any) -> None:
     """Refuses options and providers that no session can be made with, before anything runs.
 
     Raises:
@@ -132,8 +123,8 @@ def check_session_arguments(onnx_path: Any, session_options: Any, providers: Any
     """
     if session_options is None and providers is None:
         return
-    if onnx_path is None:
-        raise ValueError("session_options and providers need a file to run, got onnx_path=None")
+    if path is None:
+        raise ValueError("session_options and providers need a file to run, got path=None")
     runtime = _import_engine()[1]
     if session_options is not None and not isinstance(session_options, runtime.SessionOptions):
         raise TypeError(f"session_options must be onnxruntime.SessionOptions, got {type(session_options).__name__}")
@@ -157,7 +148,7 @@ def _import_engine() -> tuple[Any, Any]:
         import onnxruntime
     except ImportError as error:
         raise ImportError(
-            f"onnx_path needs onnx and onnxruntime ({error}): pip install 'mlframework-quantization[onnx]'"
+            f"path needs onnx and onnxruntime ({error}): pip install 'mlframework-quantization[onnx]'"
         ) from error
     return onnx, onnxruntime
 

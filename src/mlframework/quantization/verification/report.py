@@ -66,31 +66,31 @@ class LayerComparison:
         kind: what computes it in the converted model.
         compared: ``"codes"`` or ``"floats"``.
         converted: the prepared model in evaluation against the converted one.
-        onnx: the converted model against the file in ONNX Runtime; None without a file, or where the file does not
-            show this layer.
-        onnx_saturating: where ``onnx`` was computed with exact products because ONNX Runtime's own saturate on this
-            processor, the converted model against a session that was left to saturate; None elsewhere.
+        exported: the converted model against the file in its engine; None without a file, or where the engine does
+            not show this layer.
+        exported_saturating: where ``exported`` was computed with exact products because ONNX Runtime's own saturate on
+            this processor, the converted model against a session that was left to saturate; None elsewhere.
     """
 
     name: str
     kind: str
     compared: str
     converted: Difference
-    onnx: Difference | None = None
-    onnx_saturating: Difference | None = None
+    exported: Difference | None = None
+    exported_saturating: Difference | None = None
 
     @property
     def agrees(self) -> bool:
         """Whether nothing differs: of two sessions, where one of them was to be exact, in either. (Layers with int8
         activations have no exact integer products in ONNX Runtime and run on floats there; it is then the session left
         to saturate that can show that the file is right.)"""
-        sessions = [session for session in (self.onnx, self.onnx_saturating) if session is not None]
+        sessions = [session for session in (self.exported, self.exported_saturating) if session is not None]
         return self.converted.differing == 0 and (not sessions or any(each.differing == 0 for each in sessions))
 
     @property
     def saturates(self) -> bool:
         """Whether saturation takes ONNX Runtime further from the converted model than it is with exact products."""
-        exact, plain = self.onnx, self.onnx_saturating
+        exact, plain = self.exported, self.exported_saturating
         if exact is None or plain is None:
             return False
         return plain.differing > exact.differing or plain.largest > exact.largest
@@ -98,9 +98,15 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """Layer by layer, in the order in which they run; ``str()`` is a table, :meth:`to_dict` plain data."""
+    """Layer by layer, in the order in which they run; ``str()`` is a table, :meth:`to_dict` plain data.
+
+    Attributes:
+        layers: and the model's results after them.
+        engine: which ran the file, where there was one.
+    """
 
     layers: tuple[LayerComparison, ...]
+    engine: str = "ONNX Runtime"
 
     @property
     def agrees(self) -> bool:
@@ -116,13 +122,13 @@ class ComparisonReport:
     def saturation(self) -> str | None:
         """What saturation does to the file on this processor, in words; None where ONNX Runtime is exact by itself, or
         no file was run."""
-        if all(layer.onnx_saturating is None for layer in self.layers):
+        if all(layer.exported_saturating is None for layer in self.layers):
             return None
         if not self.saturates:
             return "ONNX Runtime's 16-bit sums are subject to saturation on this processor; these batches met none"
         # Of layers that return floats, some may differ for other reasons: they count where no code tells.
         kind = "codes" if any(layer.saturates and layer.compared == "codes" for layer in self.layers) else "floats"
-        differences = [layer.onnx_saturating for layer in self.layers if layer.compared == kind]
+        differences = [layer.exported_saturating for layer in self.layers if layer.compared == kind]
         total = sum((part for part in differences if part is not None), Difference())
         return (
             f"ONNX Runtime's plain session differs in {total.differing} of {total.elements} {kind}, by saturation of "
@@ -148,8 +154,8 @@ class ComparisonReport:
     def __str__(self) -> str:
         columns: list[tuple[str, list[Difference | None]]] = [
             ("prepared / converted", [layer.converted for layer in self.layers]),
-            ("converted / ONNX Runtime", [layer.onnx for layer in self.layers]),
-            ("the same, saturating", [layer.onnx_saturating for layer in self.layers]),
+            (f"converted / {self.engine}", [layer.exported for layer in self.layers]),
+            ("the same, saturating", [layer.exported_saturating for layer in self.layers]),
         ]
         columns = [column for column in columns if any(part is not None for part in column[1])]
         rows: list[tuple[str, ...]] = [("layer", "kind", "compared", *(header for header, _ in columns))]

@@ -1,0 +1,61 @@
+"""ExecuTorch, imported where it is needed: it takes seconds, and says much about itself."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from .program import quiet
+
+
+def import_lowering() -> tuple[Any, Any]:
+    """``to_edge_transform_and_lower`` and the partitioner of XNNPACK.
+
+    Raises:
+        ImportError: executorch is not installed; the message says which extra has it.
+    """
+    with _named_extra(), quiet_executorch():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    return to_edge_transform_and_lower, XnnpackPartitioner
+
+
+def import_runtime() -> Any:
+    """``executorch.runtime.Runtime``.
+
+    Raises:
+        ImportError: executorch is not installed; the message says which extra has it.
+    """
+    with _named_extra(), quiet_executorch():
+        from executorch.runtime import Runtime
+
+        Runtime.get()  # imports what is experimental, and says so
+    return Runtime
+
+
+@contextlib.contextmanager
+def quiet_executorch() -> Iterator[None]:
+    """Without what ExecuTorch, and the torchao that it imports, say about themselves."""
+    loggers = [(logger, logger.level) for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree", "root"))]
+    for logger, _ in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers:
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _named_extra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"files for ExecuTorch need executorch ({error}): pip install 'mlframework-quantization[executorch]'"
+        ) from error
