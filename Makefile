@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS_INSTALLED := $(VENV)/peers_installed
 STUDY_INSTALLED := $(VENV)/study_installed
+DOCS_INSTALLED := $(VENV)/docs_installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Files of tests side by side: each keeps what its tests share in its own process.
 # (In their order: by default those with few tests, which here are the slow ones, would all come last.)
@@ -13,7 +14,7 @@ KERNELS := src/mlframework/quantization/kernels
 WITHOUT_AVX512 := $(VENV)/without_avx512.so
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: demo test test-fast test-long test-avx2 test-arm gpu bench study lint format clean
+.PHONY: demo test test-fast test-long test-avx2 test-arm gpu bench study docs lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -61,6 +62,12 @@ bench: $(PEERS_INSTALLED)
 study: $(STUDY_INSTALLED)
 	$(BIN)/python benchmarks/pretrained.py $(ARGS)
 
+# Pages in out/site, which open from there; to search them, too: python -m http.server --directory out/site
+# Every link between pages and every anchor is checked. Links to other hosts are not fetched.
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo out/site/index.html
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,4 +95,8 @@ $(PEERS_INSTALLED): $(INSTALLED)
 $(STUDY_INSTALLED): $(PEERS_INSTALLED) benchmarks/pretrained/requirements.txt
 	$(PIP) --no-build-isolation -e ".[study]"
 	$(PIP) --no-deps -r benchmarks/pretrained/requirements.txt
+	touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PIP) --no-build-isolation -e ".[docs]"
 	touch $@

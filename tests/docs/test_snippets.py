@@ -1,0 +1,42 @@
+"""Every block of Python in the documents runs as it stands, those of a page one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from docs.page_setups import set_up
+from docs.snippets import PAGES, number_of_fences, snippets
+
+KINDS = ("", "before", "file", "needs")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_are_valid_and_say_what_is_done_with_them(page: str) -> None:
+    found = list(snippets(page))
+    assert len(found) == number_of_fences(page), "a block that is not written as the others"
+    for snippet in found:
+        assert snippet.tree.body
+        assert snippet.kind in KINDS
+
+
+@pytest.mark.slow
+# It is about the processor: this one's plain products saturate.
+@pytest.mark.filterwarnings("ignore:.*saturat:UserWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if any(one.kind in ("", "needs") for one in snippets(page))])
+def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    left_out = []
+    with set_up(page) as names:
+        namespace: dict[str, Any] = {"__name__": "__main__", **names}
+        for snippet in snippets(page):
+            if snippet.missing:
+                left_out.append(f"line {snippet.line} needs {', '.join(snippet.missing)}")
+            elif snippet.kind == "file":
+                Path(snippet.subject).write_text(snippet.code, encoding="utf-8")
+            elif snippet.kind != "before":
+                exec(compile(snippet.tree, f"docs/{page}", "exec"), namespace)
+    if left_out:
+        pytest.skip(f"{page}: {'; '.join(left_out)} (all else ran)")
