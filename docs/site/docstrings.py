@@ -1,4 +1,5 @@
-"""The library's docstrings as mkdocstrings reads them: references become links, examples are blocks of code."""
+"""The library's docstrings as mkdocstrings reads them: references become links, examples
+blocks of code, and formulae what Arithmatex reads."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 import griffe
 
 _PACKAGE = "mlframework.quantization"
+_FORMULA = re.compile(r":math:`([^`]*)`")
+_DISPLAYED_FORMULA = re.compile(r"^\.\. math:: (.*)$", re.MULTILINE)
 _ROLE = re.compile(r":(?P<kind>func|class|meth|mod|attr|data):`~?\.*(?P<name>[^`]*)`")
 
 
@@ -30,5 +33,7 @@ def _rewritten(text: str, public: frozenset[str]) -> str:
         name = role["name"]
         return f"[`{name}`][{_PACKAGE}.{name}]" if name.partition(".")[0] in public else f"`{name}`"
 
+    text = _FORMULA.sub(r"\\(\1\\)", text)
+    text = _DISPLAYED_FORMULA.sub(r"\\[\1\\]", text)
     text = _ROLE.sub(link, text)
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # Griffe knows the section by this name

@@ -1,12 +1,15 @@
-"""Links from the pages to documents of the repository that lie elsewhere: those become pages of the site, too."""
+"""Links from the pages to documents of the repository that lie elsewhere: those become pages of the site, too.
+And formulae as MathML, which browsers show without a script."""
 
 from __future__ import annotations
 
+import html
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -19,6 +22,7 @@ _ELSEWHERE = {
     "examples/lightning_digits.py": "examples/lightning_digits.md",
     "examples/transformers_digits.py": "examples/transformers_digits.md",
 }
+_FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
 
@@ -48,3 +52,13 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
         return posixpath.relpath(target, posixpath.dirname(here) or ".") + (link["anchor"] or "")
 
     return _LINK.sub(shown, markdown)
+
+
+def on_page_content(text: str, page: Page, config: Any, files: Files) -> str:
+    """Writes formulae, which Arithmatex has found, as MathML."""
+
+    def shown(formula: re.Match[str]) -> str:
+        display = "block" if formula["tag"] == "div" else "inline"
+        return str(latex2mathml.converter.convert(html.unescape(formula["latex"]), display=display))
+
+    return _FORMULA.sub(shown, text)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,6 +87,16 @@ def _training() -> Iterator[Names]:
         )
 
 
+@contextmanager
+def _one_rank() -> Iterator[Names]:
+    """What ``torchrun --nproc-per-node 1`` sets."""
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield {}
+
+
 class _Digits(Dataset[dict[str, Tensor]]):
     """As a ``Trainer`` takes them."""
 
@@ -159,6 +170,7 @@ def _trainers() -> Iterator[Names]:
 
 _SETUPS: dict[str, Callable[[], AbstractContextManager[Names]]] = {
     "accuracy.md": _accuracy,
+    "how-to/ddp.md": _one_rank,
     "trainers.md": _trainers,
     "training.md": _training,
 }

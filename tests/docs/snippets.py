@@ -3,7 +3,7 @@
 A block's title says if it is not simply run:
 
 - ``before: ...``: another library's calls, beside ours. It is valid Python, and is not run.
-- ``file: ...``: a file that the page then has another program run. It is written into the folder, and not run.
+- ``file: ...``: a file, which runs apart from the other blocks.
 - ``needs: ...``: it runs where these modules are installed.
 """
 

@@ -35,20 +35,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str | Sequenc
     quantization; its modes are restored. Where ``torch.distributed`` runs, every rank must bring as many batches. If
     a batch fails, the model is as it was before the call.
 
+    The methods:
+
+    - :func:`smooth_activations`: outliers of channels move from activations after normalizations into weights.
+    - :func:`equalize`: channels between two layers get ranges alike.
+    - :func:`round_weights`: up or down so that layers' outputs stay close to the float model's.
+    - :func:`correct_bias`: takes the mean of each layer's error into its bias.
+    - :func:`reestimate_batch_norm`: statistics of batch normalization, with quantized weights.
+
     Args:
         model: from :func:`prepare` (or any module that holds :class:`FakeQuantizeLayer`).
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. With a
             method they are kept in memory, since they run several times.
-        method: what else to do so that post-training quantization loses less: the name of one of the functions below,
+        method: what else to do so that post-training quantization loses less: the name of one of the functions above,
             or several, applied in that order. Those change weights, biases or statistics of the prepared model, and
             none of the float model that it was made of.
-
-    Methods:
-        - :func:`smooth_activations`: outliers of channels move from activations after normalizations into weights.
-        - :func:`equalize`: channels between two layers get ranges alike.
-        - :func:`round_weights`: up or down so that layers' outputs stay close to the float model's.
-        - :func:`correct_bias`: takes the mean of each layer's error into its bias.
-        - :func:`reestimate_batch_norm`: statistics of batch normalization, with quantized weights.
 
     Raises:
         RuntimeError: a method under ``torch.distributed``, whose ranks would part: none of them communicates.
