@@ -19,7 +19,11 @@ class ReadableDocstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         public = pkg if pkg.path == _PACKAGE else pkg[_PACKAGE.partition(".")[2]]
-        names = frozenset(public.exports or ())
+        # By name, where it is shown: one that is also a package's (export) where it is defined.
+        names = {
+            name: public.imports[name] if public[name].is_module else f"{_PACKAGE}.{name}"
+            for name in map(str, public.exports or ())
+        }
         pending: list[griffe.Object] = [public]
         while pending:
             thing = pending.pop()
@@ -28,10 +32,10 @@ class ReadableDocstrings(griffe.Extension):
             pending += [member for member in thing.members.values() if isinstance(member, griffe.Object)]
 
 
-def _rewritten(text: str, public: frozenset[str]) -> str:
+def _rewritten(text: str, public: dict[str, str]) -> str:
     def link(role: re.Match[str]) -> str:
-        name = role["name"]
-        return f"[`{name}`][{_PACKAGE}.{name}]" if name.partition(".")[0] in public else f"`{name}`"
+        first, dot, rest = role["name"].partition(".")
+        return f"[`{role['name']}`][{public[first]}{dot}{rest}]" if first in public else f"`{role['name']}`"
 
     text = _FORMULA.sub(r"\\(\1\\)", text)
     text = _DISPLAYED_FORMULA.sub(r"\\[\1\\]", text)
