@@ -31,20 +31,18 @@ PALE = {BLUE: "#e8eaf6", ORANGE: "#fdebd9", GREEN: "#e1f2e6", GREY: "#f1f3f4"}
 
 def main() -> None:
     """All of them."""
-    plt.rcParams.update(
-        {
-            "font.size": 10,
-            "svg.hashsalt": "mlframework",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 11,
-        }
-    )
+    style = {
+        "font.size": 10,
+        "svg.hashsalt": "mlframework",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     torch.manual_seed(0)
     for draw in (nodes, grid, scale_gradient, scale_search, arithmetic):
-        figure = draw()
-        figure.savefig(FOLDER / f"{draw.__name__}.svg", bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+        with plt.rc_context(style):
+            figure = draw()
+            figure.savefig(FOLDER / f"{draw.__name__}.svg", bbox_inches="tight", metadata={"Date": None})
+            plt.close(figure)
 
 
 class Residual(nn.Module):
