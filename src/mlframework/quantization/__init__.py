@@ -17,6 +17,7 @@ from .calibration.rounding import round_weights
 from .calibration.smoothing import smooth_activations
 from .conversion.convert import convert
 from .export.export import export, export_program
+from .export.export_encodings import export_encodings
 from .export.export_onnx import export_onnx
 from .export.program import NotExportableError
 from .integrations.quantization_metrics import log_quantization, quantization_metrics
@@ -84,6 +85,7 @@ __all__ = [
     "equalize",
     "explain",
     "export",
+    "export_encodings",
     "export_onnx",
     "export_program",
     "fake_quantize",

@@ -13,7 +13,7 @@ from torch import nn
 from ..int8.integer_module import IntegerModule
 from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import Int8WithFloatEdges, OnGrid
-from ..targets import TARGETS
+from ..targets import TARGETS, Conventions
 from . import engine_passes, onnx_graph
 from .file import write_atomically
 from .model_program import check_arguments, converted_for, program_of
@@ -72,19 +72,48 @@ def export_onnx(
         ...     os.listdir(folder)
         ['model.onnx']
     """
-    onnx = _import_onnx()
+    onnx = import_onnx("export_onnx")
     check_arguments(model, example_inputs, example_kwargs, target, "onnx", path)
     if not isinstance(dynamic_batch, bool):
         raise TypeError(f"dynamic_batch must be a bool, got {dynamic_batch!r}")
     converted, target = converted_for(model, target, "onnx")
     metadata = _metadata(converted, target)
+    proto = qdq_model(converted, example_inputs, example_kwargs, TARGETS[target].conventions, dynamic_batch)
+    onnx.helper.set_model_props(proto, metadata)
+    write_atomically(proto, path)
+
+
+def qdq_model(
+    converted: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    conventions: Conventions,
+    dynamic_batch: bool,
+) -> Any:
+    """The ``onnx.ModelProto`` of a converted model, with quantize and dequantize nodes.
+
+    Args:
+        converted: in evaluation mode, on the CPU; it is changed.
+        args, kwargs: of a typical call.
+        conventions: of the engine.
+        dynamic_batch: see :func:`export_onnx`.
+
+    Warns:
+        UserWarning: the batch size is fixed, because code of the model assumes it.
+
+    Raises:
+        TypeError: the arguments do not fit the model's forward.
+        ValueError: they do not run through it.
+        NotExportableError: an operation has no ONNX counterpart.
+    """
+    import onnx
+
     names = [
         name
         for name, module in converted.named_modules()
         if isinstance(module, (IntegerModule, Int8WithFloatEdges, OnGrid))
     ]
-    conventions = TARGETS[target].conventions
-    program, example = program_of(converted, example_inputs, example_kwargs, conventions, dynamic_batch)
+    program, example = program_of(converted, args, kwargs, conventions, dynamic_batch)
     proto = onnx_model(program, example.input_names, example.output_names)
     engine_passes.remove_idle_pairs(proto.graph)
     onnx_graph.name_values_after_modules(proto.graph, names)
@@ -99,22 +128,26 @@ def export_onnx(
     engine_passes.give_weights_their_own_initializers(proto.graph)
     onnx_graph.remove_notes(proto)
     proto.producer_name = "mlframework-quantization"
-    proto.producer_version = metadata[f"{_METADATA}.version"]
-    onnx.helper.set_model_props(proto, metadata)
+    proto.producer_version = importlib.metadata.version("mlframework-quantization")
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise NotExportableError(f"an operation has no valid ONNX form for its dtypes: {error}") from error
-    write_atomically(proto, path)
+    return proto
 
 
-def _import_onnx() -> Any:
+def import_onnx(caller: str) -> Any:
+    """onnx, where all is there that writing a file takes.
+
+    Raises:
+        ImportError: it is not installed; the message says who needs it.
+    """
     try:
         import onnx
         import onnxscript  # noqa: F401  (torch.onnx stands on it)
     except ImportError as error:
         raise ImportError(
-            f"export_onnx needs onnx and onnxscript ({error}): pip install 'mlframework-quantization[onnx]'"
+            f"{caller} needs onnx and onnxscript ({error}): pip install 'mlframework-quantization[onnx]'"
         ) from error
     return onnx
 

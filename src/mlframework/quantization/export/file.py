@@ -29,6 +29,16 @@ def check_writable(path: Any) -> None:
         raise PermissionError(f"path must be in a folder that may be written to, got {os.fspath(path)!r}")
 
 
+def check_size(model: Any) -> None:
+    """Refuses an ``onnx.ModelProto`` that no file holds.
+
+    Raises:
+        ValueError: it is larger than one file can be.
+    """
+    if model.ByteSize() > _LARGEST:
+        raise ValueError(f"model must fit one ONNX file of 2 GiB, got {model.ByteSize()} bytes")
+
+
 def write_atomically(model: Any, path: str | os.PathLike[str]) -> None:
     """Writes an ``onnx.ModelProto`` beside ``path`` and moves it there; a link's target is written.
 
@@ -36,7 +46,6 @@ def write_atomically(model: Any, path: str | os.PathLike[str]) -> None:
         ValueError: the model is larger than one file can be.
         OSError: writing fails; what was at ``path`` is as before.
     """
-    if model.ByteSize() > _LARGEST:
-        raise ValueError(f"model must fit one ONNX file of 2 GiB, got {model.ByteSize()} bytes")
+    check_size(model)
     with replaced_file(path) as file:
         file.write(model.SerializeToString())

@@ -115,8 +115,15 @@ class UnusedNames:
         for node in graph.node:
             self._taken.update((node.name, *node.output))
 
+    def like(self, wanted: str) -> str:
+        """This name, or where it is taken one like it; taken from now on."""
+        if wanted in self._taken:
+            return self.unused(wanted)
+        self._taken.add(wanted)
+        return wanted
+
     def unused(self, wanted: str) -> str:
-        """A name like this one, taken from now on."""
+        """A name like this one with a number, taken from now on."""
         number = 1
         while f"{wanted}_{number}" in self._taken:
             number += 1

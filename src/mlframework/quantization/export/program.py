@@ -47,7 +47,7 @@ def exported_program(
             warnings.warn(
                 f"the file takes the batch size of example_inputs only, because the code of {error} assumes it "
                 "(with dynamic_batch=False there is no warning)",
-                stacklevel=3,
+                stacklevel=5,  # of the user's call of export_onnx
             )
             return _program(model, arguments, None)
 
