@@ -19,7 +19,7 @@ _GRAPHS = (5, 10)  # GRAPH and GRAPHS of onnx.AttributeProto
 _BYTES = (2, 3)  # UINT8 and INT8 of onnx.TensorProto
 
 # What a layer's scale is called by export_onnx: of its weights, of its bias, of its table.
-_SCALES = re.compile(r"(?P<layer>.+?)(\.weights)?\.(?P<bias>bias_)?scale(_\d+)?")
+_SCALES = re.compile(r"(?P<layer>.+?)(\.weights)?\.(bias_)?scale(_\d+)?")
 
 
 class _Grid(NamedTuple):
@@ -47,6 +47,12 @@ def float_form(model: Any) -> tuple[Any, list[Encoding]]:
     del result.graph.value_info[:]  # of values that are not there anymore
     remove_unread(result.graph)
     return result, list(rewriting.encodings.values())
+
+
+def layer_of_scale(scale: str) -> str | None:
+    """The layer whose weights or bias have a scale of this name; None where export_onnx did not name it."""
+    match = _SCALES.fullmatch(scale)
+    return match["layer"] if match else None
 
 
 class _Rewriting:
@@ -174,8 +180,9 @@ class _Rewriting:
             import numpy as np
             from onnx import numpy_helper
 
-            match = _SCALES.fullmatch(scale)
-            wanted = f"{match['layer']}.{'bias' if match['bias'] else 'weight'}" if match else f"{codes}_float"
+            layer = layer_of_scale(scale)
+            kind = "bias" if ".bias_scale" in scale else "weight"
+            wanted = f"{layer}.{kind}" if layer else f"{codes}_float"
             name = self._parameters[key] = self._names.like(wanted)
             integers = self._array(codes).astype(np.int64)
             shape = [-1 if axis == grid.axis else 1 for axis in range(integers.ndim)]
