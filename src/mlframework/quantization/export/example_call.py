@@ -27,12 +27,14 @@ class ExampleCall:
         input_names: of the tensors among them.
         output_names: of the tensors returned.
         shapes: what each integer module was given.
+        user_names: of arguments, in the user's own forward, where the model's has others.
     """
 
     arguments: inspect.BoundArguments
     input_names: list[str]
     output_names: list[str]
     shapes: dict[IntegerModule, list[torch.Size]]
+    user_names: dict[str, str]
 
 
 def run_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExampleCall:
@@ -62,7 +64,7 @@ def run_example(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     outputs = _names_of_tensors(result, "output", inputs)
     if not outputs:
         raise ValueError("model must return tensors, got none from example_inputs")
-    return ExampleCall(bound, inputs, outputs, shapes)
+    return ExampleCall(bound, inputs, outputs, shapes, names)
 
 
 @contextmanager

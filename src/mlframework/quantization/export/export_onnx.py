@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,9 +15,10 @@ from ..int8.layers import Int8Embedding, Int8Layer
 from ..int8.operations import Int8WithFloatEdges, OnGrid
 from ..targets import TARGETS, Conventions
 from . import engine_passes, onnx_graph
+from .dynamic_shapes import symbol_names
 from .file import write_atomically
 from .model_program import check_arguments, converted_for, program_of
-from .onnx_model import onnx_model
+from .onnx_model import OPSET, check_opset, onnx_model
 from .program import NotExportableError
 from .targets import activation_schemes
 
@@ -31,7 +32,9 @@ def export_onnx(
     target: str | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    dynamic_batch: bool = True,
+    dynamic_batch: bool | None = None,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    opset_version: int | None = None,
 ) -> None:
     """Writes a model as standard ONNX: quantize and dequantize around every operation, int8 weights, int32 biases.
 
@@ -47,7 +50,13 @@ def export_onnx(
             prepared for.
         example_kwargs: keyword arguments of that call.
         dynamic_batch: the file takes batches of any size: the first axis of every tensor that is as long in the
-            example as the first tensor's. Otherwise all sizes are those of the example.
+            example as the first tensor's. Otherwise all sizes are those of the example. By default it does, unless
+            there are ``dynamic_shapes``.
+        dynamic_shapes: the axes of any size instead, as :func:`torch.export.export` takes them: for each tensor a dict
+            from axes to ``torch.export.Dim``, in a dict by argument or a tuple. A ``Dim``'s name is the axis's in the
+            file. Sizes below 2 are not tried out, as nowhere with ``torch.export``. (``Dim.AUTO`` lets the model's code
+            decide: an axis that it fixes is fixed in the file, too.)
+        opset_version: of ONNX's operators, 19 to 23; 20 by default. ONNX Runtime 1.20 reads files of up to 21.
 
     Warns:
         UserWarning: the file takes the example's batch size only, because code of the model assumes it.
@@ -57,7 +66,8 @@ def export_onnx(
         TypeError: the model is neither prepared nor converted, or an argument is not of its type or does not fit the
             model's forward.
         ValueError: an unknown target, one whose grids are not the model's, an example that does not run through the
-            model, or a model of 2 GiB and more.
+            model, axes in ``dynamic_shapes`` that there are not or that the model's code fixes (the message says which
+            module's), an opset that is not written, or a model of 2 GiB and more.
         RuntimeError: the model has seen no data.
         NotExportableError: an operation has no ONNX counterpart (a RuntimeError).
         OSError: the path cannot be written.
@@ -74,11 +84,17 @@ def export_onnx(
     """
     onnx = import_onnx("export_onnx")
     check_arguments(model, example_inputs, example_kwargs, target, "onnx", path)
-    if not isinstance(dynamic_batch, bool):
+    if dynamic_batch is not None and not isinstance(dynamic_batch, bool):
         raise TypeError(f"dynamic_batch must be a bool, got {dynamic_batch!r}")
+    if dynamic_batch and dynamic_shapes is not None:
+        raise ValueError("dynamic_batch must be None or False where dynamic_shapes say which axes are of any size")
+    opset = OPSET if opset_version is None else opset_version
+    check_opset(opset)
     converted, target = converted_for(model, target, "onnx")
     metadata = _metadata(converted, target)
-    proto = qdq_model(converted, example_inputs, example_kwargs, TARGETS[target].conventions, dynamic_batch)
+    batch = dynamic_shapes is None and dynamic_batch is not False
+    conventions = TARGETS[target].conventions
+    proto = qdq_model(converted, example_inputs, example_kwargs, conventions, batch, dynamic_shapes, opset)
     onnx.helper.set_model_props(proto, metadata)
     write_atomically(proto, path)
 
@@ -89,6 +105,8 @@ def qdq_model(
     kwargs: Mapping[str, Any] | None,
     conventions: Conventions,
     dynamic_batch: bool,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    opset: int = OPSET,
 ) -> Any:
     """The ``onnx.ModelProto`` of a converted model, with quantize and dequantize nodes.
 
@@ -96,14 +114,15 @@ def qdq_model(
         converted: in evaluation mode, on the CPU; it is changed.
         args, kwargs: of a typical call.
         conventions: of the engine.
-        dynamic_batch: see :func:`export_onnx`.
+        dynamic_batch, dynamic_shapes: see :func:`export_onnx`.
+        opset: the version of the operators.
 
     Warns:
         UserWarning: the batch size is fixed, because code of the model assumes it.
 
     Raises:
         TypeError: the arguments do not fit the model's forward.
-        ValueError: they do not run through it.
+        ValueError: they do not run through it, or the model's code fixes an axis that is to be of any size.
         NotExportableError: an operation has no ONNX counterpart.
     """
     import onnx
@@ -113,8 +132,9 @@ def qdq_model(
         for name, module in converted.named_modules()
         if isinstance(module, (IntegerModule, Int8WithFloatEdges, OnGrid))
     ]
-    program, example = program_of(converted, args, kwargs, conventions, dynamic_batch)
-    proto = onnx_model(program, example.input_names, example.output_names)
+    program, example = program_of(converted, args, kwargs, conventions, dynamic_batch, dynamic_shapes)
+    axes = None if dynamic_shapes is None else symbol_names(program, example, dynamic_shapes)
+    proto = onnx_model(program, example.input_names, example.output_names, axes, opset)
     engine_passes.remove_idle_pairs(proto.graph)
     onnx_graph.name_values_after_modules(proto.graph, names)
     engine_passes.give_consumers_their_own_dequantize(proto.graph)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..graph.clone import copy_of
 from ..int8.integer_module import IntegerModule
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..targets import Conventions
+from .dynamic_shapes import specifications
 from .example_call import ExampleCall, run_example
 from .export_model import make_export_model
 from .file import check_writable
@@ -65,14 +66,17 @@ def program_of(
     kwargs: Mapping[str, Any] | None,
     conventions: Conventions,
     dynamic_batch: bool,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> tuple[torch.export.ExportedProgram, ExampleCall]:
     """The program of a converted model, which changes, and the example that it was taken down with.
 
     Raises:
         TypeError: the arguments do not fit the model's forward.
-        ValueError: they do not run through it.
+        ValueError: they do not run through it, or the model's code fixes an axis in ``dynamic_shapes``.
         NotExportableError: ``torch.export`` cannot take the model down.
     """
     example = run_example(converted, args, kwargs or {})
+    names = example.user_names
+    asked = None if dynamic_shapes is None else specifications(dynamic_shapes, example.arguments, names)
     exportable = make_export_model(converted, conventions, example.shapes).eval()
-    return exported_program(exportable, example.arguments, dynamic_batch), example
+    return exported_program(exportable, example.arguments, dynamic_batch, asked, names), example

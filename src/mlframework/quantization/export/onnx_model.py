@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,54 @@ from .optimization import with_kept_translations, without_slow_rules
 from .program import NotExportableError, quiet
 from .qdq_operators import translations
 
-# The operators' version that is written: torch.onnx's own, and the first with Gelu.
+# The operators' version that is written by default: torch.onnx's own, and the first with Gelu.
 OPSET = 20
 
+# Those that can be written: torch.onnx writes quantize nodes as of 19.
+OPSETS = range(19, 24)
 
-def onnx_model(program: torch.export.ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]) -> Any:
+# What the oldest ONNX Runtime that is supported (1.20) reads, and every newer one; no operator here needs a newer one.
+_IR_VERSION = 10
+
+
+def check_opset(version: Any) -> None:
+    """Refuses a version of the operators that is not written.
+
+    Raises:
+        TypeError: it is not an int.
+        ValueError: there are no files of it, or the installed onnx does not know it.
+    """
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise TypeError(f"opset_version must be an int or None, got {version!r}")
+    if version not in OPSETS:
+        raise ValueError(f"opset_version must be from {OPSETS.start} to {OPSETS.stop - 1}, got {version}")
+    from onnx import defs
+
+    if version > defs.onnx_opset_version():
+        raise ValueError(
+            f"opset_version must be one that the installed onnx has, up to {defs.onnx_opset_version()}, got {version}"
+        )
+
+
+def onnx_model(
+    program: torch.export.ExportedProgram,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    axis_names: Mapping[str, str] | None = None,
+    opset: int = OPSET,
+) -> Any:
     """The ``onnx.ModelProto`` of a program.
 
     Args:
         program: what to write; it may change.
         input_names, output_names: what to call the tensors that go in and come out.
+        axis_names: what to call the sizes that the program has symbols for; all of them "batch" by default.
+        opset: the version of the operators.
 
     Raises:
         NotExportableError: an operation has no ONNX counterpart.
     """
+    shapes = _shapes(program) if axis_names is not None else []
     with torch.no_grad(), quiet():
         decompose_if_needed(program)
         try:
@@ -35,7 +69,7 @@ def onnx_model(program: torch.export.ExportedProgram, input_names: Sequence[str]
                 exported = torch.onnx.export(
                     program,
                     dynamo=True,
-                    opset_version=OPSET,
+                    opset_version=opset,
                     custom_translation_table=translations(),
                     input_names=input_names,
                     output_names=output_names,
@@ -45,8 +79,29 @@ def onnx_model(program: torch.export.ExportedProgram, input_names: Sequence[str]
             raise NotExportableError(_untranslated(error)) from error
     assert exported is not None
     proto = exported.model_proto
-    _name_batch_axis(proto.graph)
+    proto.ir_version = min(proto.ir_version, _IR_VERSION)
+    _check_axes(proto.graph, shapes)
+    _name_axes(proto.graph, axis_names)
     return proto
+
+
+def _shapes(program: torch.export.ExportedProgram) -> list[list[int | None]]:
+    """Of every tensor that goes in or comes out; None for sizes that are open."""
+    signature = program.graph_signature
+    names = [*signature.user_inputs, *signature.user_outputs]
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    tensors = [values[name] for name in names if isinstance(name, str) and isinstance(values.get(name), torch.Tensor)]
+    return [[size if isinstance(size, int) else None for size in tensor.shape] for tensor in tensors]
+
+
+def _check_axes(graph: Any, shapes: list[list[int | None]]) -> None:
+    """Refuses a graph in which torch.onnx has fixed what was open, or opened what was fixed."""
+    for value, shape in zip([*graph.input, *graph.output], shapes, strict=False):
+        written = [axis.dim_value if axis.HasField("dim_value") else None for axis in value.type.tensor_type.shape.dim]
+        if written != shape:
+            raise NotExportableError(
+                f"torch.onnx does not write the model for open sizes: {value.name!r} should be {shape}, is {written}"
+            )
 
 
 def _untranslated(error: BaseException) -> str:
@@ -66,11 +121,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _name_batch_axis(graph: Any) -> None:
-    """Calls the one axis of no fixed size "batch", where torch.onnx has a number."""
+def _name_axes(graph: Any, names: Mapping[str, str] | None) -> None:
+    """Gives sizes names, where torch.onnx has symbols with numbers."""
     values = [*graph.input, *graph.output]
     axes = [axis for value in values for axis in value.type.tensor_type.shape.dim if axis.dim_param]
-    symbols = {axis.dim_param for axis in axes if axis.dim_param.isidentifier()}
+    if names is None:
+        names = {axis.dim_param: "batch" for axis in axes if axis.dim_param.isidentifier()}
     for axis in axes:
-        for symbol in symbols:
-            axis.dim_param = re.sub(rf"\b{symbol}\b", "batch", axis.dim_param)
+        axis.dim_param = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), axis.dim_param)

@@ -9,15 +9,16 @@ import logging
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .batch_guards import batch_guards
+from .dynamic_shapes import Specifications, check_windows, with_longer_axes
 from .running_modules import running_modules
+from .size_guards import SizeGuards, size_guards
 
 
 class NotExportableError(RuntimeError):
@@ -25,35 +26,65 @@ class NotExportableError(RuntimeError):
 
 
 def exported_program(
-    model: nn.Module, arguments: inspect.BoundArguments, dynamic: bool
+    model: nn.Module,
+    arguments: inspect.BoundArguments,
+    dynamic_batch: bool,
+    dynamic_shapes: Specifications | None = None,
+    user_names: Mapping[str, str] | None = None,
 ) -> torch.export.ExportedProgram:
     """The program of a model in evaluation mode.
 
     Args:
         model: what to export.
         arguments: of its forward.
-        dynamic: whether the first axis, as long in every tensor as in the first one, is a batch of any size.
+        dynamic_batch: whether the first axis, as long in every tensor as in the first one, is a batch of any size.
+        dynamic_shapes: the axes of any size instead, by argument.
+        user_names: the names that arguments have in the user's own forward, where they are others, for an error.
 
     Warns:
-        UserWarning: it was to be of any size, and the model's code assumes the one of the arguments.
+        UserWarning: the batch was to be of any size, and the model's code assumes the one of the arguments.
 
     Raises:
         NotExportableError: ``torch.export`` cannot take the model down.
+        ValueError: the model's code assumes something of the size of an axis in ``dynamic_shapes``, or pools it
+            adaptively.
     """
     with torch.no_grad(), quiet():
+        if dynamic_shapes is not None:
+            return _program_of_shapes(model, arguments, dynamic_shapes, user_names or {})
         try:
-            return _program(model, *(_with_dynamic_batch(arguments) if dynamic else (arguments, None)))
-        except _FixedBatchError as error:
+            return _program(model, *(_with_dynamic_batch(arguments) if dynamic_batch else (arguments, None)))
+        except _FixedSizeError as error:
+            code = error.guards.first or "the model"
             warnings.warn(
-                f"the file takes the batch size of example_inputs only, because the code of {error} assumes it "
+                f"the file takes the batch size of example_inputs only, because the code of {code} assumes it "
                 "(with dynamic_batch=False there is no warning)",
                 stacklevel=5,  # of the user's call of export_onnx
             )
             return _program(model, arguments, None)
 
 
-class _FixedBatchError(Exception):
-    """A model's code goes for one batch size; the message says which module's."""
+def _program_of_shapes(
+    model: nn.Module, arguments: inspect.BoundArguments, asked: Specifications, user_names: Mapping[str, str]
+) -> torch.export.ExportedProgram:
+    try:
+        program = _program(model, with_longer_axes(arguments, asked), asked)
+    except _FixedSizeError as error:
+        reasons = error.guards.reasons(error.cause, user_names)
+        raise ValueError(
+            f"dynamic_shapes must be of axes that the model takes in any size, but {reasons}"
+        ) from error.cause
+    check_windows(program)
+    return program
+
+
+class _FixedSizeError(Exception):
+    """A model's code does not go for all sizes of an axis."""
+
+    def __init__(self, cause: Exception, guards: SizeGuards) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.guards = guards
 
 
 def _with_dynamic_batch(arguments: inspect.BoundArguments) -> tuple[inspect.BoundArguments, dict[str, Any] | None]:
@@ -82,14 +113,14 @@ def _has_batch(leaf: Any, size: int) -> bool:
 def _program(
     model: nn.Module, arguments: inspect.BoundArguments, shapes: dict[str, Any] | None
 ) -> torch.export.ExportedProgram:
-    with running_modules(model) as running, batch_guards(running) as guards:
+    with running_modules(model) as running, size_guards(running) as guards:
         try:
             # What fails is said below; the graph so far, which torch prints, helps no one.
             with contextlib.redirect_stderr(io.StringIO()):
                 return torch.export.export(model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # a model's own code may raise anything at a value that is not there
             if shapes is not None and "onstraints violated" in str(error):
-                raise _FixedBatchError(guards.first or "the model") from error
+                raise _FixedSizeError(error, guards) from error
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise NotExportableError(
                 f"model cannot be taken down by torch.export, which fails in {running.innermost}: {reason}"

@@ -14,9 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import arithmetic
-from ..int8.average_pooling import AveragePooling, Mean
+from ..int8.average_pooling import AveragePooling, Mean, takes_all
 from ..int8.operations import Int8Operation
-from ..int8.pooling_windows import ADAPTIVE_POOLS, FIXED_POOLS, Windows, cover_everything, divisors, windows_of
+from ..int8.pooling_windows import (
+    ADAPTIVE_POOLS,
+    Adaptive,
+    Fixed,
+    Windows,
+    cover_everything,
+    dimensions_of,
+    divisors,
+    strides_of,
+    windows_of,
+)
 from . import qdq_operators as operators
 from .grid_nodes import OutputNodes, UnitNodes
 from .qdq_operations import QDQOperation, nodes_of
@@ -24,7 +34,7 @@ from .qdq_operations import QDQOperation, nodes_of
 
 def average(node: Int8Operation, shapes: Iterable[torch.Size]) -> nn.Module:
     """What computes an average exactly in ONNX Runtime; as floats where the batch is averaged or there is none, and
-    where the operation is called with several sizes.
+    where the operation is called with several sizes that need several forms.
 
     Args:
         node: the operation on codes.
@@ -33,24 +43,76 @@ def average(node: Int8Operation, shapes: Iterable[torch.Size]) -> nn.Module:
     assert isinstance(node.operation, AveragePooling)
     pooling = node.operation.pooling
     static = {(len(shape), *shape[1:]) for shape in shapes}
-    if len(static) != 1:
+    ranks = {rank for rank, *_ in static}
+    if len(ranks) != 1:
         return QDQOperation(node, on_codes=True)
-    rank, *sizes = next(iter(static))
+    (rank,) = ranks
     if isinstance(pooling, Mean):
         dim = tuple(sorted(dimension % rank for dimension in pooling.dim))
         return QDQOperation(node, on_codes=True) if 0 in dim else QDQMean(node, dim, pooling.keepdim)
-    kinds: tuple[type[nn.Module], ...] = ADAPTIVE_POOLS if isinstance(pooling, ADAPTIVE_POOLS) else FIXED_POOLS
-    if rank != kinds.index(type(pooling)) + 3:
+    if rank != dimensions_of(pooling) + 2:
         return QDQOperation(node, on_codes=True)
-    channels, *sizes = sizes
+    if isinstance(pooling, ADAPTIVE_POOLS) and takes_all(pooling):
+        return QDQMean(node, tuple(range(2, rank)), keepdim=True)
+    if len(static) != 1:
+        return QDQOperation(node, on_codes=True)
+    _, channels, *sizes = next(iter(static))
+    return QDQAverage(_of_these_sizes(node, pooling, channels, sizes), _of_any_size(node, pooling, channels), pooling)
+
+
+def _of_these_sizes(node: Int8Operation, pooling: Fixed | Adaptive, channels: int, sizes: list[int]) -> nn.Module:
     windows = windows_of(pooling, sizes)
     counts = divisors(pooling, windows)
     if cover_everything(windows, sizes) and int(counts) == math.prod(sizes):
-        return QDQMean(node, tuple(range(2, rank)), keepdim=True)
+        return QDQMean(node, tuple(range(2, 2 + len(sizes))), keepdim=True)
     strided = [window.strided for window in windows if window.strided is not None]
     if len(strided) == len(windows) and bool((counts == counts.flatten()[0]).all()):
         return QDQEvenWindows(node, channels, strided, counts.flatten()[0])
     return QDQUnevenWindows(node, windows, sizes, counts)
+
+
+def _of_any_size(node: Int8Operation, pooling: Fixed | Adaptive, channels: int) -> nn.Module | None:
+    """The form whose windows and divisor do not depend on the size; None where they do."""
+    if isinstance(pooling, ADAPTIVE_POOLS):
+        return None
+    geometry = strides_of(pooling)
+    padded = any(padding for _, _, padding in geometry)
+    divisor: int | None = getattr(pooling, "divisor_override", None)
+    if pooling.ceil_mode or (padded and divisor is None and not pooling.count_include_pad):
+        return None
+    count = math.prod(kernel for kernel, _, _ in geometry) if divisor is None else divisor
+    return QDQEvenWindows(node, channels, geometry, torch.tensor(count))
+
+
+class QDQAverage(nn.Module):
+    """Averages over windows in the form for the example's sizes; where the file takes any size, in one for all.
+
+    Args:
+        these: for the sizes of the example.
+        any_size: for all sizes; None where there is no exact one.
+        pooling: what both compute.
+    """
+
+    def __init__(self, these: nn.Module, any_size: nn.Module | None, pooling: Fixed | Adaptive) -> None:
+        super().__init__()
+        self.these = these
+        self.any_size = any_size
+        self.description = str(pooling)
+        self.dimensions = dimensions_of(pooling)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes of the input's grid to codes of the output's.
+
+        Raises:
+            ValueError: sizes that are averaged over are unknown, and the windows depend on them.
+        """
+        form = self.these
+        if any(isinstance(size, torch.SymInt) for size in codes.shape[-self.dimensions :]):
+            if self.any_size is None:
+                raise ValueError(f"the windows of {self.description} depend on sizes that dynamic_shapes leave open")
+            form = self.any_size
+        result: Tensor = form(codes)
+        return result
 
 
 class QDQMean(nn.Module):
@@ -79,7 +141,7 @@ class QDQMean(nn.Module):
         shape = [1 if dimension in self.dim else sizes[dimension] for dimension in range(1, len(sizes))]
         if not self.keepdim:
             shape = [sizes[dimension] for dimension in kept]
-        if list(means.shape[1:]) == shape:
+        if len(shape) == means.dim() - 1 and list(means.shape[1:]) == shape:
             return means
         return self.output.grid.move(means, lambda values: values.reshape(-1, *shape))
 

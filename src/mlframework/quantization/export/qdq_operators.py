@@ -24,6 +24,12 @@ def _define(name: str, signature: str, shape_and_dtype: Callable[..., Tensor]) -
     torch.library.register_fake(f"{_NAMESPACE}::{name}", shape_and_dtype)
 
 
+def _gemm_shape(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    # Says so to torch.export where a size that is to be open makes up the features.
+    torch._check(input.shape[1] == weight.shape[1])  # type: ignore[no-untyped-call]
+    return input.new_empty(input.shape[0], weight.shape[0])
+
+
 _define(
     "quantize",
     "(Tensor input, Tensor scale, Tensor zero_point, int axis)",
@@ -42,7 +48,7 @@ _define(
 _define(
     "gemm",
     "(Tensor input, Tensor weight, Tensor bias)",
-    lambda input, weight, bias: input.new_empty(input.shape[0], weight.shape[0]),
+    _gemm_shape,
 )
 _define(
     "global_average_pool",

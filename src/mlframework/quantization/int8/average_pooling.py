@@ -73,7 +73,7 @@ class AveragePooling(IntegerOperation):
 
     @property
     def instruction_name(self) -> str | None:
-        return "average" if isinstance(self.pooling, ADAPTIVE_POOLS) and _takes_all(self.pooling) else None
+        return "average" if isinstance(self.pooling, ADAPTIVE_POOLS) and takes_all(self.pooling) else None
 
     def instruction(self, constants: tuple[Tensor, ...], output: Grid, ends: tuple[int, int]) -> Instruction | None:
         tensors = (*constants, output.scale, output.zero_point)
@@ -107,7 +107,7 @@ class AveragePooling(IntegerOperation):
         return _window_sums(values, pooling), counts
 
 
-def _takes_all(pooling: Adaptive) -> bool:
+def takes_all(pooling: Adaptive) -> bool:
     """Whether the whole image is one window."""
     wanted = pooling.output_size
     return wanted == 1 or (isinstance(wanted, (tuple, list)) and set(wanted) == {1})

@@ -37,19 +37,22 @@ class Windows(NamedTuple):
 
 def windows_of(pooling: Fixed | Adaptive, sizes: list[int]) -> list[Windows]:
     """The windows along each spatial dimension of an input of these sizes."""
-    dimensions = len(sizes)
     if isinstance(pooling, ADAPTIVE_POOLS):
         return [
             _adaptive(size, size if target is None else target)
-            for size, target in zip(sizes, _each(pooling.output_size, dimensions), strict=True)
+            for size, target in zip(sizes, _each(pooling.output_size, len(sizes)), strict=True)
         ]
-    kernels, strides, paddings = (
-        _each(setting, dimensions) for setting in (pooling.kernel_size, pooling.stride, pooling.padding)
-    )
     return [
-        _fixed(size, kernel, stride, padding, pooling.ceil_mode, pooling.count_include_pad)
-        for size, kernel, stride, padding in zip(sizes, kernels, strides, paddings, strict=True)
+        _fixed(size, *lengths, pooling.ceil_mode, pooling.count_include_pad)
+        for size, lengths in zip(sizes, strides_of(pooling), strict=True)
     ]
+
+
+def strides_of(pooling: Fixed) -> list[tuple[int, int, int]]:
+    """Kernel, stride and padding along each spatial dimension."""
+    dimensions = dimensions_of(pooling)
+    settings = (pooling.kernel_size, pooling.stride, pooling.padding)
+    return list(zip(*(_each(setting, dimensions) for setting in settings), strict=True))
 
 
 def divisors(pooling: Fixed | Adaptive, windows: list[Windows]) -> Tensor:
