@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlframework.quantization as quantization
-
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
@@ -47,7 +45,7 @@ class Snippet:
     def missing(self) -> list[str]:
         """What it needs and is not there."""
         needed = self.subject.split(", ") if self.kind == "needs" else []
-        return [name for name in needed if not _is_there(name)]
+        return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 def snippets(page: str) -> Iterator[Snippet]:
@@ -63,9 +61,3 @@ def number_of_fences(page: str) -> int:
     """How many blocks of Python a page has, however they are written."""
     text = (DOCS / page).read_text(encoding="utf-8")
     return sum(text[fence.end() - 1 :].startswith(("python", "py", "{")) for fence in _FENCE.finditer(text))
-
-
-def _is_there(name: str) -> bool:
-    if name == "executorch" and not callable(getattr(quantization, "export", None)):
-        return False  # nor what would write its files
-    return importlib.util.find_spec(name) is not None

@@ -72,7 +72,7 @@ def demonstration() -> list[Step]:
         path = Path(folder, "digits.onnx")
         export_onnx(converted, (images[:1],), path)
         done("export ONNX", f"{os.path.getsize(path):,} bytes")
-        report = verify(prepared, torch.split(test[0], _BATCH), converted=converted, onnx_path=path)
+        report = verify(prepared, torch.split(test[0], _BATCH), converted=converted, path=path)
         done("verify in ONNX Runtime", f"{len(report.layers)} layers and results, none differs")
     return steps
 

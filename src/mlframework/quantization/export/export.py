@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ def export(
     target: str | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> None:
     """Writes a model as the file that an engine reads: ONNX, as :func:`export_onnx` does, or ExecuTorch's ``.pte``.
 
-    A ``.pte`` file runs through ExecuTorch's XNNPACK delegate, for the shapes of the example. Its layers, sums,
+    A ``.pte`` file runs through ExecuTorch's XNNPACK delegate, for the shapes of the example but for the axes in
+    ``dynamic_shapes``. (An ONNX file takes batches of any size without.) Its layers, sums,
     products and averages compute the integers that the converted model computes, code for code; functions of single
     elements other than ReLU (sigmoid, hardswish, ...) are ExecuTorch's own, on floats, at most one step off.
 
@@ -38,6 +40,9 @@ def export(
         target: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"executorch"``; by default the one that the model
             was prepared for.
         example_kwargs: keyword arguments of that call.
+        dynamic_shapes: axes of any size, as :func:`export_onnx` takes them. ExecuTorch plans memory for the largest:
+            give each ``torch.export.Dim`` a ``max``. It flattens no axis of any size in XNNPACK, and averages over
+            whole images of any size have no integer form.
 
     Warns:
         UserWarning: operators run outside of XNNPACK, by name; or as :func:`export_onnx` does.
@@ -61,10 +66,13 @@ def export(
     check_arguments(model, example_inputs, example_kwargs, target, None, path)
     converted, engine = converted_for(model, target, None)
     if TARGETS[engine].file_format == "onnx":
-        export_onnx(converted, example_inputs, path, engine, example_kwargs=example_kwargs)
+        export_onnx(
+            converted, example_inputs, path, engine, example_kwargs=example_kwargs, dynamic_shapes=dynamic_shapes
+        )
         return
     check_ratios(converted)
-    program, _ = program_of(converted, example_inputs, example_kwargs, TARGETS[engine].conventions, False)
+    conventions = TARGETS[engine].conventions
+    program, _ = program_of(converted, example_inputs, example_kwargs, conventions, False, dynamic_shapes)
     write_executorch(program, path)
 
 
@@ -74,7 +82,7 @@ def export_program(
     target: str | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    dynamic_batch: bool = True,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> torch.export.ExportedProgram:
     """The model as a program of PyTorch's own operators, for engines that this library has no writer for.
 
@@ -84,7 +92,7 @@ def export_program(
 
     Args:
         model, example_inputs, target, example_kwargs: as of :func:`export`.
-        dynamic_batch: the program takes batches of any size.
+        dynamic_shapes: axes of any size, as :func:`export_onnx` takes them; without, batches are.
 
     Raises:
         TypeError, ValueError, RuntimeError, NotExportableError: as :func:`export`.
@@ -101,6 +109,8 @@ def export_program(
     conventions = TARGETS[engine].conventions
     if conventions.exact:
         conventions = type(conventions)()
-    program, _ = program_of(converted, example_inputs, example_kwargs, conventions, dynamic_batch)
+    program, _ = program_of(
+        converted, example_inputs, example_kwargs, conventions, dynamic_shapes is None, dynamic_shapes
+    )
     lower_to_decomposed(program)
     return program

@@ -43,7 +43,8 @@ def average_as_layer(node: Int8Operation, shapes: Iterable[torch.Size]) -> nn.Mo
     counts = divisors(pooling, windows)
     strided = [window.strided for window in windows if window.strided is not None]
     if len(strided) == len(windows) and bool((counts == counts.flatten()[0]).all()):
-        return QDQAverageLayer(node, channels, strided, int(counts.flatten()[0]))
+        is_fixed = isinstance(pooling, ADAPTIVE_POOLS) or pooling.ceil_mode
+        return QDQAverageLayer(node, channels, strided, int(counts.flatten()[0]), is_fixed)
     return QDQOperation(node, on_codes=False)
 
 
@@ -55,10 +56,14 @@ class QDQAverageLayer(nn.Module):
         channels: C.
         geometry: kernel, stride and padding of each dimension.
         count: what the sums are divided by.
+        is_fixed: whether all of this holds for one size of the input alone.
     """
 
-    def __init__(self, node: Int8Operation, channels: int, geometry: list[tuple[int, int, int]], count: int) -> None:
+    def __init__(
+        self, node: Int8Operation, channels: int, geometry: list[tuple[int, int, int]], count: int, is_fixed: bool
+    ) -> None:
         super().__init__()
+        self.is_fixed = is_fixed
         kernel, self.stride, self.padding = zip(*geometry, strict=True)
         self.channels = channels
         (input,) = node.input_parameters
@@ -70,6 +75,8 @@ class QDQAverageLayer(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes of the input's grid to codes of the output's."""
+        if self.is_fixed and any(isinstance(size, torch.SymInt) for size in codes.shape[2:]):
+            raise NotImplementedError("an average over windows whose size follows the input's has no integer form")
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
         weight, bias = self.weights()
         values = self.input.dequantize(codes)
@@ -96,7 +103,7 @@ class QDQMeanLayer(nn.Module):
         self.is_image = kept == [1] and rank in (3, 4, 5)
         self.folded = (math.prod(channels), math.prod(averaged))
         geometry = [(size, 1, 0) for size in (averaged if self.is_image else self.folded[1:])]
-        self.average = QDQAverageLayer(node, self.folded[0], geometry, self.folded[1])
+        self.average = QDQAverageLayer(node, self.folded[0], geometry, self.folded[1], is_fixed=True)
         self.shape = [1 if dimension in dim else sizes[dimension - 1] for dimension in range(1, rank)]
         if not keepdim:
             self.shape = channels

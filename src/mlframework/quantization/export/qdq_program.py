@@ -32,6 +32,10 @@ def lower_to_decomposed(program: torch.export.ExportedProgram) -> None:
         if node.target is _own.gemm.default:
             node.target = torch.ops.aten.linear.default
             continue
+        if _is_idle(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+            continue
         with graph.inserting_before(node):
             lowered = _lowered(program, node)
         if lowered is not None:
@@ -41,6 +45,15 @@ def lower_to_decomposed(program: torch.export.ExportedProgram) -> None:
     graph.eliminate_dead_code()
     graph.lint()
     program.graph_module.recompile()
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether a node takes a whole tensor as a part of it, as ``x[:, 1:]`` does along the first axis."""
+    if node.target is torch.ops.aten.alias.default:
+        return True
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    return node.meta["val"].shape == node.all_input_nodes[0].meta["val"].shape and 1 in (node.args[4:] or (1,))
 
 
 def constant_of(program: torch.export.ExportedProgram, node: Any) -> Tensor | None:
