@@ -61,7 +61,9 @@ def _entries_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for key, entries in document.items() if key != "version" for entry in entries}
 
 
-@pytest.fixture(scope="module", params=["mobilenet_v2", "unet", "gpt"])
+@pytest.fixture(
+    scope="module", params=[*(pytest.param(name, marks=pytest.mark.long) for name in ("mobilenet_v2", "unet")), "gpt"]
+)
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Any, Written]:
     """A float model, an example, and what is written of its prepared form."""
     network = NETWORKS[request.param]

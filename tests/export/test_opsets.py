@@ -40,7 +40,10 @@ def prepared() -> nn.Module:
     return prepared_model(Versions(), (3, 8, 8))
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize(
+    "opset",
+    [pytest.param(opset, marks=() if opset in (OPSETS[0], OPSETS[-1]) else pytest.mark.long) for opset in OPSETS],
+)
 def test_the_same_codes(opset: int, prepared: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
     file = ExportedFile(prepared, (x,), tmp_path, opset_version=opset)
