@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import traceback
 
@@ -12,7 +13,13 @@ from torch import Tensor, fx, nn
 
 from example_architectures import SmallResNet, TextClassifier
 from mlframework.quantization.graph.containers import graph_of
-from mlframework.quantization.graph.generated_forward import has_generated_forward, set_forward, source_of
+from mlframework.quantization.graph.generated_forward import (
+    generated_class,
+    has_generated_forward,
+    set_forward,
+    source_of,
+    write_code,
+)
 from mlframework.quantization.graph.tracing import trace
 from mlframework.quantization.graph.unflattening import set_forwards
 
@@ -129,3 +136,44 @@ def test_hooks_of_the_module_fire() -> None:
     model.layer.register_forward_hook(lambda module, args, output: calls.append("layer"))
     model(torch.randn(4, 3))
     assert calls == ["layer", "root"]
+
+
+def to_be_written(model: nn.Module) -> nn.Module:
+    """The same, with forwards of which there are only the graphs."""
+    for module in model.modules():
+        if has_generated_forward(module):
+            source = source_of(module)._replace(text=None, names={})
+            module.__class__ = generated_class(type(module).__bases__[0], source)
+    return model
+
+
+def test_a_forward_is_written_when_it_is_called_and_computes_the_same() -> None:
+    model, inputs = generated(SmallResNet().eval(), torch.randn(2, 3, 8, 8)), torch.randn(2, 3, 8, 8)
+    expected = model(inputs)
+    for copies in (lambda each: each, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))):
+        other = copies(to_be_written(model))
+        forward = type(other).forward
+        assert list(inspect.signature(other.forward).parameters) == ["x"]
+        assert torch.equal(other(inputs), expected)
+        assert type(other).forward is forward
+        assert torch.equal(copy.deepcopy(other)(inputs), expected)
+
+
+def test_what_is_still_to_be_written_is_compiled_whole() -> None:
+    model, inputs = generated(SmallResNet().eval(), torch.randn(2, 3, 8, 8)), torch.randn(2, 3, 8, 8)
+    expected = model(inputs)
+    compiled = torch.compile(to_be_written(model), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(inputs), expected)
+
+
+def test_the_text_of_a_call_may_look_like_a_call_of_a_module() -> None:
+    """Submodules are read where they are kept: in statements, and not in text."""
+    model = Doubles()
+    graph = fx.Tracer().trace(model)
+    output = next(iter(graph.find_nodes(op="output")))
+    with graph.inserting_before(output):
+        graph.call_function(torch._assert, (True, " self.layer(x)"))
+    set_forward(model, graph)
+    assert "' self.layer(x)'" in str(source_of(model).text)
+    assert torch.equal(model(X), Doubles.forward(model, X))
+    write_code(model)  # which is

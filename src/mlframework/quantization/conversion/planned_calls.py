@@ -36,22 +36,32 @@ class Planned(NamedTuple):
     programs: tuple[Recipe, ...]
     containers: tuple[str, ...]
     modules: tuple[str, ...]
-    code: tuple[tuple[str, str | None], ...]
+    code: tuple[tuple[str, Any], ...]
 
 
-def code_of(container: nn.Module) -> str | None:
-    """The text of a container's generated forward; None if it has none, or another one in the place of that."""
-    return source_of(container).text if runs_generated_forward(container) else None
+def code_of(container: nn.Module) -> Any:
+    """The code of a container's generated forward; None if it has none, or another one in the place of that."""
+    return source_of(container).code if runs_generated_forward(container) else None
 
 
 def programs_of(part: nn.Module) -> tuple[Program, ...] | None:
     """The programs of a part's flat graph, for the call under way; None where its modules are to be called."""
+    if kernels.is_traced():
+        pack_modules(part)
     if not kernels.run_programs() or all_calls_are_watched():
         return None
     plan: _Plan | None = vars(part).get(_PLAN)
     if plan is None or not plan.is_current(part):
         plan = vars(part)[_PLAN] = _Plan(part)
     return plan.programs if plan.programs is not None and plan.is_usable() else None
+
+
+@kernels.constant_in_graphs
+def pack_modules(part: nn.Module) -> None:
+    """Makes the plans of a part's modules, which a compiler cannot while it traces them."""
+    for module in part.modules():
+        if isinstance(module, PackedModule):
+            module.pack()
 
 
 class _Plan:

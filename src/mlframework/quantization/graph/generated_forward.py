@@ -6,19 +6,23 @@ The module keeps its class as a base, and with it its methods, attributes, submo
 
 from __future__ import annotations
 
+import builtins
 import importlib
-import inspect
 import itertools
 import linecache
+import re
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
+from ..kernels.constants import constant_in_graphs
 from .attributes_read import warn_of_change
+from .graph_nodes import GraphNodes, graph_from, modules_called, placeholders_of, plain
 from .hooks import is_traced, is_watched
 from .sequences import METHODS
 from .signatures import FLAT, VARIANT, Given, dispatcher, is_example_call, parameters_of
@@ -90,13 +94,15 @@ class Source(NamedTuple):
     """A forward as text, the names that it uses, and for each variant what a call must be given for it.
 
     Attributes:
+        text, names: None and empty where they are to be made of ``nodes``, when the forward is first called.
         on_codes: of the variants that take or return codes, by number: what stands at their edges.
         calls: the modules that are called, by name.
         reads: plain attributes whose values are in the forward.
         form: see :class:`FlatForm`.
+        nodes: what the text was made of, or is to be.
     """
 
-    text: str
+    text: str | None
     names: dict[str, Any]
     given: tuple[tuple[Given, ...], ...]
     on_codes: dict[int, tuple[int, tuple[Edge, ...], tuple[Edge, ...]]]
@@ -105,6 +111,12 @@ class Source(NamedTuple):
     is_part: bool
     reads: frozenset[str]
     form: Any = None
+    nodes: GraphNodes | None = None
+
+    @property
+    def code(self) -> Any:
+        """What tells this code from another's: the text, or what it is to be made of."""
+        return self.nodes if self.text is None else self.text
 
 
 def set_forward(
@@ -130,31 +142,50 @@ def set_forward(
     graphs = [variants] if isinstance(variants, fx.Graph) else [variant.graph for variant in variants]
     variants = [] if isinstance(variants, fx.Graph) else list(variants)
     base = base_of_generated(type(module))
-    texts: list[str] = []
-    names: dict[str, Any] = {}
-    for index, graph in enumerate(graphs):
-        _add_function(f"_graph_{index}", graph, texts, names)
-    if flat is not None:
-        _add_function(FLAT, flat.graph, texts, names)
-    text, more = dispatcher(base, graphs, [variant.given for variant in variants], flat and flat.given_first)
-    calls = dict.fromkeys(str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module")
+    given = tuple(variant.given for variant in variants)
+    text, names = _written(base, graphs, given, flat and flat.graph, flat and flat.given_first)
     on_codes = {
         number: (variant.with_floats, variant.entries, variant.exits)
         for number, variant in enumerate(variants)
         if variant.with_floats is not None
     }
+    nodes = GraphNodes(tuple(map(plain, graphs)), flat and plain(flat.graph), flat and flat.given_first)
     source = Source(
-        "".join([*texts, text]),
-        {**names, **more},
-        tuple(variant.given for variant in variants),
+        text,
+        names,
+        given,
         on_codes,
-        tuple(calls),
+        calls_of(nodes),
         runs_own_code,
         is_part,
         frozenset(reads) | (source_of(module).reads if has_generated_forward(module) else frozenset()),
         flat and flat.form(),
+        nodes,
     )
-    module.__class__ = _generated_class(base, source)
+    module.__class__ = generated_class(base, source)
+
+
+def calls_of(nodes: GraphNodes) -> tuple[str, ...]:
+    """The modules that the graphs of the variants call, by name."""
+    return tuple(dict.fromkeys(name for graph in nodes.graphs for name in modules_called(graph)))
+
+
+def _written(
+    base: type[nn.Module],
+    graphs: Sequence[fx.Graph],
+    given: Sequence[Sequence[Given]],
+    flat: fx.Graph | None,
+    given_first: Callable[[nn.Module], tuple[Any, ...] | None] | None,
+) -> tuple[str, dict[str, Any]]:
+    """The text of a forward, and the names that it uses."""
+    texts: list[str] = []
+    names: dict[str, Any] = {}
+    for index, graph in enumerate(graphs):
+        _add_function(f"_graph_{index}", graph, texts, names)
+    if flat is not None:
+        _add_function(FLAT, flat, texts, names)
+    text, more = dispatcher(base, graphs, given, given_first)
+    return "".join([*texts, text]), {**names, **more}
 
 
 def _add_function(function: str, graph: fx.Graph, texts: list[str], names: dict[str, Any]) -> None:
@@ -200,14 +231,21 @@ def _with_direct_access(source: str, graph: fx.Graph) -> str:
     """Reads submodules from where they are kept: looking each up by attribute costs a small model much of its time."""
     for target in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
         direct = "self" + "".join(f"._modules[{name!r}]" for name in target.split("."))
-        source = source.replace(f" {fx.graph._format_target('self', target)}(", f" {direct}(")
+        # At the beginning of a statement alone, and not in text that one holds.
+        written = re.escape(fx.graph._format_target("self", target))
+        source = re.sub(rf"^( *\w+ = ){written}\(", lambda found: f"{found[1]}{direct}(", source, flags=re.MULTILINE)  # noqa: B023
     return source
 
 
-def _generated_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
-    names = ((name, _identity(value)) for name, value in source.names.items())
-    flags = source.runs_own_code, source.is_part, source.reads, source.form
-    key = (base, source.text, tuple(names), tuple(source.on_codes.items()), source.calls, flags)
+def generated_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
+    """The class of modules of ``base`` with that forward; where its text is still to be made, it is when the forward is
+    first called."""
+    if source.text is None:
+        key: Any = (base, id(source.nodes))  # which the class keeps alive
+    else:
+        names = ((name, _identity(value)) for name, value in source.names.items())
+        flags = source.runs_own_code, source.is_part, source.reads, source.form
+        key = (base, source.text, tuple(names), tuple(source.on_codes.items()), source.calls, flags)
     made = _classes.get(key)
     if made is None:
         _classes[key] = made = _make_class(base, source)
@@ -219,15 +257,81 @@ def _identity(value: Any) -> Any:
     return repr(value) if isinstance(value, (str, int, float, torch.dtype, torch.device)) else id(value)
 
 
+class _Code:
+    """The functions of a generated forward, by their names in its text."""
+
+    def __init__(self, base: type[nn.Module], source: Source) -> None:
+        self._base, self._source = base, source
+        self.namespace: dict[str, Any] = {"__builtins__": builtins}
+        self.filename = f"<generated forward {next(_numbers)} of {base.__name__}>"
+        self.forward: Any = None
+        if source.text is not None:
+            self._run(source.text, source.names)
+            self.forward = self.namespace["forward"]
+        else:
+            self.forward = self._stand_in()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.namespace:
+            self.write()
+        return self.namespace[name]
+
+    def write(self) -> None:
+        """Makes the text, where that is still to be done, and has the forward run it."""
+        with _writing:
+            if "forward" in self.namespace:
+                return
+            nodes = self._source.nodes
+            assert nodes is not None
+            flat = None if nodes.flat is None else graph_from(nodes.flat)
+            graphs = [graph_from(graph) for graph in nodes.graphs]
+            text, names = _written(self._base, graphs, self._source.given, flat, nodes.given_first)
+            self._run(text, names)
+            written = self.namespace["forward"]
+            # The function stays the one that the class has, which callers may have noted.
+            self.forward.__defaults__, self.forward.__kwdefaults__ = written.__defaults__, written.__kwdefaults__
+            del self.forward.__wrapped__
+            self.forward.__code__ = written.__code__
+
+    def _run(self, text: str, names: Mapping[str, Any]) -> None:
+        found = {
+            name: importlib.import_module(value) if isinstance(value, _ModuleName) else value
+            for name, value in names.items()
+        }
+        # With the source on file, tracebacks and debuggers show the lines.
+        linecache.cache[self.filename] = (len(text), None, text.splitlines(keepends=True), self.filename)
+        self.namespace.update(found)
+        exec(compile(text, self.filename, "exec"), self.namespace)  # what torch.fx does with a graph, too
+
+    def _stand_in(self) -> Any:
+        """A forward that is written when it is called. It has the signature of the class's."""
+
+        @constant_in_graphs
+        def write() -> None:
+            self.write()
+
+        self.namespace["_write"] = write
+        forward = FunctionType(_forward_to_be_written.__code__, self.namespace, "forward")
+        vars(forward)["__wrapped__"] = self._base.forward
+        return forward
+
+
+_writing = threading.RLock()
+
+
+def _forward_to_be_written(self: Any, *args: Any, **kwargs: Any) -> Any:
+    _write()  # type: ignore[name-defined]  # noqa: F821
+    return forward(self, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+
+def write_code(module: nn.Module) -> None:
+    """Makes the text of a module's forward, where that is still to be done."""
+    if has_generated_forward(module):
+        type(module)._code.write()  # type: ignore[attr-defined]
+
+
 def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
-    namespace: dict[str, Any] = {
-        name: importlib.import_module(value) if isinstance(value, _ModuleName) else value
-        for name, value in source.names.items()
-    }
-    filename = f"<generated forward {next(_numbers)} of {base.__name__}>"
-    # With the source on file, tracebacks and debuggers show the lines.
-    linecache.cache[filename] = (len(source.text), None, source.text.splitlines(keepends=True), filename)
-    exec(compile(source.text, filename, "exec"), namespace)  # what torch.fx does with a graph, too
+    code = _Code(base, source)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         parts: Any = base.__reduce_ex__(self, protocol)
@@ -238,7 +342,7 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
     whole = {
         variant: len(names)
         for variant in source.on_codes
-        if list(inspect.signature(namespace[f"_graph_{variant}"]).parameters)[1:] == names
+        if source.nodes is not None and placeholders_of(source.nodes.graphs[variant]) == names
     }
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -251,7 +355,7 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
             return _through_floats(self, source, args, kwargs)
         # All that nn.Module does where there are no hooks; small models would feel the rest.
         if len(args) == whole.get(variant) and len(kwargs) == 1:
-            return namespace[f"_graph_{variant}"](self, *args)
+            return code[f"_graph_{variant}"](self, *args)
         return self.forward(*args, **kwargs)
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
@@ -270,13 +374,14 @@ def _make_class(base: type[nn.Module], source: Source) -> type[nn.Module]:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__reduce_ex__": reduce,
-            "forward": namespace["forward"],
+            "forward": code.forward,
             "_base_of_generated": base,
+            "_code": code,
             "_generated_from": source,
-            "_generated_forward": namespace["forward"],
+            "_generated_forward": code.forward,
         },
     )
-    weakref.finalize(made, linecache.cache.pop, filename, None)
+    weakref.finalize(made, linecache.cache.pop, code.filename, None)
     return made
 
 
@@ -296,5 +401,5 @@ def _through_floats(module: nn.Module, source: Source, args: tuple[Any, ...], kw
 
 
 def _rebuild(base: type[nn.Module], source: Source) -> nn.Module:
-    generated = _generated_class(base, source)
+    generated = generated_class(base, source)
     return generated.__new__(generated)

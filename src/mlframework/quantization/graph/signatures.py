@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +71,15 @@ def is_example_call(
 
 def parameters_of(base: type[nn.Module]) -> list[inspect.Parameter]:
     """Those of a class's forward, without ``self``."""
-    return list(inspect.signature(base.forward).parameters.values())[1:]
+    forward = base.forward
+    known = _parameters.get(base)
+    if known is None or known[0] is not forward:
+        known = _parameters[base] = (forward, list(inspect.signature(forward).parameters.values())[1:])
+    return list(known[1])
+
+
+# Of classes, with the forward that they are of, which somebody may replace.
+_parameters: weakref.WeakKeyDictionary[type, tuple[Any, list[inspect.Parameter]]] = weakref.WeakKeyDictionary()
 
 
 def dispatcher(
