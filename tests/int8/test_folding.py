@@ -179,4 +179,4 @@ def test_folding_leaves_its_arguments_alone() -> None:
     assert torch.equal(codes, before[0])
     assert torch.equal(scale, before[1])
     assert all(torch.equal(value, before[2][name]) for name, value in norm.state_dict().items())
-    assert not any(tensor.requires_grad for tensor in folded)
+    assert not any(tensor.requires_grad for tensor in (folded.codes, folded.scale, folded.bias))

@@ -35,6 +35,7 @@ from .qat.moving_average_statistics import MovingAverageStatistics
 from .qat.qat_module_wrapper import QATModuleWrapper
 from .qat.schedule import QATSchedule
 from .qat.straight_through_estimator import StraightThroughEstimator
+from .saving.save_load import load, save
 from .scheme import QuantizationScheme
 from .state_check import check_state
 from .training.distillation import FeatureMatching, distillation_loss
@@ -91,6 +92,7 @@ __all__ = [
     "fake_quantize",
     "finetune",
     "float_state_dict",
+    "load",
     "load_float_state_dict",
     "log_quantization",
     "parameter_groups",
@@ -105,6 +107,7 @@ __all__ = [
     "report",
     "requantize",
     "round_weights",
+    "save",
     "smooth_activations",
     "verify",
 ]

@@ -10,6 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..graph.clone import copy_of
 from ..graph.containers import graph_of, is_part
+from ..graph.float_structure import move_float_structure
 from ..graph.generated_forward import source_of
 from ..graph.unflattening import set_forwards
 from ..int8.integer_module import IntegerModule, PackedModule
@@ -24,7 +25,7 @@ from ..state_check import check_state, has_check
 from .between_floats import between_floats
 from .lowering import lower
 from .planning import plan
-from .save_pretrained import refuse_save_pretrained
+from .save_pretrained import replace_save_pretrained
 from .unreached import restore_float, unreached_parts
 
 
@@ -78,7 +79,7 @@ def convert(model: nn.Module) -> nn.Module:
             module.pack()
     if not (isinstance(converted, IntegerModule) or has_check(converted)):
         converted.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
-    refuse_save_pretrained(converted)
+    replace_save_pretrained(converted.modules())
     return converted.eval()
 
 
@@ -86,7 +87,9 @@ def _integer_form(converted: nn.Module) -> nn.Module:
     """Replaces what quantizes by what computes on integers, in place where the root itself stays."""
     _remove_hooks(converted)
     if isinstance(converted, (QATModuleWrapper, FakeQuantizeLayer)):
-        return between_floats(converted)
+        root = between_floats(converted)
+        move_float_structure(converted, root)
+        return root
     for name, part in unreached_parts(converted):
         if is_part(part):  # it has not gone with another around it
             warnings.warn(f"no data reached {name}: it stays float", UserWarning, stacklevel=4)

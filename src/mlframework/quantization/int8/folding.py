@@ -21,11 +21,13 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class IntegerWeights(NamedTuple):
-    """``codes`` as the layer's weight lies, int8; ``scale`` float32 and ``bias`` int32, both of shape (O,)."""
+    """``codes`` as the layer's weight lies, int8; ``scale`` float32 and ``bias`` int32, both of shape (O,); ``scheme``
+    is the grid of the codes."""
 
     codes: Tensor
     scale: Tensor
     bias: Tensor
+    scheme: QuantizationScheme = QuantizationScheme()
 
 
 @torch.no_grad()
@@ -64,4 +66,5 @@ def fold(
         codes = (codes * sign).clamp_(scheme.quant_min, scheme.quant_max)
         scale = torch.where(factor == 0, scale, scale * factor.abs())
     codes, raised = arithmetic.with_room_for_bias(codes, scale, offset, input_scale, output_axis)
-    return IntegerWeights(codes, raised, arithmetic.quantize_bias(offset.to(torch.float32), input_scale * raised))
+    bias_codes = arithmetic.quantize_bias(offset.to(torch.float32), input_scale * raised)
+    return IntegerWeights(codes, raised, bias_codes, scheme)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ..parameters import QuantizationParameters
 from ..precision import keep_float32
@@ -132,8 +133,16 @@ class PackedModule(IntegerModule, Generic[Plan]):
         self._plan: Plan | None = None
 
     def pack(self) -> Plan:
-        """The plan, made where that is still to be done."""
+        """The plan, made where that is still to be done.
+
+        Raises:
+            RuntimeError: it is, and the tensors only stand for others, while ``torch.export`` traces.
+        """
         if self._plan is None:
+            if any(isinstance(tensor, FakeTensor) for tensor in self.buffers(recurse=False)):
+                raise RuntimeError(
+                    f"{type(self).__name__} must have been called once, since it was loaded, before it is exported"
+                )
             self._plan = self._make_plan()
         return self._plan
 

@@ -24,6 +24,7 @@ from ..kernels import (
 )
 from ..kernels.geometry import is_dense_or_depthwise
 from ..parameters import QuantizationParameters
+from ..scheme import QuantizationScheme
 from .folding import IntegerWeights
 from .instruction import FLOATS, Instruction
 from .integer_module import IntegerModule, PackedModule
@@ -61,6 +62,7 @@ class Int8Layer(PackedModule[IntegerLayer]):
         super().__init__()
         self.input_scheme = input.scheme
         self.output_scheme = None if output is None else output.scheme
+        self.weight_scheme = weights.scheme
         self.clip = clip
         self.register_buffer("weight", weights.codes.contiguous())
         self.register_buffer("weight_scale", weights.scale)
@@ -235,13 +237,15 @@ class Int8Embedding(IntegerModule):
     Args:
         weight: codes (num_embeddings, embedding_dim), int8.
         scale: float32, (1,) or (num_embeddings,).
+        scheme: the grid of the codes.
     """
 
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, scheme: QuantizationScheme | None = None) -> None:
         super().__init__()
+        self.weight_scheme = QuantizationScheme() if scheme is None else scheme
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
 

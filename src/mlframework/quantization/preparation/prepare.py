@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..graph.clone import clone_sharing_parameters, scratch_of
 from ..graph.example_run import copies, random_state_kept
+from ..graph.float_structure import move_float_structure, note_float_structure
 from ..graph.padded_positions import compute_padded_positions
 from ..graph.tracing import observed
 from ..int8.integer_module import IntegerModule
@@ -90,11 +91,13 @@ def _prepare(
         raise TypeError(f"recompute must be a bool, got {recompute!r}")
     observations = observed(model, example_inputs, kwargs, is_leaf)
     prepared = clone_sharing_parameters(model)
+    note_float_structure(prepared)
     compute_padded_positions(prepared)
     read: set[str] = set()
     skipped: set[str] = set()
     if layer_type_of(prepared) is not None and skip_reason("", prepared, config) is None:
-        prepared = QATModuleWrapper(prepared, config.for_layer("", prepared))
+        layer, prepared = prepared, QATModuleWrapper(prepared, config.for_layer("", prepared))
+        move_float_structure(layer, prepared)
         entries = [layer_entry("", prepared)]
     else:
         preparation = PartPreparation(prepared, config, observations)

@@ -46,8 +46,8 @@ class IntegerEvaluation(WrappedLayer):
     def _integer_form(self, weight: Tensor, bias: Tensor | None) -> Int8Layer | Int8Embedding:
         self._require_finite(weight, bias)
         if isinstance(self.layer, nn.Embedding):
-            codes, scale, _ = self._weight_codes(weight)
-            return Int8Embedding(codes, scale.clone())
+            codes, scale, scheme = self._weight_codes(weight)
+            return Int8Embedding(codes, scale.clone(), scheme)
         source = self.input_source
         if source is None:
             raise RuntimeError(

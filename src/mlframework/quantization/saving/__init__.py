@@ -1,0 +1,1 @@
+"""One file that a converted or a prepared model is kept in."""
