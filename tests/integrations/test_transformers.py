@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -249,16 +252,72 @@ def test_the_state_of_another_preparation_is_refused_whatever_the_trainer_would_
     other.load_state_dict(network().state_dict(), strict=False)  # of the float model, as ever
 
 
-def test_a_converted_model_is_not_saved_as_a_float_one(tmp_path: Path) -> None:
-    """from_pretrained would take its integer codes for weights."""
+def converted_network() -> Any:
     model = prepared_network()
     calibrate(model, [{"pixel_values": IMAGES}])
-    converted: Any = convert(model)
-    for part in (converted, converted.vit, copy.deepcopy(converted)):
-        with pytest.raises(NotImplementedError, match=r"from_pretrained would load .* codes"):
-            part.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-    assert torch.equal(logits_of(converted), logits_of(model))
+    return convert(model)
+
+
+def test_a_converted_model_goes_through_save_pretrained(tmp_path: Path) -> None:
+    """And what came out of it does again."""
+    converted = converted_network()
+    expected = logits_of(converted)
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        converted.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["quantization_config"] == {"quant_method": "mlframework-quantization", "version": 1}
+        converted = AutoModelForImageClassification.from_pretrained(folder)
+        assert isinstance(converted, ViTForImageClassification)
+        assert not converted.training
+        assert converted.classifier.weight.dtype is torch.int8
+        assert torch.equal(logits_of(converted), expected)
+
+
+def test_another_process_loads_it_in_one_line_with_the_integration_and_not_as_a_float_model(tmp_path: Path) -> None:
+    """Without, from_pretrained would take integer codes for weights."""
+    converted = converted_network()
+    converted.save_pretrained(tmp_path)
+    torch.save((IMAGES, logits_of(converted)), tmp_path / "expected.pt")
+    script = f"""
+import torch
+from transformers import AutoModelForImageClassification
+try:
+    AutoModelForImageClassification.from_pretrained({str(tmp_path)!r})
+except RuntimeError as error:
+    assert "ignore_mismatched_sizes" in str(error), error
+else:
+    raise AssertionError("loaded as a float model")
+import mlframework.quantization.integrations.transformers
+model = AutoModelForImageClassification.from_pretrained({str(tmp_path)!r})
+images, expected = torch.load({str(tmp_path / "expected.pt")!r})
+with torch.no_grad():
+    assert torch.equal(model(pixel_values=images).logits, expected)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_save_pretrained_of_a_converted_model_cannot_do_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = converted_network()
+    with pytest.raises(ValueError, match="belongs to no model which prepare"):
+        converted.vit.save_pretrained(tmp_path / "part")
+    with pytest.raises(ValueError, match="variant must be left out for a converted model, got 'int8'"):
+        converted.save_pretrained(tmp_path, variant="int8")
+    monkeypatch.setattr("mlframework.quantization.conversion.save_pretrained._writers", [])
+    for model in (converted, copy.deepcopy(converted)):
+        with pytest.raises(NotImplementedError, match=r"import mlframework.quantization.integrations.transformers"):
+            model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_from_pretrained_of_a_converted_model_takes_one_device(tmp_path: Path) -> None:
+    converted = converted_network()
+    converted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="device_map must name one device for a converted model, got auto"):
+        ViTForImageClassification.from_pretrained(tmp_path, device_map="auto")
+    loaded = ViTForImageClassification.from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(logits_of(loaded), logits_of(converted))
 
 
 def test_labels_in_the_models_call_are_refused(tmp_path: Path) -> None:

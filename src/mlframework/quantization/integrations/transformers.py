@@ -15,11 +15,12 @@ except ImportError as error:
 
 from ..export.export_onnx import export_onnx
 from ..qat.schedule import QATSchedule
+from .int8_pretrained import Int8Config, Int8Quantizer
 from .quantization_metrics import ScalarWriter, write_scalars
 from .saved_pretrained import load_saved, loads_saved_names
 from .training_run import TrainingRun, checked_schedule, checked_steps, require_prepared, warn_of_scales
 
-__all__ = ["QATTrainerCallback", "load_saved"]
+__all__ = ["Int8Config", "Int8Quantizer", "QATTrainerCallback", "load_saved"]
 
 
 class QATTrainerCallback(TrainerCallback):
