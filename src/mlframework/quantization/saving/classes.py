@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import astuple, fields, is_dataclass
 from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
@@ -18,8 +18,7 @@ from ..graph.dropouts import AttentionWithDropout, CalledByMode
 from ..graph.generated_forward import Edge, base_of_generated
 from ..graph.mode_differences import TrainingOnly
 from ..graph.signatures import Anything, Given
-from ..int8.average_pooling import AveragePooling, Mean
-from ..int8.integer_operation import Addition, Concatenation, Multiplication
+from ..int8.average_pooling import Mean
 from ..int8.layers import Int8Convolution, Int8ConvTranspose2d, Int8Embedding, Int8Linear
 from ..int8.lookup import Lookup
 from ..int8.operations import (
@@ -48,6 +47,7 @@ from ..qat.qat_operation import QATOperation
 from ..qat.straight_through_estimator import StraightThroughEstimator
 from ..scheme import QuantizationScheme
 from ..state_check import check_state
+from ..targets import TARGETS
 from .vocabulary import NotAllowedError, is_identifier
 
 LIBRARY = __package__.rpartition(".")[0]
@@ -57,9 +57,9 @@ _MODULES: tuple[type[nn.Module], ...] = (
     Int8Convolution, Int8Embedding, Int8Linear, Int8Operation, Int8ReLU, Int8Selection, Int8WithFloatEdges, Mean,
     MovingAverageStatistics, Normalization, OnGrid, QATModuleWrapper, QATOperation, Quantize, TrainingOnly,
 )  # fmt: skip
-_OBJECTS: tuple[type, ...] = (
-    Addition, AveragePooling, Concatenation, HostValue, Lookup, Multiplication, ObserverSynchronizer,
-)  # fmt: skip
+# Each engine's forms of operations are known by their engine.
+_OPERATIONS = {kind for target in TARGETS.values() for kind in astuple(target.operations)}
+_OBJECTS: tuple[type, ...] = (HostValue, Lookup, ObserverSynchronizer, *_OPERATIONS)
 _RECORDS: tuple[type, ...] = (
     BatchStatistics, ConvolutionGeometry, Edge, EvaluationForm, Given, Planned, PreparationReport, QATConfig,
     QuantizationScheme, Recipe, ReportEntry, Share, Step, StraightThroughEstimator, View,
