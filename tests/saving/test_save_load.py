@@ -262,7 +262,7 @@ def test_a_loaded_model_is_compiled_and_exported(tmp_path: Path) -> None:
     loaded = load(tmp_path / "model.safetensors", example.make())
     inputs = example.inputs(4)
     export_onnx(loaded, inputs, tmp_path / "model.onnx")
-    verify(origin, [inputs], converted=loaded, onnx_path=tmp_path / "model.onnx")
+    verify(origin, [inputs], converted=loaded, path=tmp_path / "model.onnx")
 
 
 IN_ANOTHER_PROCESS = """

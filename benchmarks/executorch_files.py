@@ -1,0 +1,204 @@
+"""Files for ExecuTorch: codes that differ from the converted model's, and the time of a call against others' files.
+
+Of the same networks, calibrated on the same batches: this library's file, the float network through the same XNNPACK,
+and torchao's own flow (PT2E) with ``XNNPACKQuantizer``, as ExecuTorch's documentation sets it up. All run in
+ExecuTorch's runtime, in turns, in one process.
+
+    python benchmarks/executorch_files.py [--networks mobilenet_v2] [--inputs 1000] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from results_file import environment, write_section
+from rich.console import Console
+from rich.progress import track
+from timing import Timing, time_in_turns
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlframework.quantization import QATConfig, calibrate, convert, export, prepare
+from zoo import FULL_SIZE, UNet, roughen_batch_norms
+
+OURS, FLOAT, PT2E = "ours", "float32", "torchao PT2E"
+CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 8
+
+
+class DepthwiseSeparableAudio(nn.Sequential):
+    """Keyword spotting on raw sound (N, 1, 16000): depthwise-separable convolutions in one dimension, the shape of
+    DS-CNN (Zhang et al. 2017, arXiv:1711.07128)."""
+
+    def __init__(self, width: int = 64, blocks: int = 4, classes: int = 12) -> None:
+        def after(layer: nn.Module) -> list[nn.Module]:
+            return [layer, nn.BatchNorm1d(width), nn.ReLU()]
+
+        layers = after(nn.Conv1d(1, width, 80, stride=16, padding=40, bias=False))
+        for _ in range(blocks):
+            layers += after(nn.Conv1d(width, width, 9, stride=2, padding=4, groups=width, bias=False))
+            layers += after(nn.Conv1d(width, width, 1, bias=False))
+        super().__init__(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+class Case(NamedTuple):
+    """A network, and its input without the batch."""
+
+    title: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def batch(self, size: int, seed: int) -> Tensor:
+        """Smooth noise of the same for the same seed, of both signs."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(size, *self.shape, generator=generator)
+
+
+CASES = {
+    "mobilenet_v2": Case("MobileNetV2, 224x224", FULL_SIZE["mobilenet_v2"].constructor, (3, 224, 224)),
+    "resnet20": Case("ResNet-20, 32x32", FULL_SIZE["resnet20"].constructor, (3, 32, 32)),
+    "unet": Case("U-Net of width 16, 64x64", lambda: UNet(width=16, depth=3, classes=3), (3, 64, 64)),
+    "mlp": Case("MLP, 3x32x32", FULL_SIZE["mlp"].constructor, (3, 32, 32)),
+    "audio": Case("depthwise-separable network, 1 s of sound", DepthwiseSeparableAudio, (1, 16000)),
+}
+
+
+class Result(NamedTuple):
+    """What was found of one network."""
+
+    inputs: int
+    codes: int
+    differing: int
+    steps: float
+    times: dict[str, Timing]
+    bytes: dict[str, int]
+
+
+def network_of(case: Case) -> nn.Module:
+    """Random weights, with batch norms whose statistics are those of its data."""
+    torch.manual_seed(0)
+    model = case.make()
+    roughen_batch_norms(model)
+    with torch.no_grad():
+        for seed in range(3):
+            model.train()(case.batch(CALIBRATION_BATCH, seed))
+    return model.eval()
+
+
+def files_of(case: Case, folder: Path) -> tuple[nn.Module, dict[str, Path]]:
+    """The converted model, and a file of each contender."""
+    batches = [case.batch(CALIBRATION_BATCH, seed) for seed in range(CALIBRATION_BATCHES)]
+    example = (case.batch(1, 0),)
+    model = network_of(case)
+    prepared = prepare(model, QATConfig.for_target("executorch"), example)
+    calibrate(prepared, batches)
+    paths = {name: folder / f"{index}.pte" for index, name in enumerate((OURS, FLOAT, PT2E))}
+    export(prepared, example, paths[OURS])
+    paths[FLOAT].write_bytes(lowered(torch.export.export(model, example)))
+    paths[PT2E].write_bytes(lowered(torch.export.export(pt2e(model, example, batches), example)))
+    return convert(prepared), paths
+
+
+def pt2e(model: nn.Module, example: tuple[Tensor, ...], batches: Sequence[Tensor]) -> nn.Module:
+    """As in "Quantizing with XNNPACK" of ExecuTorch's documentation: per channel, calibrated."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
+    with torch.no_grad():
+        for batch in batches:
+            for image in batch.split(1):
+                prepared(image)
+    converted: nn.Module = convert_pt2e(prepared)
+    return converted
+
+
+def lowered(program: torch.export.ExportedProgram) -> bytes:
+    """Through XNNPACK, as every contender's."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    buffer: bytes = edge.to_executorch().buffer
+    return buffer
+
+
+def measure(case: Case, inputs: int, rounds: int) -> Result:
+    """Codes on ``inputs`` inputs, one at a time, and milliseconds of a call."""
+    from executorch.runtime import Runtime
+
+    with tempfile.TemporaryDirectory() as folder:
+        converted, paths = files_of(case, Path(folder))
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        programs = {name: Runtime.get().load_program(path.read_bytes()) for name, path in paths.items()}
+    methods: dict[str, Any] = {name: program.load_method("forward") for name, program in programs.items()}
+    codes = differing = 0
+    largest = 0.0
+    with torch.no_grad():
+        step = float(torch.unique(converted(case.batch(8, 99))).diff().min())
+        for seed in track(range(inputs), f"{case.title}: codes"):
+            x = case.batch(1, 1000 + seed)
+            difference = (methods[OURS].execute([x])[0] - converted(x)).abs()
+            codes += difference.numel()
+            differing += int((difference > 0).sum())
+            largest = max(largest, float(difference.max()))
+    x = case.batch(1, 0)
+    times = time_in_turns({name: lambda method=method: method.execute([x]) for name, method in methods.items()}, rounds)
+    return Result(inputs, codes, differing, largest / step, times, sizes)
+
+
+def table(results: dict[str, Result]) -> list[str]:
+    """Lines of Markdown."""
+    lines = [
+        "| network | inputs | output codes | differ | ms, ours | float32 (ours / it) | torchao PT2E (ours / it) | kB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        times = {contender: timing.median for contender, timing in result.times.items()}
+        found = f"{result.differing}" + (f", by {result.steps:.0f} step" if result.differing else "")
+        lines.append(
+            f"| {CASES[name].title} | {result.inputs:,} | {result.codes:,} | {found} | {times[OURS]:.2f} | "
+            + " | ".join(f"{times[other]:.2f} ({times[OURS] / times[other]:.2f})" for other in (FLOAT, PT2E))
+            + f" | {result.bytes[OURS] // 1000:,} of {result.bytes[FLOAT] // 1000:,} |"
+        )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
+    parser.add_argument("--inputs", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--write", action="store_true", help="write the section of RESULTS.md")
+    options = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    results = {name: measure(CASES[name], options.inputs, options.rounds) for name in options.networks}
+    lines = table(results)
+    Console().print("\n".join(lines), soft_wrap=True)
+    if options.write:
+        head = (
+            "`python benchmarks/executorch_files.py --write`: one input a call, random weights, calibrated on the same",
+            "32 inputs. Codes are those of the model's result, in ExecuTorch against the converted model; milliseconds",
+            f"are medians of {options.rounds} rounds taken in turn, all in ExecuTorch's runtime.",
+            f"{environment()} ExecuTorch {version('executorch')}, torchao {version('torchao')}.",
+        )
+        write_section("executorch", "\n".join(("## Files for ExecuTorch", "", *head, "", *lines)))
+
+
+if __name__ == "__main__":
+    main()
