@@ -118,6 +118,55 @@ def test_linear_layers_batches_and_a_file_in_another_process(tmp_path: Path) -> 
     assert json.loads(outputs) == convert(prepared)(x).tolist()
 
 
+def test_a_layer_called_twice_by_the_code_of_its_module(tmp_path: Path) -> None:
+    """It has one bias in the file, and a ReLU between two grids is not fused over the first of them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1  # what a trace would lose
+            return self.head(torch.relu(self.body(torch.relu(self.body(x)))))
+
+    torch.manual_seed(4)
+    verified(prepared_for_executorch(Model(), 8), tmp_path, 8)
+
+
+def test_a_batch_of_any_size_up_to_the_largest(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    prepared = prepared_for_executorch(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), 3, 6, 6)
+    path = tmp_path / "model.pte"
+    shapes = {"input": {0: torch.export.Dim("batch", max=32)}}
+    export(prepared, (torch.randn(2, 3, 6, 6),), path, dynamic_shapes=shapes)
+    verify(prepared, [torch.randn(size, 3, 6, 6) for size in (1, 7, 32, 64)], path=path)
+
+
+def test_an_operator_that_executorch_lacks_is_named(tmp_path: Path) -> None:
+    class Inverse(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.erfinv(x)
+
+    prepared = prepared_for_executorch(nn.Sequential(nn.Linear(4, 4), Inverse()), 4)
+    with pytest.raises(NotExportableError, match=r"no form of aten\.erfinv\.default in 1.*: Operator"):
+        export(prepared, (torch.randn(1, 4),), tmp_path / "model.pte")
+
+
+def test_numbers_among_arguments_and_results(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor, flag: bool = True) -> tuple[Tensor, int, None, Tensor]:
+            return self.body(x), x.shape[1], None, x
+
+    report = verified(prepared_for_executorch(Model(), 4), tmp_path, 4)
+    assert [layer.name for layer in report.layers[-2:]] == ["output 0", "output 1"]
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     prepared, path = verified_linear(tmp_path)
     path.write_bytes(path.read_bytes()[:1000])
@@ -125,20 +174,13 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         verify(prepared, [torch.randn(4, 6)], path=path)
 
 
-def test_a_layer_left_float_is_named_and_what_was_there_stays(tmp_path: Path) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Conv2d(3, 4, 3)
-            self.head = nn.Conv3d(1, 2, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.body(x).unsqueeze(1))
-
-    prepared = prepared_for_executorch(Model(), 3, 8, 8)
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    """A layer of three dimensions, which XNNPACK has none of."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Unflatten(1, (1, 4)), nn.Conv3d(1, 2, 2))
+    prepared = prepared_for_executorch(model, 3, 8, 8)
     path = tmp_path / "model.pte"
     path.write_bytes(b"before")
-    with pytest.raises(NotExportableError, match=r"XNNPACK has no integer form of aten\.convolution\.default in head"):
+    with pytest.raises(NotExportableError, match=r"XNNPACK has no integer form of aten\.convolution\.default in 2"):
         export(prepared, (torch.randn(1, 3, 8, 8),), path)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]

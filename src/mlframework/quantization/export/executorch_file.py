@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
 
+from .. import arithmetic
 from ..replaced_file import replaced_file
-from .executorch_package import import_lowering, import_runtime, quiet_executorch
+from .executorch_package import import_lowering, import_runtime, input_shapes, quiet_executorch
 from .program import NotExportableError
 from .qdq_program import lower_to_decomposed
-from .xnnpack_passes import divide_what_is_quantized, fold_biases
+from .xnnpack_passes import divide_what_is_quantized, fold_biases, keep_grids_apart
 
 # A product of floats outside of the delegate is a layer that was to be one of integers.
 _LAYERS = re.compile(r"aten\.(convolution|addmm|linear|mm|bmm)\b")
-_EDGES = re.compile(r"quantized_decomposed\.|getitem|executorch_call_delegate")
+_EDGES = re.compile(r"quantized_decomposed\.|getitem|executorch_call_delegate|sym_size|sym_constrain|_assert")
+_NOT_THE_USERS = tuple(str(Path(str(module.__file__)).parent) for module in (torch, arithmetic))
 
 
 def write_executorch(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
@@ -40,20 +44,22 @@ def write_executorch(program: torch.export.ExportedProgram, path: str | os.PathL
     lowering, partitioner = import_lowering()
     lower_to_decomposed(program)
     fold_biases(program)
+    keep_grids_apart(program)
     divide_what_is_quantized(program)
+    bounds, sizes = dict(program.range_constraints), list(_largest_inputs(program))
     with torch.no_grad(), quiet_executorch():
         try:
             edge = lowering(program, partitioner=[partitioner()])
             outside = list(_outside(edge.exported_program()))
-            in_floats = [node for node in outside if _LAYERS.search(str(node.target))]
+            in_floats = [node for node in outside if _is_integer_layer(node)]
+            _restore_bounds(edge.exported_program(), bounds)
             buffer = None if in_floats else edge.to_executorch().buffer
         except Exception as error:  # whatever it is, it came from an operation
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise NotExportableError(f"ExecuTorch has no form of an operation: {reason}") from error
+            raise NotExportableError(_reason(program, error)) from error
     if buffer is None:
         layers = "; ".join(map(_place_of, in_floats))
         raise NotExportableError(f"XNNPACK has no integer form of {layers}, which would be computed in floats")
-    _check_that_it_loads(buffer)
+    _check_that_it_loads(buffer, sizes)
     if outside:
         warnings.warn(
             "outside of XNNPACK, on floats and slowly, run " + "; ".join(dict.fromkeys(map(_place_of, outside))),
@@ -63,14 +69,47 @@ def write_executorch(program: torch.export.ExportedProgram, path: str | os.PathL
         file.write(buffer)
 
 
-def _check_that_it_loads(buffer: bytes) -> None:
-    """XNNPACK refuses what it has no kernel for only when a program is loaded."""
+def _check_that_it_loads(buffer: bytes, sizes: Sequence[tuple[float, ...] | None]) -> None:
+    """XNNPACK refuses what it has no kernel for only when a program is loaded; axes have to be as long as was asked."""
     runtime = import_runtime()
     try:
-        program = runtime.get().load_program(buffer)
-        program.load_method("forward")
+        loaded = runtime.get().load_program(buffer)
+        taken = input_shapes(loaded.load_method("forward"))
     except RuntimeError as error:
-        raise NotExportableError(f"XNNPACK refuses the program (the log says what of it): {error}") from error
+        raise NotExportableError(f"ExecuTorch does not load the program that it made: {error}") from error
+    for index, (shape, asked) in enumerate(zip(taken, sizes, strict=True)):
+        if shape and asked and any(one < other for one, other in zip(shape, asked, strict=True)):
+            raise NotExportableError(
+                f"ExecuTorch cut the sizes of input {index} to {shape}, of {asked} that dynamic_shapes ask for: give "
+                "the axis a smaller max, or export for a fixed size"
+            )
+
+
+def _largest_inputs(program: torch.export.ExportedProgram) -> Iterator[tuple[float, ...] | None]:
+    """The largest size of each input that a caller gives; None where it is no tensor."""
+    names = program.graph_signature.user_inputs
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for name in names:
+        value = nodes[name].meta["val"] if isinstance(name, str) and name in nodes else None
+        yield tuple(map(_largest, value.shape)) if isinstance(value, torch.Tensor) else None
+
+
+def _largest(size: int | torch.SymInt) -> float:
+    if isinstance(size, int):
+        return size
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    return float(bounds.upper) if bounds.upper.is_finite else 0.0
+
+
+def _restore_bounds(program: torch.export.ExportedProgram, bounds: dict[Any, Any]) -> None:
+    """What the user said of the sizes: XNNPACK's passes, which try sizes out, make them smaller."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt):
+                    size.node.shape_env.var_to_range.update(bounds)
+                    return
 
 
 def _outside(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
@@ -80,11 +119,29 @@ def _outside(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
             yield node
 
 
+def _is_integer_layer(node: fx.Node) -> bool:
+    """Whether a product of floats is that of a layer on integers: its weights are codes."""
+    if not _LAYERS.search(str(node.target)):
+        return False
+    operands = node.all_input_nodes[1:]
+    sources = [source for operand in operands for source in (operand, *operand.all_input_nodes)]
+    return any("dequantize_per_channel" in str(source.target) for source in sources)
+
+
+def _reason(program: torch.export.ExportedProgram, error: Exception) -> str:
+    """Which operation has no form, and whose it is."""
+    message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip("[]\"'")
+    named = [node for node in program.graph.nodes if node.op == "call_function" and str(node.target) in message]
+    places = "; ".join(dict.fromkeys(map(_place_of, named)))
+    return f"ExecuTorch has no form of {places or 'an operation'}: {message}"
+
+
 def _place_of(node: fx.Node) -> str:
-    """An operator, with the module that calls it and, where it is known, the line of code."""
-    owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+    """An operator, with the module that calls it and, where it is known, the user's line of code."""
+    owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path and "hook" not in path]
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    line = f" ({lines[-1][0]}:{lines[-1][1]})" if lines else ""
+    own = [(file, line) for file, line in lines if not file.startswith(("<", *_NOT_THE_USERS))]
+    line = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
     return f"{_name_of(node)} in {owners[-1] if owners else 'the model'}{line}"
 
 

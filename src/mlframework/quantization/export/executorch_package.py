@@ -36,6 +36,18 @@ def import_runtime() -> Any:
     return Runtime
 
 
+def input_shapes(method: Any) -> list[tuple[int, ...] | None]:
+    """The largest shape of each input of a method of a program; None where it is no tensor."""
+    meta = method.metadata
+    shapes: list[tuple[int, ...] | None] = []
+    for index in range(meta.num_inputs()):
+        try:
+            shapes.append(tuple(meta.input_tensor_meta(index).sizes()))
+        except (IndexError, RuntimeError):  # what it says of numbers
+            shapes.append(None)
+    return shapes
+
+
 @contextlib.contextmanager
 def quiet_executorch() -> Iterator[None]:
     """Without what ExecuTorch, and the torchao that it imports, say about themselves."""

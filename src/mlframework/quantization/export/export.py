@@ -29,7 +29,7 @@ def export(
     """Writes a model as the file that an engine reads: ONNX, as :func:`export_onnx` does, or ExecuTorch's ``.pte``.
 
     A ``.pte`` file runs through ExecuTorch's XNNPACK delegate, for the shapes of the example but for the axes in
-    ``dynamic_shapes``. (An ONNX file takes batches of any size without.) Its layers, sums,
+    ``dynamic_shapes``. (Batches of any size, which ONNX files take by default, have to be asked for.) Its layers, sums,
     products and averages compute the integers that the converted model computes, code for code; functions of single
     elements other than ReLU (sigmoid, hardswish, ...) are ExecuTorch's own, on floats, at most one step off.
 

@@ -122,9 +122,7 @@ def _program(
             if shapes is not None and "onstraints violated" in str(error):
                 raise _FixedSizeError(error, guards) from error
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise NotExportableError(
-                f"model cannot be taken down by torch.export, which fails in {running.innermost}: {reason}"
-            ) from error
+            raise NotExportableError(f"torch.export failed in {running.innermost}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from .qdq_program import constant_of
 
 _decomposed: Any = torch.ops.quantized_decomposed
-_QUANTIZE = _decomposed.quantize_per_tensor.default
-_DEQUANTIZE = _decomposed.dequantize_per_tensor.default
+_QUANTIZE: Any = _decomposed.quantize_per_tensor.default
+_DEQUANTIZE: Any = _decomposed.dequantize_per_tensor.default
 _DEQUANTIZE_CHANNELS = _decomposed.dequantize_per_channel.default
 _aten: Any = torch.ops.aten
+_ACTIVATIONS = {_aten.relu.default, _aten.hardtanh.default}
 _LAYERS = {
     _aten.linear.default,
     _aten.conv1d.default,
@@ -31,19 +32,48 @@ def fold_biases(program: torch.export.ExportedProgram) -> None:
 
     It takes biases as floats alone, and divides them by the product of the scales of input and weight.
     """
+    folded: set[fx.Node] = set()  # a layer that is called twice has one bias
     with _changed(program) as graph:
         for node in list(graph.nodes):
             if node.target is not _DEQUANTIZE_CHANNELS or node.args[-1] is not torch.int32:
                 continue
-            codes, scale = (constant_of(program, argument) for argument in node.args[:2])
-            assert codes is not None
-            assert scale is not None
             placeholder = node.args[0]
             assert isinstance(placeholder, fx.Node)
-            _set_constant(program, placeholder, _bias_values(codes, scale))
-            placeholder.meta["val"] = node.meta["val"]
+            if placeholder not in folded:
+                codes, scale = (constant_of(program, argument) for argument in node.args[:2])
+                assert codes is not None
+                assert codes.dtype is torch.int32
+                assert scale is not None
+                _set_constant(program, placeholder, _bias_values(codes, scale))
+                placeholder.meta["val"] = node.meta["val"]
+                folded.add(placeholder)
             node.replace_all_uses_with(placeholder)
             graph.erase_node(node)
+
+
+def keep_grids_apart(program: torch.export.ExportedProgram) -> None:
+    """Puts the result of an activation on its input's grid before it goes on another.
+
+    ExecuTorch fuses an activation with the layer before it, whatever grid lies between, and the first of two roundings
+    would be lost.
+    """
+    with _changed(program) as graph:
+        for node in list(graph.nodes):
+            if node.target is not _QUANTIZE:
+                continue
+            activation = node.args[0]
+            if not isinstance(activation, fx.Node) or activation.target not in _ACTIVATIONS:
+                continue
+            (source,) = activation.all_input_nodes
+            if source.target != _DEQUANTIZE or source.args[1:] == node.args[1:]:
+                continue
+            grid: tuple[Any, ...] = source.args[1:]
+            with graph.inserting_before(node):
+                codes = graph.call_function(_QUANTIZE, (activation, *grid))
+                values = graph.call_function(_DEQUANTIZE, (codes, *grid))
+            codes.meta = dict(node.meta)
+            values.meta = dict(activation.meta)
+            node.args = (values, *node.args[1:])
 
 
 def divide_what_is_quantized(program: torch.export.ExportedProgram) -> None:
@@ -94,18 +124,19 @@ def _layers_behind(quantize: fx.Node) -> dict[fx.Node, fx.Node] | None:
 
 
 def _is_float(value: Any) -> bool:
-    """Whether a value is not what XNNPACK computes on codes: an argument, or made from floats alone."""
+    """Whether a value is not what XNNPACK computes on codes: an argument, made from floats alone, or codes of another
+    grid as floats."""
     if not isinstance(value, fx.Node):
         return False
     sources = {_DEQUANTIZE, _DEQUANTIZE_CHANNELS}
-    return value.target not in sources and not any(node.target in sources for node in _sources_of(value))
+    return value.target is _DEQUANTIZE or not any(node.target in sources for node in _sources_of(value))
 
 
 def _sources_of(node: fx.Node) -> Iterator[fx.Node]:
     """What a node reads, through an activation that is fused with its input."""
     for source in node.all_input_nodes:
         yield source
-        if node.target in (_aten.relu.default, _aten.hardtanh.default):
+        if node.target in _ACTIVATIONS:
             yield from source.all_input_nodes
 
 

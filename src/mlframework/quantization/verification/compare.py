@@ -136,8 +136,9 @@ def verify(
 
     Args:
         model, batches, converted, path, session_options, providers: as there.
-        float_tolerance: by how much floats that ONNX Runtime computes (a softmax after the last layer) may differ, in
-            their own unit: no two libraries round float functions alike. Codes may never differ.
+        float_tolerance: by how much floats that the engine computes (a softmax after the last layer; in ExecuTorch also
+            a sigmoid between layers, whose codes it does not show) may differ, in their own unit: no two libraries
+            round float functions alike. Codes may never differ.
 
     Raises:
         VerificationError: something differs (in both sessions, where there are two); its message is the report's table.

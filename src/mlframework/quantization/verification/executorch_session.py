@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..export.executorch_package import import_runtime
-from .exported_outputs import ExportedOutputs, tensors_of
+from ..export.executorch_package import import_runtime, input_shapes
+from .exported_outputs import ExportedOutputs, leaves_of
 
 _IDENTIFIER = slice(4, 6)  # of a flat buffer; two digits of a version follow
 
@@ -36,25 +37,37 @@ class ExecuTorchSession:
             raise ValueError(
                 f"path must be a program that ExecuTorch loads, got {os.fspath(path)!r}: {error}"
             ) from error
-        meta = self._method.metadata
-        self._shapes = [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
+        self._shapes = input_shapes(self._method)
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedOutputs:
-        """Runs the file on the arguments of a call of ``model``, a part of the batch at a time.
+        """Runs the file on the arguments of a call of ``model``, a part of the batch at a time where it takes fewer.
 
         Raises:
             ValueError: it takes other shapes.
         """
-        tensors = [tensor.detach().cpu().contiguous() for tensor in tensors_of(model, args, kwargs)]
-        parts = _in_parts(tensors, self._shapes)
-        if parts is None:
+        values = [_as_read(leaf) for leaf in leaves_of(model, args, kwargs)]
+        found = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
+        parts = _in_parts(values, self._shapes)
+        if parts is None:  # of the file's shape, or of a smaller one that it may take as well
+            try:
+                return ExportedOutputs({}, self._execute(values))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"batches must have the shapes that the file at path takes, {self._shapes}, or more of them along "
+                    f"the first axis, got {found}: {error}"
+                ) from error
+        results = list(map(self._execute, parts))
+        length = next(value.shape[0] for value in parts[0] if isinstance(value, Tensor))
+        if any(value.dim() == 0 or value.shape[0] != length for result in results for value in result):
             raise ValueError(
-                f"batches must have the shapes that the file at path takes, {self._shapes}, or more of them along the "
-                f"first axis, got {[tuple(tensor.shape) for tensor in tensors]}"
+                f"batches must have the shapes that the file at path takes, {self._shapes}, since its results have no "
+                f"batch to be put together from parts along, got {found}"
             )
+        return ExportedOutputs({}, list(map(torch.cat, zip(*results, strict=True))))
+
+    def _execute(self, values: Sequence[Any]) -> list[Tensor]:
         # What it returns lies in memory that the next call writes to.
-        results = [[value.clone() for value in self._method.execute(part)] for part in parts]
-        return ExportedOutputs({}, list(map(torch.cat, zip(*results, strict=True))) if len(parts) > 1 else results[0])
+        return [value.clone() for value in self._method.execute(values) if isinstance(value, Tensor)]
 
 
 def is_executorch_file(path: str | os.PathLike[str]) -> bool:
@@ -67,16 +80,29 @@ def is_executorch_file(path: str | os.PathLike[str]) -> bool:
         return file.read(8)[_IDENTIFIER] == b"ET"
 
 
-def _in_parts(tensors: list[Tensor], shapes: list[tuple[int, ...]]) -> list[list[Tensor]] | None:
-    """The tensors in parts of the shapes that are taken; None where they have others."""
-    found = [tuple(tensor.shape) for tensor in tensors]
-    if found == shapes:
-        return [tensors]
-    pairs = list(zip(found, shapes, strict=False))
-    if len(found) != len(shapes) or not all(one and other and one[1:] == other[1:] for one, other in pairs):
+def _as_read(value: Any) -> Any:
+    return value.detach().cpu().contiguous() if isinstance(value, Tensor) else value
+
+
+def _in_parts(values: list[Any], shapes: list[tuple[int, ...] | None]) -> list[list[Any]] | None:
+    """The values in parts of the shapes that are taken; None where they have others."""
+    if len(values) != len(shapes):
         return None
-    counts = {divmod(one[0], other[0]) for one, other in pairs}
-    if len(counts) != 1 or next(iter(counts))[1] or not next(iter(counts))[0]:
+    counts = set()
+    for value, shape in zip(values, shapes, strict=True):
+        if shape is None:
+            continue
+        found = tuple(value.shape) if isinstance(value, Tensor) else ()
+        if not shape or not found or found[1:] != shape[1:]:
+            return None
+        counts.add(divmod(found[0], shape[0]))
+    if len(counts) != 1:
         return None
-    split = [torch.split(tensor, shape[0]) for tensor, shape in zip(tensors, shapes, strict=True)]
+    ((count, rest),) = counts
+    if rest or count < 2:
+        return None
+    split = [
+        [value] * count if shape is None else list(value.split(shape[0]))
+        for value, shape in zip(values, shapes, strict=True)
+    ]
     return [list(part) for part in zip(*split, strict=True)]

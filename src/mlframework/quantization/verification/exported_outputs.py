@@ -19,5 +19,9 @@ class ExportedOutputs(NamedTuple):
 
 def tensors_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among the arguments of a call, in the order of the model's signature."""
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return [leaf for leaf in tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves_of(model, args, kwargs) if isinstance(leaf, Tensor)]
+
+
+def leaves_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The same with whatever is no tensor."""
+    return tree_leaves(dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))

@@ -146,6 +146,7 @@ class ComparisonReport:
         first = self.first_difference
         return {
             "agrees": self.agrees,
+            "engine": self.engine,
             "first_difference": None if first is None else first.name,
             "saturation": self.saturation,
             "layers": [asdict(layer) for layer in self.layers],
