@@ -305,10 +305,11 @@ class Encoder:
     def _name_of_record(self, kind: Any) -> str:
         name = getattr(kind, "__qualname__", str(kind))
         if self._networks.records.get(name) is not kind:
-            described = f"{getattr(kind, '__module__', None)}.{name}"
+            module = str(getattr(kind, "__module__", None) or "torch")
+            described = f"{'torch' if module.startswith('torch.') else module}.{getattr(kind, '__name__', name)}"
             raise NotAllowedError(
-                f"{described} is neither a function of PyTorch's that a file may call nor a record that the network's "
-                "own code names"
+                f"it calls {described}, which a file cannot hold: it is neither a function of PyTorch's from the list of "
+                "those that a file may call nor a record that the network's own code names"
             )
         return f"record:{name}"
 

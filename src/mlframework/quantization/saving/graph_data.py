@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..graph.graph_nodes import NodeValue, PlainNode
+from .allowed_calls import REFUSED_ARGUMENTS
 from .vocabulary import (
     RUN,
     NotAllowedError,
@@ -22,12 +23,28 @@ from .vocabulary import (
     is_word,
     name_of_function,
     operands_of,
+    shortened,
 )
 
 Record = Callable[[Any], Any]  # between the class of a record and its name
 
 _PROGRAM = re.compile(r"program_\d+")
 _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
+_DTYPES = frozenset(
+    {
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    }
+    | {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128}
+    | {torch.float8_e4m3fn, torch.float8_e5m2}
+)
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -49,13 +66,15 @@ def dtype_named(name: Any) -> torch.dtype:
         NotAllowedError: there is none.
     """
     found: torch.dtype = _constant(name, torch.dtype)
+    if found not in _DTYPES:
+        raise NotAllowedError(f"{name} is no dtype that a file may name")
     return found
 
 
 def _constant(name: Any, kind: Any) -> Any:
     found = vars(torch).get(name) if isinstance(name, str) else None
     if not isinstance(found, kind):
-        raise NotAllowedError(f"{name} is no {kind.__name__}")
+        raise NotAllowedError(f"{shortened(name)} is no {kind.__name__}")
     return found
 
 
@@ -70,9 +89,12 @@ def encode_nodes(nodes: Sequence[PlainNode], fields: Collection[str], record: Re
         NotAllowedError: there is a node that a file may not have.
     """
     encoded = []
+    placeholders: set[str] = set()
     for index, node in enumerate(nodes):
-        _check(node, index, nodes, fields)
         target, args = node.target, node.args
+        if node.op == "call_method" and not is_method(target) and not _is_of_program(node, nodes):
+            raise NotAllowedError(f"it calls the method {target} of a tensor, which a file cannot hold")
+        _check(node, index, placeholders, nodes, fields)
         if target is torch._assert and isinstance(args[-1], str):
             args = (*args[:-1], as_word(args[-1]))
         if node.op == "call_function":
@@ -92,12 +114,13 @@ def decode_nodes(encoded: Any, fields: Collection[str], record: Record) -> tuple
         NotAllowedError: there is a node that a file may not have.
     """
     nodes: list[PlainNode] = []
+    placeholders: set[str] = set()
     for index, (op, target, args, kwargs) in enumerate(encoded):
         if op == 2:
             target = record(target[7:]) if target.startswith("record:") else function_named(target)
         named = {key: _decode(value, index) for key, value in kwargs.items()}
         node = PlainNode(_OPS[_counted(op)], target, tuple([_decode(arg, index) for arg in args]), named)
-        _check(node, index, nodes, fields)
+        _check(node, index, placeholders, nodes, fields)
         nodes.append(node)
     if not nodes or nodes[-1].op != "output":
         raise NotAllowedError("a graph must end with its result")
@@ -106,42 +129,70 @@ def decode_nodes(encoded: Any, fields: Collection[str], record: Record) -> tuple
 
 def _counted(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise NotAllowedError(f"{value!r} is no number of something")
+        raise NotAllowedError(f"{shortened(value)} is no number of something")
     return value
 
 
-def _check(node: PlainNode, index: int, nodes: Sequence[PlainNode], fields: Collection[str]) -> None:
-    """Refuses what the text of a forward could not say safely, or a function could misuse."""
+def _check(
+    node: PlainNode, index: int, placeholders: set[str], nodes: Sequence[PlainNode], fields: Collection[str]
+) -> None:
+    """Refuses what the text of a forward could not say safely, or a function could misuse.
+
+    Args:
+        index: of the node.
+        placeholders: the names of those before it, to which its own is added.
+        nodes: those before it, at the least.
+        fields: what records name their parts.
+    """
     op, target, args, kwargs = node
     if not all(map(is_identifier, kwargs)):
-        raise NotAllowedError(f"arguments may not be called {', '.join(map(str, kwargs))}")
+        raise NotAllowedError(f"arguments may not be called {shortened(', '.join(map(str, kwargs)))}")
     if op == "call_function":
         if target is getattr:
             _check_attribute(args, kwargs, fields)
         elif getattr(target, "__module__", None) == "_operator" and (kwargs or len(args) != operands_of(target)):
             raise NotAllowedError(f"{target.__name__} takes {operands_of(target)} values, got {len(args)}")
+        elif not REFUSED_ARGUMENTS.isdisjoint(kwargs):
+            _refuse_arguments(target.__name__, kwargs)
     elif op == "call_method":
-        owner = nodes[args[0]] if args and isinstance(args[0], NodeValue) else None
-        is_program = owner is not None and owner.op == "placeholder" and _PROGRAM.fullmatch(owner.target)
-        if owner is None or "key" in kwargs or not ((is_program and target == RUN) or is_method(target)):
-            raise NotAllowedError(f"a graph may not call the method {target}")
+        is_of_value = bool(args) and isinstance(args[0], NodeValue)
+        if not is_of_value or not (_is_of_program(node, nodes) or is_method(target)):
+            raise NotAllowedError(f"a graph may not call the method {shortened(target)}")
+        if not REFUSED_ARGUMENTS.isdisjoint(kwargs):
+            _refuse_arguments(f"the method {target}", kwargs)
     elif op in ("call_module", "get_attr"):
         if not isinstance(target, str) or not all(map(is_step, target.split("."))):
-            raise NotAllowedError(f"{target!r} is no name of a module or a tensor")
+            raise NotAllowedError(f"{shortened(target)!r} is no name of a module or a tensor")
         if op == "get_attr" and (args or kwargs):
             raise NotAllowedError(f"{target} takes no arguments")
     elif op == "placeholder":
-        is_next = all(each.op == op and each.target != target for each in nodes[:index])
-        if args or kwargs or not is_identifier(target) or not is_next:
-            raise NotAllowedError(f"{target!r} is no argument of a forward")
-    elif target != "output" or kwargs or len(args) != 1 or any(each.op == op for each in nodes[:index]):
+        # All before it are placeholders, where there are as many names as nodes.
+        is_next = len(placeholders) == index and target not in placeholders if is_identifier(target) else False
+        if args or kwargs or not is_next:
+            raise NotAllowedError(f"{shortened(target)!r} is no argument of a forward")
+        placeholders.add(target)
+    elif target != "output" or kwargs or len(args) != 1:
         raise NotAllowedError("a graph must have one result, which is its last node")
+    if index and nodes[index - 1].op == "output":
+        raise NotAllowedError("a graph must have one result, which is its last node")
+
+
+def _is_of_program(node: PlainNode, nodes: Sequence[PlainNode]) -> bool:
+    """Whether a call is that of a program, which a flat graph is given as an argument."""
+    owner = nodes[node.args[0]] if node.args and isinstance(node.args[0], NodeValue) else None
+    is_program = owner is not None and owner.op == "placeholder" and _PROGRAM.fullmatch(owner.target)
+    return node.target == RUN and bool(is_program)
+
+
+def _refuse_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
+    refused = ", ".join(sorted(REFUSED_ARGUMENTS.intersection(kwargs)))
+    raise NotAllowedError(f"a graph may not call {name} with the argument {refused}")
 
 
 def _check_attribute(args: Sequence[Any], kwargs: Mapping[str, Any], fields: Collection[str]) -> None:
     is_pair = len(args) == 2 and not kwargs and isinstance(args[0], NodeValue) and isinstance(args[1], str)
     if not is_pair or (args[1] not in fields and args[1] not in fields_of_results()):
-        raise NotAllowedError(f"a graph may not read the attribute {args[1:]}")
+        raise NotAllowedError(f"a graph may not read the attribute {shortened(args[1:])}")
 
 
 def _encode_named(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +249,7 @@ def _decode(value: Any, index: int) -> Any:
 
 def _key(key: Any) -> Any:
     if not (type(key) in (bool, int) or key is None or (type(key) is str and is_word(key))):
-        raise NotAllowedError(f"{key!r} is no key of a dictionary in a graph")
+        raise NotAllowedError(f"{shortened(key)} is no key of a dictionary in a graph")
     return key
 
 
@@ -210,6 +261,8 @@ def constant_of(value: Any) -> dict[str, Any] | None:
         return {"device": [value.type, value.index]}
     for name, kind in (("dtype", torch.dtype), ("format", torch.memory_format), ("layout", torch.layout)):
         if isinstance(value, kind):
+            if (kind is torch.layout and value != torch.strided) or (kind is torch.dtype and value not in _DTYPES):
+                raise NotAllowedError(f"{value} is a {name} that a file cannot hold")
             return {name: str(value).removeprefix("torch.")}
     return None
 
@@ -227,12 +280,14 @@ def constant(kind: str, content: Any) -> Any:
     if kind == "format":
         return _constant(content, torch.memory_format)
     if kind == "layout":
-        return _constant(content, torch.layout)
+        if content != "strided":  # others keep indices beside the elements, which a graph could change
+            raise NotAllowedError(f"{shortened(content)!r} is no layout that a file may name")
+        return torch.strided
     if kind == "ellipsis":
         return Ellipsis
     if kind == "device":
         name, index = content
         if not is_identifier(name):
-            raise NotAllowedError(f"{name!r} is no device")
+            raise NotAllowedError(f"{shortened(name)!r} is no device")
         return torch.device(name) if index is None else torch.device(name, _counted(index))
-    raise NotAllowedError(f"{kind!r} is no kind of value")
+    raise NotAllowedError(f"{shortened(kind)!r} is no kind of value")

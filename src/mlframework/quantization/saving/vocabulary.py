@@ -10,16 +10,17 @@ import keyword
 import math
 import operator
 import re
+import reprlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache, lru_cache
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..graph.decisions import length
+from .allowed_calls import FUNCTIONS, METHODS, METHODS_OF_OTHERS
 
 # Letters, digits, underscores: what text that is made of a graph may hold unquoted.
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -34,23 +35,9 @@ _OPERATORS = (
     "le", "lshift", "lt", "matmul", "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "setitem", "sub",
     "truediv", "truth", "xor",
 )  # fmt: skip
-_FACTORIES = (
-    "arange", "as_tensor", "empty", "eye", "finfo", "full", "iinfo", "linspace", "logspace", "normal", "ones", "rand",
-    "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "result_type", "tensor", "tril_indices",
-    "triu_indices", "zeros",
-)  # fmt: skip
+_LONGEST = 200  # letters of what a message quotes of a file
 _OTHERS: dict[str, Any] = {"getattr": getattr, "length": length, "OrderedDict": OrderedDict, "assert": torch._assert}
 
-# Among what PyTorch has beside functions of tensors: memory of others, files, and what calls what it is given.
-_NOT_OF_TENSORS = re.compile(
-    r"from_|asarray|buffer|file|hook|handle_|boolean_dispatch|assert_|has_torch|sym_constrain|mkldnn|miopen|cudnn|"
-    r"strided|sparse_\w+_tensor|empty_(permuted|quantized)|resize|is_vulkan|flatten_dense|with_distance"
-)
-_NO_METHODS = re.compile(
-    r"hook|data_ptr|storage|share|dlpack|pin|record_stream|resize|strided|from_|backward|module_load|reinforce|"
-    r"(numpy|new|set_|apply_|map_|map2_|as_subclass|requires_grad_|retain_grad|solve|eig|symeig|lstsq)$"
-)
-_METHODS_OF_OTHERS = frozenset({"__getitem__", "get", "items", "keys", "values", "index", "count"})
 RUN = "run"  # of a program
 ATTRIBUTES = frozenset(
     {"H", "T", "mH", "mT", "data", "device", "dtype", "imag", "is_cuda", "is_sparse", "itemsize", "layout", "nbytes"}
@@ -63,34 +50,43 @@ class NotAllowedError(ValueError):
     """What a file may not say, or an object that it cannot name."""
 
 
-def _functions_of_torch(name: str) -> Any:
-    found = getattr(torch._C._VariableFunctions, name, None) or getattr(torch.functional, name, None)
-    is_function = isinstance(found, (BuiltinFunctionType, FunctionType)) and getattr(torch, name, None) is not None
-    if name in _FACTORIES or is_function:
-        return getattr(torch, name)
-    return None
+class _Shortening(reprlib.Repr):
+    """The text of a value with an end, which a file has not to have: its records may hold each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 100, 100
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        is_small = x is None or isinstance(x, (bool, float, torch.dtype, torch.device))
+        return repr(x) if is_small else f"a {type(x).__name__}"
 
 
-def _functions_of(namespace: Any) -> Callable[[str], Any]:
+_SHORTENING = _Shortening()
+
+
+def shortened(value: Any) -> str:
+    """What a file says, as a message quotes it."""
+    text = value if isinstance(value, str) else _SHORTENING.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _functions_of(namespace: Any, allowed: Collection[str]) -> Callable[[str], Any]:
     def find(name: str) -> Any:
-        found = vars(namespace).get(name)
-        if isinstance(found, BuiltinFunctionType):
-            return found
-        is_own = isinstance(found, FunctionType) and found.__module__.startswith("torch.")
-        return found if is_own else None
+        return getattr(namespace, name, None) if name in allowed else None
 
     return find
 
 
 _NAMESPACES: dict[str, Callable[[str], Any]] = {
-    "torch": _functions_of_torch,
-    "F": _functions_of(F),
-    "nn": _functions_of(torch._C._nn),
-    "special": _functions_of(torch.special),
-    "linalg": _functions_of(torch.linalg),
-    "fft": _functions_of(torch.fft),
-    "math": _functions_of(math),
-    "operator": lambda name: getattr(operator, name) if name in _OPERATORS else None,
+    "torch": _functions_of(torch, FUNCTIONS["torch"]),
+    "F": _functions_of(F, FUNCTIONS["F"]),
+    "nn": _functions_of(torch._C._nn, FUNCTIONS["nn"]),
+    "special": _functions_of(torch.special, FUNCTIONS["special"]),
+    "linalg": _functions_of(torch.linalg, FUNCTIONS["linalg"]),
+    "fft": _functions_of(torch.fft, FUNCTIONS["fft"]),
+    "math": _functions_of(math, FUNCTIONS["math"]),
+    "operator": _functions_of(operator, _OPERATORS),
     "other": _OTHERS.get,
 }
 
@@ -103,31 +99,27 @@ def function_named(name: str) -> Any:
         NotAllowedError: there is none that a file may call.
     """
     namespace, _, key = name.partition(":")
-    if namespace in _NAMESPACES and _IDENTIFIER.fullmatch(key) and not key.startswith("_"):
-        is_known = namespace == "other" or key in _FACTORIES or not _NOT_OF_TENSORS.search(key)
-        found = _NAMESPACES[namespace](key) if is_known else None
-        if found is not None:
-            return found
-    raise NotAllowedError(f"{name} is no function that a file may call")
+    found = _NAMESPACES[namespace](key) if namespace in _NAMESPACES else None
+    if found is None:
+        raise NotAllowedError(f"{shortened(name)} is no function that a file may call")
+    return found
 
 
 @cache
 def _names_of_functions() -> dict[int, str]:
     found: dict[int, str] = {}
     for namespace, names in _all_names():
-        for name in names:
+        for name in sorted(names):
             try:
                 found.setdefault(id(function_named(f"{namespace}:{name}")), f"{namespace}:{name}")
-            except NotAllowedError:
+            except NotAllowedError:  # this version of PyTorch has none of that name
                 continue
     return found
 
 
-def _all_names() -> Iterator[tuple[str, Any]]:
-    yield "torch", (*dir(torch._C._VariableFunctions), *torch.functional.__all__, *_FACTORIES)
-    for key, namespace in (("F", F), ("nn", torch._C._nn), ("special", torch.special), ("linalg", torch.linalg)):
-        yield key, dir(namespace)
-    yield from (("fft", dir(torch.fft)), ("math", dir(math)), ("operator", _OPERATORS), ("other", _OTHERS))
+def _all_names() -> Iterator[tuple[str, Collection[str]]]:
+    yield from FUNCTIONS.items()
+    yield from (("operator", _OPERATORS), ("other", _OTHERS))
 
 
 def name_of_function(function: Any) -> str | None:
@@ -144,10 +136,7 @@ def operands_of(function: Any) -> int:
 @cache
 def is_method(name: str) -> bool:
     """Whether a graph may call a method of that name."""
-    if name in _METHODS_OF_OTHERS:
-        return True
-    is_public = bool(_IDENTIFIER.fullmatch(name)) and not name.startswith("_")
-    return is_public and not _NO_METHODS.search(name) and callable(getattr(torch.Tensor, name, None))
+    return name in METHODS_OF_OTHERS or (name in METHODS and callable(getattr(torch.Tensor, name, None)))
 
 
 @cache
