@@ -1,4 +1,4 @@
-"""The graph of a file calls what is in a list of ordinary computation: nothing in it reads or writes memory of others."""
+"""The graph of a file calls what is in a list of ordinary computation: nothing in it writes elsewhere."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FUNCTIONS = (
     "torch:ctc_loss", "torch:segment_reduce", "torch:native_batch_norm", "torch:native_layer_norm",
-    "torch:batch_norm_elemt", "torch:batch_norm_gather_stats", "torch:fused_moving_avg_obs_fake_quant", "torch:fbgemm_linear_fp16_weight",
-    "torch:quantize_per_channel", "torch:quantized_lstm_cell", "torch:embedding_bag", "torch:view_copy",
-    "torch:unsafe_split", "torch:as_strided", "torch:sparse_coo_tensor", "torch:spmm", "torch:mkldnn_convolution",
-    "torch:lstm", "torch:from_file", "torch:frombuffer", "torch:searchsorted", "F:ctc_loss", "F:embedding_bag",
-    "F:fractional_max_pool2d", "F:max_unpool2d", "F:multilabel_margin_loss", "nn:slow_conv3d", "nn:mkldnn_linear",
-    "nn:col2im", "nn:rrelu_with_noise", "linalg:lu_solve", "linalg:ldl_solve",
+    "torch:batch_norm_elemt", "torch:batch_norm_gather_stats", "torch:fused_moving_avg_obs_fake_quant",
+    "torch:fbgemm_linear_fp16_weight", "torch:quantize_per_channel", "torch:quantized_lstm_cell",
+    "torch:embedding_bag", "torch:view_copy", "torch:unsafe_split", "torch:as_strided", "torch:sparse_coo_tensor",
+    "torch:spmm", "torch:mkldnn_convolution", "torch:lstm", "torch:from_file", "torch:frombuffer",
+    "torch:searchsorted", "F:ctc_loss", "F:embedding_bag", "F:fractional_max_pool2d", "F:max_unpool2d",
+    "F:multilabel_margin_loss", "nn:slow_conv3d", "nn:mkldnn_linear", "nn:col2im", "nn:rrelu_with_noise",
+    "linalg:lu_solve", "linalg:ldl_solve",
 )  # fmt: skip
 METHODS = (
     "to_sparse", "to_sparse_csr", "to_sparse_bsr", "to_dense", "to_mkldnn", "indices_", "_indices", "crow_indices",
-    "col_indices", "set_", "resize_", "as_strided", "as_strided_", "data_ptr", "storage", "sparse_resize_", "unsafe_chunk", "t_",
-    "squeeze_", "narrow_copy", "put_", "map_", "lu_solve", "ormqr", "share_memory_", "requires_grad_",
+    "col_indices", "set_", "resize_", "as_strided", "as_strided_", "data_ptr", "storage", "sparse_resize_",
+    "unsafe_chunk", "t_", "squeeze_", "narrow_copy", "put_", "map_", "lu_solve", "ormqr", "share_memory_",
+    "requires_grad_",
 )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 strides.
 
 PyTorch has functions that trust what they are given: the indices inside of a sparse tensor, the lengths of statistics,
-``unsafe`` arguments. One of these in a graph, and the graph writes anywhere in memory. So the names that are allowed are
-listed, and whatever is new in PyTorch is not.
+``unsafe`` arguments. One of these in a graph, and the graph writes anywhere in memory. So what is allowed is listed,
+and whatever is new in PyTorch is not.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ def _names(text: str) -> frozenset[str]:
 # Of each element by itself, and of pairs of elements.
 _ELEMENTWISE = _names(
     """
-    abs absolute acos acosh add addcdiv addcmul arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh atan atan2
-    atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp clamp_max
-    clamp_min clip copysign cos cosh deg2rad digamma div divide eq erf erfc erfinv exp exp2 expm1 fix float_power floor
-    floor_divide fmax fmin fmod frac ge greater greater_equal gt heaviside hypot i0 ldexp le lerp less less_equal lgamma
-    log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum
-    minimum mul multiply nan_to_num ne neg negative not_equal positive pow rad2deg reciprocal relu remainder round rsqrt
-    rsub sgn sigmoid sign signbit sin sinc sinh sqrt square sub subtract tan tanh true_divide trunc where xlogy isclose
-    isfinite isin isinf isnan isneginf isposinf isreal conj conj_physical resolve_conj resolve_neg angle real imag
+    abs absolute acos acosh add addcdiv addcmul arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh atan
+    atan2 atanh bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp
+    clamp_max clamp_min clip copysign cos cosh deg2rad digamma div divide eq erf erfc erfinv exp exp2 expm1 fix
+    float_power floor floor_divide fmax fmin fmod frac ge greater greater_equal gt heaviside hypot i0 ldexp le lerp
+    less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
+    logit lt masked_fill maximum minimum mul multiply nan_to_num ne neg negative not_equal positive pow rad2deg
+    reciprocal relu remainder round rsqrt rsub sgn sigmoid sign signbit sin sinc sinh sqrt square sub subtract tan
+    tanh true_divide trunc where xlogy isclose isfinite isin isinf isnan isneginf isposinf isreal conj conj_physical
+    resolve_conj resolve_neg angle real imag
     """
 )
 _REDUCTIONS = _names(
@@ -39,16 +40,17 @@ _PRODUCTS = _names(
 )
 _SHAPES = _names(
     """
-    adjoint broadcast_to chunk clone detach diag diag_embed diagflat diagonal diff dsplit expand_as flatten flip fliplr
-    flipud hsplit moveaxis movedim narrow permute ravel repeat_interleave reshape roll rot90 select split
-    split_with_sizes squeeze swapaxes swapdims t tensor_split tile transpose tril triu unbind unflatten unsqueeze vsplit
+    adjoint broadcast_to chunk clone detach diag diag_embed diagflat diagonal diff dsplit expand_as flatten flip
+    fliplr flipud hsplit moveaxis movedim narrow permute ravel repeat_interleave reshape roll rot90 select split
+    split_with_sizes squeeze swapaxes swapdims t tensor_split tile transpose tril triu unbind unflatten unsqueeze
+    vsplit
     """
 )
 _BY_INDEX = _names(
     """
-    argsort argwhere bincount gather histc index_add index_copy index_fill index_put index_select kthvalue masked_scatter
-    masked_select msort nonzero scatter scatter_add scatter_reduce select_scatter slice_scatter sort take take_along_dim
-    topk unique unique_consecutive
+    argsort argwhere bincount gather histc index_add index_copy index_fill index_put index_select kthvalue
+    masked_scatter masked_select msort nonzero scatter scatter_add scatter_reduce select_scatter slice_scatter sort
+    take take_along_dim topk unique unique_consecutive
     """
 )
 _RANDOM = _names("bernoulli multinomial")
@@ -74,9 +76,9 @@ _DROPOUTS = _names("alpha_dropout dropout dropout1d dropout2d dropout3d feature_
 _LAYERS = _names(
     """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-    adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d bilinear channel_shuffle conv1d conv2d conv3d conv_transpose1d
-    conv_transpose2d conv_transpose3d cosine_similarity embedding lp_pool1d lp_pool2d lp_pool3d max_pool1d max_pool2d
-    max_pool3d pairwise_distance pixel_shuffle pixel_unshuffle
+    adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d bilinear channel_shuffle conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d cosine_similarity embedding lp_pool1d lp_pool2d lp_pool3d
+    max_pool1d max_pool2d max_pool3d pairwise_distance pixel_shuffle pixel_unshuffle
     """
 )
 _LOSSES = _names(
@@ -103,12 +105,12 @@ _OF_F = _names(
 )
 _OF_NN = _names(
     """
-    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d avg_pool2d avg_pool3d elu elu_ gelu
-    gelu_ glu hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ linear log_sigmoid
-    max_pool2d_with_indices max_pool3d_with_indices mish mish_ one_hot pad pad_sequence reflection_pad1d
+    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d avg_pool2d avg_pool3d elu elu_
+    gelu gelu_ glu hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ linear
+    log_sigmoid max_pool2d_with_indices max_pool3d_with_indices mish mish_ one_hot pad pad_sequence reflection_pad1d
     reflection_pad2d reflection_pad3d relu6 relu6_ replication_pad1d replication_pad2d replication_pad3d
-    scaled_dot_product_attention silu silu_ softplus softshrink upsample_bicubic2d upsample_bilinear2d upsample_linear1d
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d
+    scaled_dot_product_attention silu silu_ softplus softshrink upsample_bicubic2d upsample_bilinear2d
+    upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d
     """
 )
 _OF_SPECIAL = _names("digamma entr erf erfc erfinv exp2 expit expm1 i0 log1p log_softmax logit logsumexp ndtr round")

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -214,3 +214,16 @@ def would_shadow(kind: type, name: str) -> bool:
     """Whether an attribute of that name would stand in the way of what a class defines."""
     found = inspect.getattr_static(kind, name, None)
     return callable(found) or hasattr(found, "__get__") or hasattr(found, "__set__")
+
+
+@cache
+def names_in_code(kind: type) -> frozenset[str]:
+    """What the methods of a class that is not PyTorch's name: attributes among them."""
+    return frozenset(
+        name
+        for base in kind.__mro__[:-1]
+        if not base.__module__.startswith("torch.")
+        for value in vars(base).values()
+        if isinstance(function := getattr(value, "fget", value), FunctionType)
+        for name in function.__code__.co_names
+    )

@@ -8,22 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..graph.float_structure import FLOAT_STRUCTURE, HOOKS, holds_text, note_float_module
+from ..graph.float_structure import FLOAT_STRUCTURE, HOOKS, holds_text, is_pytorchs, note_float_module
 from ..graph.generated_forward import base_of_generated, generated_class
 from ..graph.nodes import ADDED
 from ..int8.integer_module import IntegerModule, PackedModule
+from ..preparation.report import PreparationReport
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.observer_synchronizer import ObserverSynchronizer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from . import classes
 from .classes import NetworksRecords, would_shadow
-from .encoding import TRANSIENT
+from .encoding import TRANSIENT, is_value
 from .source_decoding import SourceDecoder
 from .unsavable import REGISTRIES
 from .values import ValueDecoder
-from .vocabulary import NotAllowedError, is_step
+from .vocabulary import NotAllowedError, is_step, shortened
+
+# What this library keeps in modules of a network.
+_OWN_ATTRIBUTES: dict[str, type] = {
+    "observer_synchronizer": ObserverSynchronizer,
+    "preparation_report": PreparationReport,
+}
+# What others keep in modules, beside what PyTorch does, to call something else than the forward.
+_OF_OTHERS = frozenset({"_code", "_generated_from", "_hf_hook", "_old_forward", "_orig_mod", "_forward_module"})
 
 
 class Decoder:
@@ -57,18 +67,20 @@ class Decoder:
             self.modules, self._objects, content["records"], self._tensors, NetworksRecords(own.values())
         )
         self._values = values
-        self._settable: dict[type, set[str]] = {}
+        self._settable: dict[tuple[type, bool], set[str]] = {}
         self._object_states = [
             self._attributes(type(made), entry["set"])
             for made, entry in zip(self._objects, content["objects"], strict=True)
         ]
         self.states = [
-            self._attributes(base_of_generated(type(module)), entry.get("set", {}))
+            self._attributes(base_of_generated(type(module)), entry.get("set", {}), "own" not in entry)
             for entry, module in zip(self._entries, self.modules, strict=True)
         ]
         for number, entry in enumerate(self._entries):
             if "own" in entry:
-                _check_text(self.states[number], self._children[number])
+                module = self.modules[number]
+                kind = base_of_generated(type(module))
+                _check_own(kind, vars(module), self.states[number], self._children[number])
         self._hooks = [
             [(_registry(registry), _from(classes.HOOKS, name)) for registry, name in entry.get("hooks", ())]
             for entry in self._entries
@@ -82,6 +94,8 @@ class Decoder:
 
     def _module(self, entry: Mapping[str, Any]) -> nn.Module:
         if "own" in entry:
+            if "shares" in entry:
+                raise NotAllowedError(f"{shortened(entry['own'])} of the network may not take another's tensors")
             return self._own[entry["own"]]
         kind = classes.module_named(entry["class"])
         module: nn.Module = kind.__new__(kind)
@@ -102,8 +116,9 @@ class Decoder:
                     present = registry.get(name)
                     if key is None or present is None:
                         continue
-                    self._check_fits(f"{entry['own']}.{name}", self._loaded[key], present)
-                    if key in found or present.is_meta or id(present) in taken:
+                    flag = self._content["tensors"][key][1].get("parameter")
+                    _check_fits(f"{entry['own']}.{name}", self._loaded[key], present, flag is not None)
+                    if key in found or present.is_meta or present.is_inference() or id(present) in taken:
                         continue
                     if type(present) in (Tensor, nn.Parameter, nn.Buffer):
                         found[key] = present
@@ -116,15 +131,6 @@ class Decoder:
             if key not in found:
                 found[key] = loaded if is_parameter is None else nn.Parameter(loaded, requires_grad=is_parameter)
         return found
-
-    def _check_fits(self, name: str, loaded: Tensor, present: Tensor) -> None:
-        if nn.parameter.is_lazy(present):
-            return
-        if loaded.shape != present.shape or loaded.dtype.is_floating_point != present.dtype.is_floating_point:
-            raise NotAllowedError(
-                f"{name} must be of shape {tuple(present.shape)} and like {present.dtype}, got "
-                f"{tuple(loaded.shape)} of {loaded.dtype}"
-            )
 
     def _children_of(self, number: int) -> dict[str, nn.Module | None]:
         entry, module = self._entries[number], self.modules[number]
@@ -167,13 +173,14 @@ class Decoder:
             raise NotAllowedError("names must be text")
         return found
 
-    def _attributes(self, kind: type, encoded: Mapping[str, Any]) -> dict[str, Any]:
-        known = self._settable.setdefault(kind, set())
+    def _attributes(self, kind: type, encoded: Mapping[str, Any], is_made: bool = True) -> dict[str, Any]:
+        known = self._settable.setdefault((kind, is_made), set())
         for key in encoded:
             if key not in known:
                 is_made_anew = key in REGISTRIES or key in TRANSIENT or key == "training"
-                if not is_step(key) or is_made_anew or would_shadow(kind, key):
-                    raise NotAllowedError(f"{key} is no attribute that a file sets")
+                is_hidden = is_made and _is_hidden(kind, key)
+                if not is_step(key) or is_made_anew or is_hidden or would_shadow(kind, key):
+                    raise NotAllowedError(f"{shortened(key)} is no attribute that a file sets")
                 known.add(key)
         decode = self._values.decode
         return {key: decode(value) for key, value in encoded.items()}
@@ -289,40 +296,81 @@ class Decoder:
             module._note_change()
 
 
+def _check_fits(name: str, loaded: Tensor, present: Tensor, is_parameter: bool) -> None:
+    """Refuses what cannot be put in the place of a tensor of the network, or could not be trained there."""
+    if nn.parameter.is_lazy(present):
+        return
+    if present.layout is not torch.strided:
+        raise NotAllowedError(f"{name} must be of strided memory in the network, got {present.layout}")
+    are_floats = loaded.dtype.is_floating_point, present.dtype.is_floating_point
+    if loaded.shape != present.shape or are_floats[0] is not are_floats[1] or present.is_complex():
+        raise NotAllowedError(
+            f"{name} must be of shape {tuple(present.shape)} and like {present.dtype}, got "
+            f"{tuple(loaded.shape)} of {loaded.dtype}"
+        )
+    if is_parameter is not isinstance(present, nn.Parameter) or (is_parameter and not present.is_leaf):
+        expected = "a parameter" if isinstance(present, nn.Parameter) else "no parameter"
+        raise NotAllowedError(f"{name} must be {expected}, as in the network, and a leaf of the graph of gradients")
+
+
+def _check_own(kind: type[nn.Module], own: Mapping[str, Any], state: Mapping[str, Any], module_names: Any) -> None:
+    """Refuses attributes of a module of the network by which its own code could do something else than compute: text,
+    objects, modules, and what PyTorch or a framework keeps in modules."""
+    for key, value in state.items():
+        if key == ADDED:
+            if not _is_listed(value) or not all(isinstance(name, str) and name in module_names for name in value):
+                raise NotAllowedError(f"{key} must name modules, got {shortened(value)}")
+            continue
+        if key in _OWN_ATTRIBUTES:
+            if not isinstance(value, _OWN_ATTRIBUTES[key]):
+                raise NotAllowedError(f"{key} may not be {shortened(value)}")
+            continue
+        if hasattr(nn.Module, key) or key in _OF_OTHERS or (key.startswith("_") and is_pytorchs(kind)):
+            raise NotAllowedError(f"{key} is no attribute that a file sets in a network")
+        if holds_text(value):
+            raise NotAllowedError(f"{key} is text, which a file does not set in a network: {shortened(value)}")
+        if not is_value(value) or not is_value(own.get(key)) or holds_text(own.get(key)):
+            raise NotAllowedError(
+                f"{key} must be numbers or tensors, in the network and in the file, got {shortened(own.get(key))} and "
+                f"{shortened(value)}"
+            )
+
+
+def _is_hidden(kind: type, key: str) -> bool:
+    """Whether a name with an underscore is none that the class itself has for its attributes."""
+    if not key.startswith("_") or key == "_grids":  # which functions beside the classes keep in them
+        return False
+    return (issubclass(kind, nn.Module) and hasattr(nn.Module, key)) or key not in classes.names_in_code(kind)
+
+
+def _is_listed(value: Any) -> bool:
+    return type(value) in (list, tuple)
+
+
 def _from(table: Mapping[str, Any], name: Any) -> Any:
     if not isinstance(name, str) or name not in table:
-        raise NotAllowedError(f"{name} is no name that a file may have")
+        raise NotAllowedError(f"{shortened(name)} is no name that a file may have")
     return table[name]
 
 
 def _counted(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise NotAllowedError(f"{value!r} is no number of something")
+        raise NotAllowedError(f"{shortened(value)} is no number of something")
     return value
 
 
 def _check_name(module: nn.Module, name: str, registry: Mapping[str, Any]) -> None:
     """Refuses names under which something of the class's own would be found, or something else than what is there."""
     if not is_step(name):
-        raise NotAllowedError(f"{name!r} is no name of a module or a tensor")
+        raise NotAllowedError(f"{shortened(name)!r} is no name of a module or a tensor")
     kind = base_of_generated(type(module))
     if name not in registry and (name in REGISTRIES or hasattr(kind, name)):
         raise NotAllowedError(f"{name} is no name for something in a {kind.__name__}")
 
 
-def _check_text(state: Mapping[str, Any], module_names: Mapping[str, Any]) -> None:
-    """Refuses text in the network's own attributes: its code may do anything with it."""
-    for key, value in state.items():
-        if key == ADDED:
-            if not all(isinstance(name, str) and name in module_names for name in value):
-                raise NotAllowedError(f"{key} must name modules, got {value}")
-        elif holds_text(value):
-            raise NotAllowedError(f"{key} is text, which a file does not set in a network: {value!r}")
-
-
 def _registry(name: Any) -> str:
     if name not in _REGISTER:
-        raise NotAllowedError(f"{name} has no hooks that a file may register")
+        raise NotAllowedError(f"{shortened(name)} has no hooks that a file may register")
     return str(name)
 
 

@@ -308,8 +308,8 @@ class Encoder:
             module = str(getattr(kind, "__module__", None) or "torch")
             described = f"{'torch' if module.startswith('torch.') else module}.{getattr(kind, '__name__', name)}"
             raise NotAllowedError(
-                f"it calls {described}, which a file cannot hold: it is neither a function of PyTorch's from the list of "
-                "those that a file may call nor a record that the network's own code names"
+                f"it calls {described}, which a file cannot hold: it is neither one of PyTorch's functions that a file "
+                "may call nor a record that the network's own code names"
             )
         return f"record:{name}"
 
@@ -419,18 +419,18 @@ def _belongs_to_network(module: nn.Module, key: str, value: Any) -> bool:
     or what this library has added."""
     if is_ours(type(value)) or key == ADDED:
         return False
-    return not _is_value(value) or (key.startswith("_") and is_pytorchs(type(module)))
+    return not is_value(value) or (key.startswith("_") and is_pytorchs(type(module)))
 
 
-def _is_value(value: Any) -> bool:
+def is_value(value: Any) -> bool:
     """Numbers, text, tensors and what holds them."""
     if value is None or isinstance(value, (Tensor, torch.dtype, torch.device, torch.Size)):
         return True
     if type(value) in (bool, int, float, str):
         return True
     if type(value) in (list, tuple, set):
-        return all(map(_is_value, value))
-    return type(value) in (dict, OrderedDict) and all(map(_is_value, (*value, *value.values())))
+        return all(map(is_value, value))
+    return type(value) in (dict, OrderedDict) and all(map(is_value, (*value, *value.values())))
 
 
 def is_order(strides: Any, shape: Sequence[int]) -> bool:
