@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mlframework.quantization import QATConfig, load, prepare, save
 from mlframework.quantization.saving.saved_file import SavedFileError
 from mlframework.quantization.saving.vocabulary import NotAllowedError, function_named, is_method
-from saved_files import VALUE, Change, Network, call, call_method, rewritten, written
+from saved_files import VALUE, Change, Network, call, call_method, rewritten, set_node, written
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,13 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "quantized dtype": (call("torch:ones", [64], dtype={"dtype": "qint8"}), "qint8 is no dtype that a file may name"),
     "result elsewhere": (call("torch:relu", VALUE, out=VALUE), "a graph may not call relu with the argument out"),
+    "text to a module": (set_node(4, "layer", [VALUE], {"path": "x"}), "a graph may not give text to the module layer"),
+    "text in a collection": (
+        set_node(4, "layer", [{"t": [["x"]]}], {}),
+        "a graph may not give text to the module layer",
+    ),
+    "text made a value": (call("operator:getitem", ["x"], 0), "a graph may not give text to getitem"),
+    "text that is a default": (call_method("get", VALUE, "x", "y"), "a graph may not give text to get"),
     "trusting": (call("torch:cat", [VALUE], unsafe=True), "a graph may not call cat with the argument unsafe"),
 }
 

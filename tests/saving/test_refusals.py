@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -217,6 +220,18 @@ class Holder:
         self.weight = torch.ones(4)
 
 
+class Slotted:
+    __slots__ = ("__weight", "empty")
+
+    def __init__(self) -> None:
+        self.__weight = torch.ones(4)
+
+
+def closure() -> Callable[[], Tensor]:
+    weight = torch.ones(4)
+    return lambda: weight
+
+
 class RunsItsOwnCode(nn.Module):
     """Which a graph does not hold: its way depends on values."""
 
@@ -232,6 +247,11 @@ HIDDEN: dict[str, Callable[[], Any]] = {
     "list of modules": lambda: [nn.Linear(4, 4)],
     "dictionary of modules": lambda: {"one": {"two": nn.Linear(4, 4)}},
     "object with a tensor": Holder,
+    "queue": lambda: deque([torch.ones(4)]),
+    "object with slots": Slotted,
+    "closure": closure,
+    "partial": lambda: partial(torch.add, torch.ones(4)),
+    "array": lambda: {"weight": np.ones(4)},
 }
 
 
@@ -240,7 +260,7 @@ def test_tensors_that_no_file_finds_are_named(make: Callable[[], Any], tmp_path:
     """They would be the new network's, in silence."""
     x = torch.randn(6, 4)
     model = prepare(nn.Sequential(nn.Linear(4, 4), RunsItsOwnCode(make()), nn.Linear(4, 2)), QATConfig(), (x,))
-    with pytest.raises(ValueError, match=r"1 has a (Linear|Tensor) inside of its attribute hidden"):
+    with pytest.raises(ValueError, match=r"1 has a (Linear|Tensor|ndarray) inside of its attribute hidden"):
         save(model, tmp_path / "model.safetensors")
     model = prepare(nn.Sequential(nn.Linear(4, 4), RunsItsOwnCode([1, 2]), nn.Linear(4, 2)), QATConfig(), (x,))
     save(model, tmp_path / "model.safetensors")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..graph.graph_nodes import NodeValue, PlainNode
-from .allowed_calls import REFUSED_ARGUMENTS
+from .allowed_calls import METHODS_OF_OTHERS, REFUSED_ARGUMENTS
 from .vocabulary import (
     RUN,
     NotAllowedError,
@@ -29,6 +30,7 @@ from .vocabulary import (
 Record = Callable[[Any], Any]  # between the class of a record and its name
 
 _PROGRAM = re.compile(r"program_\d+")
+_TAKES_KEY = ("__getitem__", "get")  # after the dictionary
 _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 _DTYPES = frozenset(
     {
@@ -150,8 +152,16 @@ def _check(
     if op == "call_function":
         if target is getattr:
             _check_attribute(args, kwargs, fields)
+        elif target is OrderedDict and len(args) == 1 and isinstance(args[0], (list, tuple)):
+            values = [pair[1:] if isinstance(pair, (list, tuple)) else pair for pair in args[0]]
+            _refuse_words(True, target.__name__, values, kwargs)
+        elif isinstance(target, type):
+            _refuse_words(True, target.__name__, args, kwargs)
         elif getattr(target, "__module__", None) == "_operator" and (kwargs or len(args) != operands_of(target)):
             raise NotAllowedError(f"{target.__name__} takes {operands_of(target)} values, got {len(args)}")
+        elif getattr(target, "__module__", None) == "_operator":
+            has_key = target.__name__ in ("getitem", "setitem", "eq", "ne")
+            _refuse_words(True, target.__name__, args[:1] + args[2:] if has_key else args, kwargs)
         elif not REFUSED_ARGUMENTS.isdisjoint(kwargs):
             _refuse_arguments(target.__name__, kwargs)
     elif op == "call_method":
@@ -160,11 +170,15 @@ def _check(
             raise NotAllowedError(f"a graph may not call the method {shortened(target)}")
         if not REFUSED_ARGUMENTS.isdisjoint(kwargs):
             _refuse_arguments(f"the method {target}", kwargs)
+        if target in _TAKES_KEY:
+            args = args[:1] + args[2:]
+        _refuse_words(target in METHODS_OF_OTHERS, target, args, kwargs)
     elif op in ("call_module", "get_attr"):
         if not isinstance(target, str) or not all(map(is_step, target.split("."))):
             raise NotAllowedError(f"{shortened(target)!r} is no name of a module or a tensor")
         if op == "get_attr" and (args or kwargs):
             raise NotAllowedError(f"{target} takes no arguments")
+        _refuse_words(True, f"the module {target}", args, kwargs)
     elif op == "placeholder":
         # All before it are placeholders, where there are as many names as nodes.
         is_next = len(placeholders) == index and target not in placeholders if is_identifier(target) else False
@@ -173,8 +187,27 @@ def _check(
         placeholders.add(target)
     elif target != "output" or kwargs or len(args) != 1:
         raise NotAllowedError("a graph must have one result, which is its last node")
+    else:
+        _refuse_words(True, "who called it", args, kwargs)
     if index and nodes[index - 1].op == "output":
         raise NotAllowedError("a graph must have one result, which is its last node")
+
+
+def _refuse_words(is_refused: bool, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses text where it would go on to modules of the network, whose code may do anything with it: what PyTorch's
+    functions compute on tensors ends with them."""
+    if is_refused and _holds_words((*args, *kwargs.values())):
+        raise NotAllowedError(f"a graph may not give text to {name}, which a file cannot hold")
+
+
+def _holds_words(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_words, value))
+    if isinstance(value, dict):  # keys name what a dictionary holds
+        return any(map(_holds_words, value.values()))
+    if isinstance(value, slice):
+        return any(map(_holds_words, (value.start, value.stop, value.step)))
+    return isinstance(value, str)
 
 
 def _is_of_program(node: PlainNode, nodes: Sequence[PlainNode]) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -95,12 +98,42 @@ def _held_by(value: Any, registered: Collection[int], depth: int, seen: set[int]
     if isinstance(value, (Tensor, nn.Module)):
         if isinstance(value, Tensor) or any(True for _ in (*value.parameters(), *value.buffers())):
             yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _held_by(part, registered, depth - 1, seen)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for part in value:
-            yield from _held_by(part, registered, depth - 1, seen)
-    elif not isinstance(value, type) and isinstance(getattr(value, "__dict__", None), dict):
-        for part in list(vars(value).values()):
-            yield from _held_by(part, registered, depth - 1, seen)
+        return
+    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
+        yield value
+        return
+    for part in _parts_of(value):
+        yield from _held_by(part, registered, depth - 1, seen)
+
+
+def _parts_of(value: Any) -> Iterator[Any]:
+    """What an object holds: the values of a collection, attributes and slots, and what a function refers to."""
+    if isinstance(value, Mapping):
+        yield from (*value.keys(), *value.values())
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        yield from list(value)
+    elif isinstance(value, partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, FunctionType):
+        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        for cell in value.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # nothing is in it yet
+                continue
+    if isinstance(value, (type, ModuleType)):
+        return
+    if isinstance(getattr(value, "__dict__", None), dict):
+        yield from list(vars(value).values())
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and name[-2:] != "__" else name
+            descriptor = vars(kind).get(private)
+            if isinstance(descriptor, MemberDescriptorType):
+                try:
+                    yield descriptor.__get__(value)
+                except AttributeError:  # nothing is in it
+                    continue
