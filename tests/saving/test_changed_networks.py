@@ -181,3 +181,37 @@ def test_what_would_fail_half_way_is_refused_before(
         torch.equal(each.detach().to_dense(), value) for each, value in zip(network.parameters(), values, strict=True)
     )
     assert [sorted(vars(module)) for module in network.modules()] == attributes
+
+
+def chain(record: list[Any], length: int) -> Change:
+    """Each holds the one before twice."""
+
+    def change(document: Document, tensors: Tensors) -> None:
+        first = len(document["records"])
+        document["records"].append(["Given", "x", 1])
+        for number in range(first, first + length):
+            document["records"].append([*record, [{"same": number}, {"same": number}]])
+
+    return change
+
+
+def share_of_shares(document: Document, tensors: Tensors) -> None:
+    document["records"] += [["Share", 1, 2], ["Share", {"same": len(document["records"])}, 3]]
+
+
+def lengthy(document: Document, tensors: Tensors) -> None:
+    document["records"].append(["Share", "x" * 100_000, 1])
+
+
+RECORDS: dict[str, tuple[Change, str]] = {
+    "many": (chain(["Given", "x"], 60), "a record may not be of more than 300000 parts, 16 within each other"),
+    "of another type": (share_of_shares, "quantized of a Share may not be a Share"),
+    "long": (lengthy, "quantized of a Share may not be xxx"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), RECORDS.values(), ids=RECORDS)
+def test_records_are_small_and_of_their_types(change: Change, message: str, path: Path, tmp_path: Path) -> None:
+    said = refusal(rewritten(path, tmp_path / "changed.safetensors", change))
+    assert message in said
+    assert len(said) < 600

@@ -13,6 +13,7 @@ from ..int8.layers import Int8ConvTranspose2d, Int8Layer, Int8Linear
 from ..kernels import ConvolutionGeometry
 from ..scheme import QuantizationScheme
 from .saved_file import SavedFileError
+from .vocabulary import shortened
 
 
 def check_fits(path: str, saved: Mapping[str, Record], network: Mapping[str, Record]) -> None:
@@ -39,7 +40,8 @@ def check_fits(path: str, saved: Mapping[str, Record], network: Mapping[str, Rec
                 key = next(each for each in (*expected, *got) if expected.get(each) != got.get(each))
                 expected, got = expected.get(key), got.get(key)
             raise SavedFileError(
-                f"{path!r} is of another network: {key} of {name or 'the network'} must be {expected}, got {got}"
+                f"{path!r} is of another network: {key} of {name or 'the network'} must be {shortened(expected)}, "
+                f"got {shortened(got)}"
             )
 
 
@@ -83,9 +85,13 @@ def check_layers(
             )
         schemes = state.get("input_scheme"), state.get("weight_scheme"), state.get("output_scheme")
         if not all(isinstance(scheme, QuantizationScheme) for scheme in schemes[: 2 + (schemes[2] is not None)]):
-            raise SavedFileError(f"{path!r}: {names['weight']} must have grids before, of and after it, got {schemes}")
+            raise SavedFileError(
+                f"{path!r}: {names['weight']} must have grids before, of and after it, got {shortened(schemes)}"
+            )
         if weight.dim() < 2 or not _are_settings(state, weight.dim() - 2):
-            raise SavedFileError(f"{path!r}: {names['weight']} has a layer with settings that none has: {dict(state)}")
+            raise SavedFileError(
+                f"{path!r}: {names['weight']} has a layer with settings that none has: {shortened(dict(state))}"
+            )
 
 
 def _is_geometry(geometry: Any, weight: Tensor) -> bool:

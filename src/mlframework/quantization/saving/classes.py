@@ -48,7 +48,7 @@ from ..qat.straight_through_estimator import StraightThroughEstimator
 from ..scheme import QuantizationScheme
 from ..state_check import check_state
 from ..targets import TARGETS
-from .vocabulary import NotAllowedError, is_identifier
+from .vocabulary import NotAllowedError, is_identifier, shortened
 
 LIBRARY = __package__.rpartition(".")[0]
 
@@ -155,7 +155,7 @@ def observer_named(name: str) -> type[ActivationObserver]:
     """
     found = next((kind for kind in _derived(ActivationObserver) if kind.__qualname__ == name), None)
     if found is None:
-        raise NotAllowedError(f"{name} is no class of observers: define or import it before loading")
+        raise NotAllowedError(f"{shortened(name)} is no class of observers: define or import it before loading")
     return found
 
 
@@ -187,14 +187,14 @@ def module_named(name: Any) -> type[nn.Module]:
         NotAllowedError: there is none.
     """
     if not isinstance(name, str):
-        raise NotAllowedError(f"{name!r} is no name of a class")
+        raise NotAllowedError(f"{shortened(name)} is no name of a class")
     where, _, key = name.rpartition(":")
     if where == "observer":
         return observer_named(key)
     if where == "torch":
         return module_of_torch(key)
     if name not in MODULES:
-        raise NotAllowedError(f"{name} is no class that a file may name")
+        raise NotAllowedError(f"{shortened(name)} is no class that a file may name")
     return MODULES[name]
 
 
@@ -206,7 +206,7 @@ def module_of_torch(name: str) -> type[nn.Module]:
     """
     found = vars(nn).get(name) if is_identifier(name) else None
     if not isinstance(found, type) or not issubclass(found, nn.Module) or name.startswith("Lazy"):
-        raise NotAllowedError(f"{name} is no class of PyTorch's modules")
+        raise NotAllowedError(f"{shortened(name)} is no class of PyTorch's modules")
     return found
 
 

@@ -358,6 +358,11 @@ class Encoder:
                 name = self._name_of_record(kind)
             except NotAllowedError as error:
                 raise NotSavableError(f"{where} cannot be kept in a file: {error}") from None
+            text = next((field for field in fields_of(kind) if holds_text(getattr(value, field))), None)
+            if text is not None:
+                raise NotSavableError(
+                    f"{where} holds a {kind.__qualname__} with text in {text}, which a file cannot hold"
+                )
         parts = [self._encode(getattr(value, field), where) for field in fields_of(kind)]
         if name != kind.__name__ or not all(map(_is_plain, parts)):
             return {"record": [name, *parts]}

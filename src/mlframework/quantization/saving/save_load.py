@@ -22,7 +22,7 @@ from .checks import check_fits, check_layers, check_state
 from .decoding import Decoder
 from .encoding import Encoder, is_order
 from .saved_file import SavedFileError
-from .vocabulary import NotAllowedError
+from .vocabulary import NotAllowedError, shortened
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -91,6 +91,10 @@ def load(path: str | os.PathLike[str], network: nn.Module) -> nn.Module:
     Nothing is prepared, calibrated or converted, and no code comes from the file. A converted model computes what the
     saved one did, bit for bit, whatever weights the network has; a prepared one trains on as the saved one would have.
 
+    A file holds a computation, not Python code: only calls from a fixed list run, of PyTorch's functions on tensors and
+    of the network's own modules. Checksums find damage; they do not prove who made a file. Load files from those whose
+    models you would run; for others, check their origin (signatures), as for any model.
+
     Args:
         path: of the file.
         network: the float network, made by the same code as the one that was prepared; with weights or, made under
@@ -139,7 +143,7 @@ def _loaded(path: str, content: memoryview, own: Mapping[str, nn.Module]) -> nn.
     except NotAllowedError as error:
         raise SavedFileError(f"{path!r} says what a file may not say: {error}") from None
     except Exception as error:  # whatever comes of data that nobody has checked
-        raise SavedFileError(f"{path!r}: its metadata is none that save() writes: {error!r}") from None
+        raise SavedFileError(f"{path!r}: its metadata is none that save() writes: {shortened(repr(error))}") from None
     model = decoder.model()
     if any(isinstance(module, IntegerModule) for module in decoder.modules):
         replace_save_pretrained(decoder.modules)

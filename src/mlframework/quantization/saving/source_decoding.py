@@ -16,7 +16,7 @@ from ..int8.program import Recipe
 from ..int8.views import View
 from .graph_data import decode_nodes
 from .values import ValueDecoder
-from .vocabulary import NotAllowedError
+from .vocabulary import NotAllowedError, shortened
 
 _PROGRAM = re.compile(r"program_\d+")
 _INPUT = re.compile(r"input_\d+")
@@ -142,7 +142,7 @@ def _check_arguments(
         arguments = placeholders_of(nodes.flat)
         are_programs = all(map(_PROGRAM.fullmatch, arguments[:programs]))
         if not given or not are_programs or arguments[programs:] != placeholders_of(nodes.graphs[0]):
-            raise NotAllowedError(f"a flat graph may not take {arguments}")
+            raise NotAllowedError(f"a flat graph may not take {shortened(arguments)}")
 
 
 def _checked_given(given: Any, graphs: int) -> tuple[tuple[Given, ...], ...]:
@@ -155,7 +155,7 @@ def _checked_given(given: Any, graphs: int) -> tuple[tuple[Given, ...], ...]:
 def _checked_edges(on_codes: Any, graphs: int) -> Any:
     for number, (with_floats, entries, exits) in on_codes.items():
         if not _is_below(number, graphs) or not _is_below(with_floats, graphs):
-            raise NotAllowedError(f"{number} is no number of a graph")
+            raise NotAllowedError(f"{shortened(number)} is no number of a graph")
         for edge in (*entries, *exits):
             if not isinstance(edge, Edge) or not isinstance(edge.module, str):
                 raise NotAllowedError("codes must come in and go out at edges")
@@ -187,7 +187,7 @@ def _check_view(view: Any) -> None:
     least, most = _NUMBERS.get(view.name, (1, 0)) if isinstance(view, View) else (1, 0)
     is_right = least <= len(view.numbers) <= most
     if not is_right or not all(type(number) is int and abs(number) < 1 << 40 for number in view.numbers):
-        raise NotAllowedError(f"{view} is no view")
+        raise NotAllowedError(f"{shortened(view)} is no view")
 
 
 def _is_below(number: Any, end: Any) -> bool:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from ..graph.float_structure import holds_text
 from . import classes
 from .classes import NetworksRecords, observer_named
 from .graph_data import constant
-from .vocabulary import NotAllowedError
+from .vocabulary import NotAllowedError, shortened
+
+_LARGEST = 300_000  # parts of a record, those of records in it counted: a report of a model has tens of thousands
+_DEEPEST = 16  # records in records
 
 
 class ValueDecoder:
@@ -35,8 +41,16 @@ class ValueDecoder:
     ) -> None:
         self._modules, self._objects, self._tensors, self._networks = modules, objects, tensors, networks
         self._records: list[Any] = []
+        self._sizes: list[int] = []
+        self._depths: list[int] = []
+        self._size, self._depth = 0, 0  # of the record that is made
+        self._is_making_records = True
         for record in records:  # which may refer to earlier ones
+            self._size, self._depth = 0, 0
             self._records.append(self._record(record))
+            self._sizes.append(self._size)
+            self._depths.append(self._depth + 1)
+        self._is_making_records = False
 
     def decode(self, encoded: Any) -> Any:
         """The value of its JSON.
@@ -44,6 +58,7 @@ class ValueDecoder:
         Raises:
             NotAllowedError: it is none that a file may hold. Other exceptions come of other faults.
         """
+        self._size += 1
         of = type(encoded)
         if of is list:
             return tuple([self.decode(part) for part in encoded]) if encoded else ()
@@ -61,7 +76,7 @@ class ValueDecoder:
         """
         found = self._networks.records.get(name) if isinstance(name, str) else None
         if found is None:
-            raise NotAllowedError(f"{name} is no record that the code of the network names")
+            raise NotAllowedError(f"{shortened(name)} is no record that the code of the network names")
         return found
 
     def fields_of_records(self) -> frozenset[str]:
@@ -69,7 +84,7 @@ class ValueDecoder:
 
     def _all(self, content: Any) -> list[Any]:
         if not isinstance(content, list):
-            raise NotAllowedError(f"{content!r} is no list")
+            raise NotAllowedError(f"{shortened(content)} is no list")
         return [self.decode(part) for part in content]
 
     def _pairs(self, content: Any) -> Any:
@@ -83,22 +98,63 @@ class ValueDecoder:
 
     def _record(self, content: Any) -> Any:
         name, *parts = content
-        if name.startswith("record:"):
-            kind = self.record_named(name[7:])
-            fields = classes.fields_of(kind)
-        else:
-            kind, fields = classes.RECORDS.get(name), classes.FIELDS.get(name, ())
+        is_networks = name.startswith("record:")
+        kind = self.record_named(name[7:]) if is_networks else classes.RECORDS.get(name)
+        fields = () if kind is None else classes.fields_of(kind) if is_networks else classes.FIELDS[name]
         if kind is None or len(parts) != len(fields):
-            raise NotAllowedError(f"{name} is no record with {len(parts)} parts")
-        return kind(**dict(zip(fields, map(self.decode, parts), strict=True)))
+            raise NotAllowedError(f"{shortened(name)} is no record with {len(parts)} parts")
+        values = dict(zip(fields, map(self.decode, parts), strict=True))
+        hints = {} if is_networks else _hints_of(kind)
+        for field, value in values.items():
+            if (is_networks and holds_text(value)) or not _is_of(value, hints.get(field, Any)):
+                raise NotAllowedError(f"{field} of a {kind.__name__} may not be {shortened(value)}")
+        return kind(**values)
 
     def _same(self, content: Any) -> Any:
-        return self._records[_counted(content)]
+        number = _counted(content)
+        found = self._records[number]
+        # Records of records of records are written in a few bytes, and compared and printed in years.
+        self._size += self._sizes[number]
+        self._depth = max(self._depth, self._depths[number])
+        if self._is_making_records and (self._size > _LARGEST or self._depth >= _DEEPEST):
+            raise NotAllowedError(f"a record may not be of more than {_LARGEST} parts, {_DEEPEST} within each other")
+        return found
+
+
+@cache
+def _hints_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, as the fields of this library's records name theirs."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or origin is Callable:
+        return hint is Any or callable(value)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, each) for each in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        if type(value) is not tuple:
+            return False
+        if args[-1] is Ellipsis:
+            return all(_is_of(part, args[0]) for part in value)
+        return len(value) == len(args) and all(map(_is_of, value, args))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(
+            _is_of(key, args[0]) and _is_of(part, args[1]) for key, part in value.items()
+        )
+    if origin is type:
+        return isinstance(value, type) and issubclass(value, args[0])
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint if hint in (bool, int, str) else isinstance(value, hint)
 
 
 def _counted(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise NotAllowedError(f"{value!r} is no number of something")
+        raise NotAllowedError(f"{shortened(value)} is no number of something")
     return value
 
 
