@@ -48,6 +48,7 @@ from ..qat.straight_through_estimator import StraightThroughEstimator
 from ..scheme import QuantizationScheme
 from ..state_check import check_state
 from ..targets import TARGETS
+from . import allowed_calls
 from .vocabulary import NotAllowedError, is_identifier, shortened
 
 LIBRARY = __package__.rpartition(".")[0]
@@ -175,7 +176,7 @@ def name_of_module(kind: type[nn.Module]) -> str:
         return kind.__name__
     if issubclass(kind, ActivationObserver):
         return f"observer:{kind.__qualname__}"
-    if vars(nn).get(kind.__name__) is kind:
+    if vars(nn).get(kind.__name__) is kind and kind.__name__ in allowed_calls.MODULES:
         return f"torch:{kind.__name__}"
     raise NotAllowedError(f"{kind.__module__}.{kind.__qualname__} is not among the classes that one may name")
 
@@ -191,7 +192,7 @@ def module_named(name: Any) -> type[nn.Module]:
     where, _, key = name.rpartition(":")
     if where == "observer":
         return observer_named(key)
-    if where == "torch":
+    if where == "torch" and key in allowed_calls.MODULES:
         return module_of_torch(key)
     if name not in MODULES:
         raise NotAllowedError(f"{shortened(name)} is no class that a file may name")
