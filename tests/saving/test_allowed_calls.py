@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from example_effects import EFFECTS, WIDTH, Block, Model
 from mlframework.quantization import QATConfig, load, prepare, save
 from mlframework.quantization.saving.saved_file import SavedFileError
 from mlframework.quantization.saving.vocabulary import NotAllowedError, function_named, is_method
@@ -100,3 +101,10 @@ def test_saving_names_what_a_file_cannot_hold(
     with pytest.raises(ValueError, match=f"the forward of the model cannot be kept in a file: .*{message}"):
         save(model, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_names_the_module_that_the_network_gives_text(tmp_path: Path) -> None:
+    effect = EFFECTS["has_items_written"]
+    model = prepare(Model([Block(effect)]), QATConfig(), (torch.randn(6, WIDTH),))
+    with pytest.raises(ValueError, match="a graph may not give text to the module helper, which a file cannot hold"):
+        save(model, tmp_path / "model.safetensors")
