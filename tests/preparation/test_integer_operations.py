@@ -17,6 +17,7 @@ from mlframework.quantization.graph.tracing import trace
 from mlframework.quantization.int8.average_pooling import AveragePooling, Mean
 from mlframework.quantization.int8.integer_operation import Addition, Concatenation, IntegerOperation, Multiplication
 from mlframework.quantization.preparation.integer_operations import Call, integer_operation
+from mlframework.quantization.targets import Operations
 from placement_probes import IMAGES, joined, placed
 
 SHAPES = [(2, 3, 8, 8), (2, 3, 8, 8), (2, 3, 1, 1)]
@@ -40,7 +41,7 @@ def call_of(model: nn.Module, *inputs: Tensor) -> tuple[Call | None, fx.Node]:
     graph = trace(model, inputs, {}, lambda module: True).graph
     assert graph is not None
     (end,) = (node.args[0] for node in graph.nodes if node.op == "output")
-    return integer_operation(end, dict(model.named_modules())), end
+    return integer_operation(end, dict(model.named_modules()), Operations()), end
 
 
 def values() -> list[Tensor]:

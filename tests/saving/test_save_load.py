@@ -270,6 +270,7 @@ import sys
 sys.modules["safetensors"] = None
 sys.path.insert(0, sys.argv[2])
 import torch
+torch.set_num_threads(1)  # as here: float sums of several threads have another order
 from example_models import EXAMPLES, results
 from mlframework.quantization import convert, load
 loading = torch.load
