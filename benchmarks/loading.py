@@ -73,7 +73,7 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        "The aim is a ratio of 1.5. Loading makes every module anew and compiles the forwards of containers, however "
+        "The aim is a ratio of 1.5. Loading makes every module anew and checks what the file says of it, however "
         "few weights there are; a small float network is built in less than that. A layer is packed when it is first "
         "called.",
     ]
