@@ -104,7 +104,7 @@ def export_program(
         >>> program.module()(torch.randn(5, 4)).shape
         torch.Size([5, 2])
     """
-    check_arguments(model, example_inputs, example_kwargs, target, None, os.devnull)
+    check_arguments(model, example_inputs, example_kwargs, target, None, None)
     converted, engine = converted_for(model, target, None)
     conventions = TARGETS[engine].conventions
     if conventions.exact:

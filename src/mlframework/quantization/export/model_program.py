@@ -23,7 +23,12 @@ from .targets import check_target, resolved_target
 
 
 def check_arguments(
-    model: Any, args: Any, kwargs: Any, target: str | None, file_format: str | None, path: str | os.PathLike[str]
+    model: Any,
+    args: Any,
+    kwargs: Any,
+    target: str | None,
+    file_format: str | None,
+    path: str | os.PathLike[str] | None,
 ) -> None:
     """Refuses what can be refused before there is anything to write.
 
@@ -39,7 +44,8 @@ def check_arguments(
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(f"example_kwargs must be a mapping from names to arguments, got {type(kwargs).__name__}")
     check_target(target, file_format)
-    check_writable(path)
+    if path is not None:  # a program may stay in memory
+        check_writable(path)
 
 
 def converted_for(model: nn.Module, target: str | None, file_format: str | None) -> tuple[nn.Module, str]:
