@@ -124,3 +124,25 @@ def make(constructor: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     network = constructor()
     make_batch_norms_awkward(network)
     return network
+
+
+class Everything(nn.Module):
+    """Each layer and operation that XNNPACK has an integer form of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.BatchNorm2d(8))
+        self.down = nn.Conv2d(8, 6, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(6, 8, 2, stride=2)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.mix = nn.Conv2d(16, 8, 1, groups=2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(x + self.depthwise(x))
+        y = self.up(self.down(F.max_pool2d(x, 2)))
+        x = self.mix(torch.cat([x[:, :, :8, 2:10], y[:, :, :8, :8]], 1))
+        x = F.avg_pool2d(x * torch.sigmoid(self.gate(x)), 2)
+        return self.head(x.mean((2, 3)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 
 import pytest
@@ -23,6 +24,7 @@ def test_weights_biases_and_operators(target: str, monkeypatch: pytest.MonkeyPat
     calibrate(prepared, [torch.randn(8, 3, 6, 6)])
     monkeypatch.setattr(os, "access", lambda *args, **kwargs: False)
     program = export_program(prepared, (torch.randn(2, 3, 6, 6),))
+    torch.export.save(program, io.BytesIO())  # which checks that its signature is that of its graph
     kinds = {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"}
     assert kinds == {"aten", "quantized_decomposed"}
     dtypes = sorted(str(value.dtype) for name, value in program.state_dict.items() if name.endswith("codes"))

@@ -125,7 +125,7 @@ def test_observers_come_from_any_maker(make: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"target": "tflite"}, ValueError, "target must be one of executorch, onnxruntime, openvino, tensorrt"),
+        ({"target": "tflite"}, ValueError, "target must be one of executorch, litert, onnxruntime, openvino, tensorrt"),
         ({"weight_bits": 1}, ValueError, "weight_bits must be an int between 2 and 8, got 1"),
         ({"activation_bits": 16}, ValueError, "activation_bits"),
         ({"activation_bits": 8.0}, ValueError, "activation_bits"),

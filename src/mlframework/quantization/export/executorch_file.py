@@ -6,15 +6,14 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from .. import arithmetic
 from ..replaced_file import replaced_file
 from .executorch_package import import_lowering, import_runtime, input_shapes, quiet_executorch
+from .node_places import place_of
 from .program import NotExportableError
 from .qdq_program import lower_to_decomposed
 from .xnnpack_passes import divide_what_is_quantized, fold_biases, keep_grids_apart
@@ -22,7 +21,6 @@ from .xnnpack_passes import divide_what_is_quantized, fold_biases, keep_grids_ap
 # A product of floats outside of the delegate is a layer that was to be one of integers.
 _LAYERS = re.compile(r"aten\.(convolution|addmm|linear|mm|bmm)\b")
 _EDGES = re.compile(r"quantized_decomposed\.|getitem|executorch_call_delegate|sym_size|sym_constrain|_assert")
-_NOT_THE_USERS = tuple(str(Path(str(module.__file__)).parent) for module in (torch, arithmetic))
 
 
 def write_executorch(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
@@ -57,12 +55,12 @@ def write_executorch(program: torch.export.ExportedProgram, path: str | os.PathL
         except Exception as error:  # whatever it is, it came from an operation
             raise NotExportableError(_reason(program, error)) from error
     if buffer is None:
-        layers = "; ".join(map(_place_of, in_floats))
+        layers = "; ".join(map(place_of, in_floats))
         raise NotExportableError(f"XNNPACK has no integer form of {layers}, which would be computed in floats")
     _check_that_it_loads(buffer, sizes)
     if outside:
         warnings.warn(
-            "outside of XNNPACK, on floats and slowly, run " + "; ".join(dict.fromkeys(map(_place_of, outside))),
+            "outside of XNNPACK, on floats and slowly, run " + "; ".join(dict.fromkeys(map(place_of, outside))),
             stacklevel=3,
         )
     with replaced_file(path) as file:
@@ -132,19 +130,5 @@ def _reason(program: torch.export.ExportedProgram, error: Exception) -> str:
     """Which operation has no form, and whose it is."""
     message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip("[]\"'")
     named = [node for node in program.graph.nodes if node.op == "call_function" and str(node.target) in message]
-    places = "; ".join(dict.fromkeys(map(_place_of, named)))
+    places = "; ".join(dict.fromkeys(map(place_of, named)))
     return f"ExecuTorch has no form of {places or 'an operation'}: {message}"
-
-
-def _place_of(node: fx.Node) -> str:
-    """An operator, with the module that calls it and, where it is known, the user's line of code."""
-    owners = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path and "hook" not in path]
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(file, line) for file, line in lines if not file.startswith(("<", *_NOT_THE_USERS))]
-    line = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
-    return f"{_name_of(node)} in {owners[-1] if owners else 'the model'}{line}"
-
-
-def _name_of(node: fx.Node) -> str:
-    """An operator's name without the schema that ExecuTorch's have in theirs."""
-    return re.sub(r"^<EdgeOpOverload: (\S+)>.*", r"\1", str(node.target))

@@ -12,9 +12,13 @@ from torch import nn
 from ..targets import TARGETS
 from .executorch_file import write_executorch
 from .export_onnx import export_onnx
+from .litert.file import write_litert
 from .model_program import check_arguments, converted_for, program_of
 from .qdq_program import lower_to_decomposed
 from .xnnpack_limits import check_ratios
+
+# Of the formats that are made from PyTorch's own operators.
+_WRITERS = {"pte": write_executorch, "tflite": write_litert}
 
 
 def export(
@@ -26,33 +30,36 @@ def export(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> None:
-    """Writes a model as the file that an engine reads: ONNX, as :func:`export_onnx` does, or ExecuTorch's ``.pte``.
+    """Writes a model as the file that an engine reads: ONNX, as :func:`export_onnx` does, ExecuTorch's ``.pte``, or
+    LiteRT's ``.tflite``.
 
-    A ``.pte`` file runs through ExecuTorch's XNNPACK delegate, for the shapes of the example but for the axes in
-    ``dynamic_shapes``. (Batches of any size, which ONNX files take by default, have to be asked for.) Its layers, sums,
-    products and averages compute the integers that the converted model computes, code for code; functions of single
-    elements other than ReLU (sigmoid, hardswish, ...) are ExecuTorch's own, on floats, at most one step off.
+    ``.pte`` and ``.tflite`` files run through XNNPACK, for the shapes of the example; a ``.pte`` may take other sizes
+    along the axes in ``dynamic_shapes``. (Batches of any size, which ONNX files take by default, have to be asked for.)
+    Their layers, sums, products and averages compute the integers that the converted model computes, code for code;
+    functions of single elements other than ReLU (sigmoid, hardswish, ...) are the engine's own, on floats, at most one
+    step off. Both engines take the same models.
 
     Args:
         model: from :func:`prepare`, with data seen, or from :func:`convert`; it is not changed.
         example_inputs: positional arguments of a typical call, for the shapes.
         path: the file. It is written beside and then moved into place: a failure leaves a file that was there whole.
-        target: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"executorch"``; by default the one that the model
-            was prepared for.
+        target: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"executorch"`` or ``"litert"``; by default the one
+            that the model was prepared for; of the last two, the one whose suffix ``path`` has.
         example_kwargs: keyword arguments of that call.
         dynamic_shapes: axes of any size, as :func:`export_onnx` takes them. ExecuTorch plans memory for the largest:
             give each ``torch.export.Dim`` a ``max``. It flattens no axis of any size in XNNPACK, and averages over
-            whole images of any size have no integer form.
+            whole images of any size have no integer form. None for LiteRT, whose files are of fixed sizes.
 
     Warns:
         UserWarning: operators run outside of XNNPACK, by name; or as :func:`export_onnx` does.
 
     Raises:
-        ImportError: onnx and onnxscript, or executorch, are not installed; the message says which extra has them.
+        ImportError: onnx and onnxscript, executorch or ai-edge-litert are not installed; the message says
+            which extra has them.
         TypeError: the model is neither prepared nor converted, or an argument is not of its type or does not fit the
             model's forward.
-        ValueError: an unknown target, one whose grids or arithmetic are not the model's, or an example that does not
-            run through the model.
+        ValueError: an unknown target, one whose grids or arithmetic are not the model's, an example that does not run
+            through the model, or axes of any size for LiteRT.
         RuntimeError: the model has seen no data.
         NotExportableError: an operation has no form in the engine (a RuntimeError).
         OSError: the path cannot be written.
@@ -64,16 +71,18 @@ def export(
         >>> export(prepared, (torch.randn(1, 4),), "model.pte")  # doctest: +SKIP
     """
     check_arguments(model, example_inputs, example_kwargs, target, None, path)
-    converted, engine = converted_for(model, target, None)
+    converted, engine = converted_for(model, target, None, path)
     if TARGETS[engine].file_format == "onnx":
         export_onnx(
             converted, example_inputs, path, engine, example_kwargs=example_kwargs, dynamic_shapes=dynamic_shapes
         )
         return
+    if dynamic_shapes is not None and not TARGETS[engine].has_dynamic_shapes:
+        raise ValueError(f"dynamic_shapes must be None for {engine!r}, whose files are of fixed sizes")
     check_ratios(converted)
     conventions = TARGETS[engine].conventions
     program, _ = program_of(converted, example_inputs, example_kwargs, conventions, False, dynamic_shapes)
-    write_executorch(program, path)
+    _WRITERS[TARGETS[engine].file_format](program, path)
 
 
 def export_program(

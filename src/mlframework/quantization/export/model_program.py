@@ -48,7 +48,9 @@ def check_arguments(
         check_writable(path)
 
 
-def converted_for(model: nn.Module, target: str | None, file_format: str | None) -> tuple[nn.Module, str]:
+def converted_for(
+    model: nn.Module, target: str | None, file_format: str | None, path: str | os.PathLike[str] | None = None
+) -> tuple[nn.Module, str]:
     """The converted model, on the CPU and in evaluation mode, as a copy; and the engine that it is for.
 
     Raises:
@@ -63,7 +65,8 @@ def converted_for(model: nn.Module, target: str | None, file_format: str | None)
     else:
         raise TypeError(f"model must be prepared or converted, got a {type(model).__name__} without quantized layers")
     converted = converted.to("cpu").eval()
-    return converted, resolved_target(converted, target, file_format)
+    suffix = None if path is None else os.path.splitext(os.fspath(path))[1]
+    return converted, resolved_target(converted, target, file_format, suffix)
 
 
 def program_of(

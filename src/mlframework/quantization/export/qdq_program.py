@@ -26,25 +26,30 @@ def lower_to_decomposed(program: torch.export.ExportedProgram) -> None:
     tensors before dequantize nodes. The program changes in place.
     """
     graph = program.graph
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is _own.gemm.default:
-            node.target = torch.ops.aten.linear.default
-            continue
-        if _is_idle(node):
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
-            continue
+    # The signature names the nodes of the results, too.
+    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+        for node in list(graph.nodes):
+            if node.op == "call_function":
+                _lower(program, node)
+    graph.eliminate_dead_code()
+    graph.lint()
+    program.graph_module.recompile()
+
+
+def _lower(program: torch.export.ExportedProgram, node: fx.Node) -> None:
+    graph = program.graph
+    if node.target is _own.gemm.default:
+        node.target = torch.ops.aten.linear.default
+    elif _is_idle(node):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        graph.erase_node(node)
+    else:
         with graph.inserting_before(node):
             lowered = _lowered(program, node)
         if lowered is not None:
             lowered.meta = dict(node.meta)
             node.replace_all_uses_with(lowered)
             graph.erase_node(node)
-    graph.eliminate_dead_code()
-    graph.lint()
-    program.graph_module.recompile()
 
 
 def _is_idle(node: fx.Node) -> bool:

@@ -46,22 +46,30 @@ def _is_form_of(operation: IntegerOperation, forms: Operations) -> bool:
     return type(operation) in astuple(forms) or not isinstance(operation, astuple(Operations()))
 
 
-def resolved_target(converted: nn.Module, target: str | None, file_format: str | None = None) -> str:
+def resolved_target(
+    converted: nn.Module, target: str | None, file_format: str | None = None, suffix: str | None = None
+) -> str:
     """``target``, checked; where it is None, the one that the model was prepared for, or else the first that it suits.
 
     Args:
         converted: the model.
         target: the engine that was asked for.
         file_format: of the file, where it is given.
+        suffix: of the file's name. Of engines that take the same models it tells which one is meant.
 
     Raises:
         TypeError: ``target`` is not a string.
         ValueError: there is no such target, its files are of another format, or the model has other grids or another
             arithmetic.
     """
+    asked = target is not None
     reports = (getattr(module, "preparation_report", None) for module in converted.modules())
     target = target or next((report.target for report in reports if isinstance(report, PreparationReport)), None)
     candidates = _targets_of(file_format)
+    if not asked:
+        named = [name for name in candidates if f".{TARGETS[name].file_format}" == suffix]
+        named = [name for name in named if suffix != ".onnx" and disagreement(converted, name) is None]
+        target = named[0] if named else target
     if target is None:
         for candidate in candidates:
             if disagreement(converted, candidate) is None:

@@ -27,7 +27,8 @@ class QATConfig:
     (``nn.Linear``).
 
     Args:
-        target: the engine whose grids to use: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"executorch"``.
+        target: the engine whose grids to use: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"executorch"`` or
+            ``"litert"``.
         weight_bits: width of the weights' codes, 2 to 8.
         activation_bits: width of the activations' codes, 2 to 8.
         reduce_range: keep weights within 7 bits, for engines on x86 processors without VNNI instructions, which add

@@ -6,7 +6,7 @@ Another engine is another file here; where its files are of another format than 
 
 from __future__ import annotations
 
-from . import executorch, onnxruntime, openvino, tensorrt
+from . import executorch, litert, onnxruntime, openvino, tensorrt
 from .target import Conventions, Operations, Target
 
 __all__ = ["TARGETS", "Conventions", "Operations", "Target"]
@@ -17,4 +17,5 @@ TARGETS = {
     "tensorrt": tensorrt.TARGET,
     "openvino": openvino.TARGET,
     "executorch": executorch.TARGET,
+    "litert": litert.TARGET,
 }

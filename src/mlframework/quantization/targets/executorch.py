@@ -1,23 +1,9 @@
-"""ExecuTorch with its XNNPACK delegate: signed affine activations, and sums in fixed point.
-
-XNNPACK has no layer of integers with a float result: every layer's output is on a grid.
-"""
+"""ExecuTorch with its XNNPACK delegate."""
 
 from __future__ import annotations
 
-from ..int8.xnnpack_operations import (
-    FixedPointAddition,
-    FloatMultiplierAverage,
-    ReciprocalConcatenation,
-    RoundedMultiplication,
-)
-from .target import AFFINE_SIGNED, Conventions, Operations, Target
+from dataclasses import replace
 
-TARGET = Target(
-    AFFINE_SIGNED,
-    AFFINE_SIGNED,
-    has_float_results=False,
-    operations=Operations(FixedPointAddition, RoundedMultiplication, ReciprocalConcatenation, FloatMultiplierAverage),
-    file_format="pte",
-    conventions=Conventions(averages_as_layers=True, concatenates_one_grid=True),
-)
+from .xnnpack import XNNPACK
+
+TARGET = replace(XNNPACK, file_format="pte")

@@ -62,7 +62,8 @@ class Target:
             these: all engines take int8.
         has_float_results: whether a linear layer on integers may return floats; otherwise its output is put on a grid.
         operations: the integer forms that it has.
-        file_format: ``"onnx"``, or ``"pte"`` for ExecuTorch's programs.
+        file_format: ``"onnx"``, ``"pte"`` for ExecuTorch's programs, or ``"tflite"`` for LiteRT's models.
+        has_dynamic_shapes: whether its files may take axes of any size.
         conventions: how its files are written.
     """
 
@@ -72,7 +73,8 @@ class Target:
     stored_bits: int = 8
     has_float_results: bool = True
     operations: Operations = field(default_factory=Operations)
-    file_format: Literal["onnx", "pte"] = "onnx"
+    file_format: Literal["onnx", "pte", "tflite"] = "onnx"
+    has_dynamic_shapes: bool = True
     conventions: Conventions = field(default_factory=Conventions)
 
     def with_bits(self, activation_bits: int, weight_bits: int) -> Target:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from .executorch_session import ExecuTorchSession, is_executorch_file
+from .litert_session import LiteRTSession, is_litert_file
 from .onnx_session import OnnxSession, Providers
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ def session_of(
     layers: Collection[str],
     options: onnxruntime.SessionOptions | None = None,
     providers: Providers | None = None,
-) -> OnnxSession | ExecuTorchSession:
-    """ExecuTorch for its own files, which their first bytes tell, and ONNX Runtime for all others.
+) -> OnnxSession | ExecuTorchSession | LiteRTSession:
+    """ExecuTorch and LiteRT for their own files, which their first bytes tell, and ONNX Runtime for all others.
 
     Args:
         path: the file.
@@ -31,8 +32,13 @@ def session_of(
         FileNotFoundError: there is no such file.
         ValueError: options or providers for a file that ONNX Runtime does not run.
     """
-    if not is_executorch_file(path):
+    own: type[ExecuTorchSession | LiteRTSession] | None = None
+    if is_executorch_file(path):
+        own = ExecuTorchSession
+    elif is_litert_file(path):
+        own = LiteRTSession
+    if own is None:
         return OnnxSession(path, layers, options, providers)
     if options is not None or providers is not None:
         raise ValueError(f"session_options and providers are ONNX Runtime's, got path={os.fspath(path)!r}")
-    return ExecuTorchSession(path)
+    return own(path)

@@ -1,0 +1,239 @@
+"""Functions of single elements, sums, products and averages; on floats, but where LiteRT has them on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .fused_output import FusedOutput, finished, fused_output, output_of
+from .layers import padded
+from .moves import as_pair, window, with_rank
+from .values import Value, Values, arguments, channels_last, constant, in_order, integers, sizes_of
+
+Emitter = Callable[[Values, fx.Node], Value]
+
+
+def binary(name: str, options: str, on_codes: bool = False) -> Emitter:
+    """An operation on two tensors, with broadcasting.
+
+    Args:
+        name: of LiteRT's operator.
+        options: the class of its options.
+        on_codes: whether it is one of integers between codes that go on a grid.
+    """
+
+    def emit(values: Values, node: fx.Node) -> Value:
+        parts, factor = node.args[:2], arguments(node).get("alpha", 1)
+        fused = fused_output(node) if on_codes and factor == 1 and _are_codes(values, parts) else None
+        first, second = (values[part] if fused is not None else values.floats(part) for part in parts)
+        if factor != 1:
+            second = _combined(values, "MUL", "MulOptions", second, values[factor])
+        return _combined(values, name, options, first, second, fused)
+
+    return emit
+
+
+def unary(name: str, options: str | None = None, **fields: Any) -> Emitter:
+    """A function of each element, on floats."""
+
+    def emit(values: Values, node: fx.Node) -> Value:
+        value = values.floats(node.args[0])
+        made = None if options is None else values.model.options(options, **fields)
+        return values.operator(name, [value], values.like(value), made)
+
+    return emit
+
+
+def relu(values: Values, node: fx.Node) -> Value:
+    """On codes as well: zero is one of them."""
+    value = values[node.args[0]]
+    return values.operator("RELU", [value], values.like(value))
+
+
+def clamp(values: Values, node: fx.Node) -> Value:
+    """``hardtanh`` and ``clamp``: between two numbers, of which one may be missing."""
+    input, low, high = arguments(node).values()
+    value = values.floats(input)
+    if (low, high) == (0, 6):
+        return values.operator("RELU6", [value], values.like(value))
+    for name, end in (("MAXIMUM", low), ("MINIMUM", high)):
+        if end is not None:
+            value = _combined(values, name, "MaximumMinimumOptions", value, values[end])
+    return value
+
+
+def leaky_relu(values: Values, node: fx.Node) -> Value:
+    """With its slope as an option."""
+    return unary("LEAKY_RELU", "LeakyReluOptions", alpha=float(arguments(node)["negative_slope"]))(values, node)
+
+
+def gelu(values: Values, node: fx.Node) -> Value:
+    """Exact, or by the approximation with tanh."""
+    return unary("GELU", "GeluOptions", approximate=arguments(node)["approximate"] == "tanh")(values, node)
+
+
+def elu(values: Values, node: fx.Node) -> Value:
+    """Of unit slope and size."""
+    if set(list(arguments(node).values())[1:]) != {1}:
+        raise values.refusal("it has ELU with a factor of one alone")
+    return unary("ELU")(values, node)
+
+
+def prelu(values: Values, node: fx.Node) -> Value:
+    """A slope for each channel, or one for all."""
+    value, slope = (values.floats(part) for part in node.args)
+    return _combined(values, "PRELU", None, value, slope)
+
+
+def softmax(values: Values, node: fx.Node) -> Value:
+    """Over one axis, which is brought last."""
+    value = values.floats(node.args[0])
+    rank = len(value.shape)
+    dim = arguments(node)["dim"] % rank
+    if value.axes[-1] != dim:
+        value = values.arranged(value, (*(axis for axis in range(rank) if axis != dim), dim))
+    return values.operator("SOFTMAX", [value], values.like(value), values.model.options("SoftmaxOptions", beta=1.0))
+
+
+def cast(values: Values, node: fx.Node) -> Value:
+    """To another dtype."""
+    value, dtype = values.floats(node.args[0]), node.meta["val"].dtype
+    if value.dtype is dtype:
+        return value
+    output = values.new(value.shape, value.axes, dtype=dtype)
+    return values.operator("CAST", [value], output)
+
+
+def where(values: Values, node: fx.Node) -> Value:
+    """Of two tensors, by a third of booleans, with broadcasting."""
+    parts = [values.floats(part) for part in node.args]
+    rank = max(len(part.shape) for part in parts)
+    ranked = [values.arranged(with_rank(values, part, rank), in_order(rank)) for part in parts]
+    return values.operator("SELECT_V2", ranked, values.new(sizes_of(node)), values.model.options("SelectV2Options"))
+
+
+def reduction(name: str) -> Emitter:
+    """Over some axes, which stay with length 1 or go."""
+
+    def emit(values: Values, node: fx.Node) -> Value:
+        value, given = values.floats(node.args[0]), arguments(node)
+        rank = len(value.shape)
+        dims = [dim % rank for dim in as_list(given["dim"]) or range(rank)]
+        return _reduced(values, name, value, dims, given["keepdim"])
+
+    return emit
+
+
+def average_pool(values: Values, node: fx.Node) -> Value:
+    """``avg_pool2d`` of floats, whose windows count what is padded, or have no padding."""
+    given = arguments(node)
+    kernel, edges = as_pair(given["kernel_size"]), as_pair(given["padding"])
+    stride = as_pair(given["stride"] or kernel)
+    skips = any(edges) and not given["count_include_pad"]
+    if skips or given["ceil_mode"] or given["divisor_override"] is not None:
+        raise values.refusal("its averages divide by the size of the window")
+    value = values.arranged(values.floats(given["self"]), channels_last(4))
+    if any(edges):
+        value = padded(values, value, [(0, 0), (0, 0), *((edge, edge) for edge in edges)])
+    output = values.like(value, sizes_of(node))
+    return values.operator("AVERAGE_POOL_2D", [value], output, window(values, kernel, stride))
+
+
+def bilinear(values: Values, node: fx.Node) -> Value:
+    """``upsample_bilinear2d``, with its corners on the corners or its pixels in their middles."""
+    value = values.arranged(values.floats(node.args[0]), channels_last(4))
+    aligned = bool(arguments(node)["align_corners"])
+    options = values.model.options("ResizeBilinearOptions", alignCorners=aligned, halfPixelCenters=not aligned)
+    shape = sizes_of(node)
+    return values.operator("RESIZE_BILINEAR", [value, integers(shape[2:])], values.like(value, shape), options)
+
+
+def batch_norm(values: Values, node: fx.Node) -> list[Value]:
+    """In evaluation mode: ``x * a + b`` for each channel, as PyTorch's kernel has it."""
+    given = arguments(node)
+    value = values.floats(given["input"])
+    weight, bias, mean, variance = (
+        None if given[name] is None else values.floats(given[name]).data
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    assert mean is not None
+    assert variance is not None
+    factor = 1 / torch.sqrt(variance + given["eps"])
+    if weight is not None:
+        factor = factor * weight
+    shift = -mean * factor if bias is None else bias - mean * factor
+    shape = [1, -1, *[1] * (len(value.shape) - 2)]
+    scaled = _combined(values, "MUL", "MulOptions", value, constant(factor.reshape(shape)))
+    return [_combined(values, "ADD", "AddOptions", scaled, constant(shift.reshape(shape)))]
+
+
+def layer_norm(values: Values, node: fx.Node) -> list[Value]:
+    """Over the last axes: ``(x - mean) / sqrt(variance + eps) * weight + bias``."""
+    given = arguments(node)
+    value = values.floats(given["input"])
+    rank = len(value.shape)
+    dims = list(range(rank - len(given["normalized_shape"]), rank))
+    mean = _reduced(values, "MEAN", value, dims, True)
+    centred = _combined(values, "SUB", "SubOptions", value, mean)
+    square = _combined(values, "MUL", "MulOptions", centred, centred)
+    variance = _reduced(values, "MEAN", square, dims, True)
+    variance = _combined(values, "ADD", "AddOptions", variance, values[given["eps"]])
+    inverse = values.operator("RSQRT", [variance], values.like(variance))
+    result = _combined(values, "MUL", "MulOptions", centred, inverse)
+    for name, options, part in (("MUL", "MulOptions", "weight"), ("ADD", "AddOptions", "bias")):
+        if given[part] is not None:
+            result = _combined(values, name, options, result, values.floats(given[part]))
+    return [result]
+
+
+def product(values: Values, node: fx.Node) -> Value:
+    """``mm`` and ``bmm``, of floats."""
+    operands = [values.floats(part) for part in node.args]
+    operands = [values.arranged(operand, in_order(len(operand.shape))) for operand in operands]
+    options = values.model.options("BatchMatMulOptions")
+    return values.operator("BATCH_MATMUL", operands, values.new(sizes_of(node)), options)
+
+
+def as_list(numbers: Any) -> list[int]:
+    """One number as a list of it, and none as an empty one."""
+    return [] if numbers is None else [numbers] if isinstance(numbers, int) else list(numbers)
+
+
+def _combined(
+    values: Values, name: str, options: str | None, first: Value, second: Value, fused: FusedOutput | None = None
+) -> Value:
+    """A binary operator on operands that are brought to one rank and order."""
+    operands = [first, second]
+    rank = max(len(operand.shape) for operand in operands)
+    shape: tuple[int, ...] = tuple(torch.broadcast_shapes(first.shape, second.shape))  # type: ignore[no-untyped-call]
+    leading = next((part for part in operands if len(part.shape) == rank and part.data is None), None)
+    axes = in_order(rank) if leading is None else leading.axes
+    arranged = [
+        operand if not operand.shape else values.arranged(with_rank(values, operand, rank), axes)
+        for operand in operands
+    ]
+    if fused is None:
+        made = None if options is None else values.model.options(options)
+        return values.operator(name, arranged, values.new(shape, axes), made)
+    output, activation = output_of(values, shape, axes, fused)
+    assert options is not None
+    made = values.model.options(options, fusedActivationFunction=activation)
+    return finished(values, values.operator(name, arranged, output, made), fused)
+
+
+def _reduced(values: Values, name: str, value: Value, dims: Sequence[int], keeps: bool) -> Value:
+    places = integers([value.axes.index(dim) for dim in dims])
+    axes, shape = value.axes, tuple(1 if axis in dims else size for axis, size in enumerate(value.shape))
+    if not keeps:
+        left = [axis for axis in range(len(value.shape)) if axis not in dims]
+        axes = tuple(left.index(axis) for axis in value.axes if axis in left)
+        shape = tuple(value.shape[axis] for axis in left)
+    options = values.model.options("ReducerOptions", keepDims=keeps)
+    return values.operator(name, [value, places], values.new(shape, axes), options)
+
+
+def _are_codes(values: Values, parts: Sequence[Any]) -> bool:
+    return all(isinstance(part, fx.Node) and values[part].grid is not None for part in parts)

@@ -1,0 +1,50 @@
+"""LiteRT, imported where it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+def import_schema() -> Any:
+    """The classes of the flat buffers that a ``.tflite`` file consists of.
+
+    Raises:
+        ImportError: ai-edge-litert is not installed; the message says which extra has it.
+    """
+    with _named_extra():
+        from ai_edge_litert import schema_py_generated
+    return schema_py_generated
+
+
+def import_builder() -> Any:
+    """The class that builds flat buffers.
+
+    Raises:
+        ImportError: flatbuffers, which ai-edge-litert brings, is not installed.
+    """
+    with _named_extra():
+        from flatbuffers import Builder  # type: ignore[import-untyped]
+    return Builder
+
+
+def import_interpreter() -> Any:
+    """The class of LiteRT's interpreter.
+
+    Raises:
+        ImportError: ai-edge-litert is not installed; the message says which extra has it.
+    """
+    with _named_extra():
+        from ai_edge_litert.interpreter import Interpreter
+    return Interpreter
+
+
+@contextlib.contextmanager
+def _named_extra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"files for LiteRT need ai-edge-litert ({error}): pip install 'mlframework-quantization[litert]'"
+        ) from error
