@@ -11,87 +11,24 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from device_networks import CALIBRATION_BATCH, CALIBRATION_BATCHES, CASES, FLOAT, OURS, Case, Result, network_of, table
 from results_file import environment, write_section
 from rich.console import Console
 from rich.progress import track
-from timing import Timing, time_in_turns
+from timing import time_in_turns
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from mlframework.quantization import QATConfig, calibrate, convert, export, prepare
-from zoo import FULL_SIZE, UNet, roughen_batch_norms
 
-OURS, FLOAT, PT2E = "ours", "float32", "torchao PT2E"
-CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 8
-
-
-class DepthwiseSeparableAudio(nn.Sequential):
-    """Keyword spotting on raw sound (N, 1, 16000): depthwise-separable convolutions in one dimension, the shape of
-    DS-CNN (Zhang et al. 2017, arXiv:1711.07128)."""
-
-    def __init__(self, width: int = 64, blocks: int = 4, classes: int = 12) -> None:
-        def after(layer: nn.Module) -> list[nn.Module]:
-            return [layer, nn.BatchNorm1d(width), nn.ReLU()]
-
-        layers = after(nn.Conv1d(1, width, 80, stride=16, padding=40, bias=False))
-        for _ in range(blocks):
-            layers += after(nn.Conv1d(width, width, 9, stride=2, padding=4, groups=width, bias=False))
-            layers += after(nn.Conv1d(width, width, 1, bias=False))
-        super().__init__(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, classes))
-
-
-class Case(NamedTuple):
-    """A network, and its input without the batch."""
-
-    title: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-
-    def batch(self, size: int, seed: int) -> Tensor:
-        """Smooth noise of the same for the same seed, of both signs."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(size, *self.shape, generator=generator)
-
-
-CASES = {
-    "mobilenet_v2": Case("MobileNetV2, 224x224", FULL_SIZE["mobilenet_v2"].constructor, (3, 224, 224)),
-    "resnet20": Case("ResNet-20, 32x32", FULL_SIZE["resnet20"].constructor, (3, 32, 32)),
-    "unet": Case("U-Net of width 16, 64x64", lambda: UNet(width=16, depth=3, classes=3), (3, 64, 64)),
-    "mlp": Case("MLP, 3x32x32", FULL_SIZE["mlp"].constructor, (3, 32, 32)),
-    "audio": Case("depthwise-separable network, 1 s of sound", DepthwiseSeparableAudio, (1, 16000)),
-}
-
-
-class Result(NamedTuple):
-    """What was found of one network."""
-
-    inputs: int
-    codes: int
-    differing: int
-    steps: float
-    times: dict[str, Timing]
-    bytes: dict[str, int]
-
-
-def network_of(case: Case) -> nn.Module:
-    """Random weights, with batch norms whose statistics are those of its data."""
-    torch.manual_seed(0)
-    model = case.make()
-    roughen_batch_norms(model)
-    with torch.no_grad():
-        for seed in range(3):
-            model.train()(case.batch(CALIBRATION_BATCH, seed))
-    return model.eval()
+PT2E = "torchao PT2E"
 
 
 def files_of(case: Case, folder: Path) -> tuple[nn.Module, dict[str, Path]]:
@@ -162,23 +99,6 @@ def measure(case: Case, inputs: int, rounds: int) -> Result:
     return Result(inputs, codes, differing, largest / step, times, sizes)
 
 
-def table(results: dict[str, Result]) -> list[str]:
-    """Lines of Markdown."""
-    lines = [
-        "| network | inputs | output codes | differ | ms, ours | float32 (ours / it) | torchao PT2E (ours / it) | kB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, result in results.items():
-        times = {contender: timing.median for contender, timing in result.times.items()}
-        found = f"{result.differing}" + (f", by {result.steps:.0f} step" if result.differing else "")
-        lines.append(
-            f"| {CASES[name].title} | {result.inputs:,} | {result.codes:,} | {found} | {times[OURS]:.2f} | "
-            + " | ".join(f"{times[other]:.2f} ({times[OURS] / times[other]:.2f})" for other in (FLOAT, PT2E))
-            + f" | {result.bytes[OURS] // 1000:,} of {result.bytes[FLOAT] // 1000:,} |"
-        )
-    return lines
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     results = {name: measure(CASES[name], options.inputs, options.rounds) for name in options.networks}
-    lines = table(results)
+    lines = table(results, (FLOAT, PT2E))
     Console().print("\n".join(lines), soft_wrap=True)
     if options.write:
         head = (

@@ -71,8 +71,8 @@ def _form_of(module: IntegerModule, conventions: Conventions, shapes: Shapes) ->
         return QDQSelection.of(module)
     if isinstance(module, Int8Operation):
         if isinstance(module.operation, AveragePooling) and (conventions.exact or conventions.averages_as_layers):
-            form = average if conventions.exact else average_as_layer
-            return form(module, shapes.get(module, []))
+            found = shapes.get(module, [])
+            return average(module, found) if conventions.exact else average_as_layer(module, found, conventions)
         if conventions.concatenates_one_grid and isinstance(module.operation, Concatenation):
             return QDQConcatenation(module)
         if conventions.exact and isinstance(module.operation, Lookup) and not fuses_exactly(module):

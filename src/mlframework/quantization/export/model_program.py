@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,5 +88,7 @@ def program_of(
     example = run_example(converted, args, kwargs or {})
     names = example.user_names
     asked = None if dynamic_shapes is None else specifications(dynamic_shapes, example.arguments, names)
+    if dynamic_batch or asked is not None:
+        conventions = replace(conventions, flattens_images=False)
     exportable = make_export_model(converted, conventions, example.shapes).eval()
     return exported_program(exportable, example.arguments, dynamic_batch, asked, names), example

@@ -38,7 +38,8 @@ class Conventions:
         own_nodes_for_sums: a sum whose operand other operations read as well gets a quantize node of its own.
         unsigned_concatenations: int8 codes of a concatenation are written 128 higher, as uint8. OpenVINO (2026.4)
             computes a convolution of the signed ones wrongly.
-        averages_as_layers: averages are written as depthwise convolutions with weights of one.
+        averages_as_layers: averages are written as linear layers and depthwise convolutions with weights of one.
+        flattens_images: whether a mean over images may flatten them for that, which takes images of a fixed size.
         concatenates_one_grid: what is concatenated is brought to one grid before.
     """
 
@@ -46,6 +47,7 @@ class Conventions:
     own_nodes_for_sums: bool = False
     unsigned_concatenations: bool = False
     averages_as_layers: bool = False
+    flattens_images: bool = True
     concatenates_one_grid: bool = False
 
 

@@ -1,0 +1,133 @@
+"""Files for LiteRT: codes that differ from the converted model's, and the time of a call against litert-torch's files.
+
+Of the same networks, calibrated on the same batches: this library's file, the float network through litert-torch, and
+litert-torch's own quantization (PT2E), as its documentation sets it up. All run in LiteRT's interpreter with XNNPACK,
+in turns, in one process. litert-torch brings two gigabytes (JAX among them), so it is no part of an extra:
+
+    pip install litert-torch
+    python benchmarks/litert_files.py [--networks mobilenet_v2] [--inputs 1000] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from device_networks import CALIBRATION_BATCH, CALIBRATION_BATCHES, CASES, FLOAT, OURS, Case, Result, network_of, table
+from results_file import environment, write_section
+from rich.console import Console
+from rich.progress import track
+from timing import time_in_turns
+from torch import Tensor, nn
+
+from mlframework.quantization import QATConfig, calibrate, convert, export, prepare
+
+PT2E = "litert-torch PT2E"
+THREADS = 2
+
+
+def files_of(case: Case, folder: Path) -> tuple[nn.Module, dict[str, Path]]:
+    """The converted model, and a file of each contender."""
+    import litert_torch
+
+    batches = [case.batch(CALIBRATION_BATCH, seed) for seed in range(CALIBRATION_BATCHES)]
+    example = (case.batch(1, 0),)
+    model = network_of(case)
+    prepared = prepare(model, QATConfig.for_target("litert"), example)
+    calibrate(prepared, batches)
+    paths = {name: folder / f"{index}.tflite" for index, name in enumerate((OURS, FLOAT, PT2E))}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="outside of XNNPACK")  # nothing may be
+        export(prepared, example, paths[OURS])
+    litert_torch.convert(model, example).export(str(paths[FLOAT]))
+    pt2e(model, example, batches).export(str(paths[PT2E]))
+    return convert(prepared), paths
+
+
+def pt2e(model: nn.Module, example: tuple[Tensor, ...], batches: Sequence[Tensor]) -> Any:
+    """As in "PT2E Quantization" of litert-torch's documentation: static, per channel."""
+    import litert_torch
+    from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
+    from litert_torch.quantize.quant_config import QuantConfig
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False))
+    prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
+    with torch.no_grad():
+        for batch in batches:
+            for image in batch.split(1):
+                prepared(image)
+    converted = convert_pt2e(prepared, fold_quantize=False)
+    return litert_torch.convert(converted, example, quant_config=QuantConfig(pt2e_quantizer=quantizer))
+
+
+def runner(path: Path) -> Callable[[Tensor], Tensor]:
+    """A file's first output for an input, through XNNPACK."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=THREADS)
+    interpreter.allocate_tensors()
+    (input,), (output, *_) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(x: Tensor) -> Tensor:
+        interpreter.set_tensor(input["index"], x.numpy())
+        interpreter.invoke()
+        return torch.from_numpy(interpreter.get_tensor(output["index"]))
+
+    return run
+
+
+def measure(case: Case, inputs: int, rounds: int) -> Result:
+    """Codes on ``inputs`` inputs, one at a time, and milliseconds of a call."""
+    with tempfile.TemporaryDirectory() as folder:
+        converted, paths = files_of(case, Path(folder))
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        runners = {name: runner(path) for name, path in paths.items()}
+    codes = differing = 0
+    largest = 0.0
+    with torch.no_grad():
+        step = float(torch.unique(converted(case.batch(8, 99))).diff().min())
+        for seed in track(range(inputs), f"{case.title}: codes"):
+            x = case.batch(1, 1000 + seed)
+            difference = (runners[OURS](x) - converted(x)).abs()
+            codes += difference.numel()
+            differing += int((difference > 0).sum())
+            largest = max(largest, float(difference.max()))
+    x = case.batch(1, 0)
+    times = time_in_turns({name: lambda run=run: run(x) for name, run in runners.items()}, rounds)
+    return Result(inputs, codes, differing, largest / step, times, sizes)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
+    parser.add_argument("--inputs", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--write", action="store_true", help="write the section of RESULTS.md")
+    options = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    results = {name: measure(CASES[name], options.inputs, options.rounds) for name in options.networks}
+    lines = table(results, (FLOAT, PT2E))
+    Console().print("\n".join(lines), soft_wrap=True)
+    if options.write:
+        head = (
+            "`python benchmarks/litert_files.py --write`: one input a call, random weights, calibrated on the same 32",
+            "inputs. Codes are those of the model's result, in LiteRT against the converted model; milliseconds are",
+            f"medians of {options.rounds} rounds taken in turn, all in LiteRT's interpreter with XNNPACK, on {THREADS}",
+            "threads.",
+            f"{environment()} LiteRT {version('ai-edge-litert')}, litert-torch {version('litert-torch')}.",
+        )
+        write_section("litert", "\n".join(("## Files for LiteRT", "", *head, "", *lines)))
+
+
+if __name__ == "__main__":
+    main()
