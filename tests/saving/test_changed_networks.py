@@ -183,6 +183,18 @@ def test_what_would_fail_half_way_is_refused_before(
     assert [sorted(vars(module)) for module in network.modules()] == attributes
 
 
+def test_what_quantizes_has_tensors_of_its_own(tmp_path: Path) -> None:
+    """A layer that learns its scale has every optimizer change it, from before the file is accepted."""
+
+    def change(document: Document, tensors: Tensors) -> None:
+        layer = next(entry for entry in document["modules"] if entry.get("class") == "FakeQuantizeLayer")
+        layer["buffers"]["scale"] = "layer.bias"
+
+    path = saved(Network(), torch.randn(2, 3), tmp_path / "model.safetensors")
+    said = refusal(rewritten(path, tmp_path / "changed.safetensors", change))
+    assert "layer.bias is the network's own, and none of a FakeQuantizeLayer" in said
+
+
 def chain(record: list[Any], length: int) -> Change:
     """Each holds the one before twice."""
 

@@ -20,6 +20,7 @@ from example_models import EVERY_EXAMPLE, EXAMPLES, Example, all_equal, make_bat
 from mlframework.quantization import (
     FakeQuantizeLayer,
     HistogramObserver,
+    MinMaxObserver,
     QATConfig,
     QATSchedule,
     StraightThroughEstimator,
@@ -192,6 +193,23 @@ def test_counters_and_switches_come_back(tmp_path: Path) -> None:
         each.train()
         each(*inputs)
     assert same_state(loaded, model)
+
+
+def test_a_model_that_is_loaded_in_inference_mode_trains(tmp_path: Path) -> None:
+    example = EXAMPLES["cnn"]
+    save(prepared(example), tmp_path / "model.safetensors")
+    network = example.make()
+    with torch.inference_mode():
+        again = load(tmp_path / "model.safetensors", network)
+    assert not any(tensor.is_inference() for tensor in again.state_dict(keep_vars=True).values() if tensor is not None)
+    train_briefly(again, example.inputs())
+
+
+def test_observers_of_one_name_in_two_modules_are_not_mixed_up(tmp_path: Path) -> None:
+    kinds = [type("Widest", (MinMaxObserver,), {"__module__": module}) for module in ("one", "other")]
+    model = prepare(nn.Sequential(nn.Linear(3, 2)), QATConfig(activation_observer=kinds[0]), (torch.randn(2, 3),))
+    with pytest.raises(ValueError, match="Widest is a class of observers in one and in other"):
+        save(model, tmp_path / "model.safetensors")
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:

@@ -193,6 +193,67 @@ def read_later_value(document: Document, tensors: Tensors) -> None:
     document["sources"][document["modules"][0]["source"]]["form"][0][0] = {"record": ["Recipe", 1, [], [5]]}
 
 
+def add_tensor(document: Document, tensors: Tensors, tensor: torch.Tensor, said: dict[str, Any] | None = None) -> None:
+    tensors["added"] = tensor
+    document["tensors"]["added"] = said or {}
+
+
+def hide_the_weight(document: Document, tensors: Tensors) -> None:
+    """What is checked is the buffer, and what a module finds first is the attribute."""
+    add_tensor(document, tensors, torch.full((4, 3), -128, dtype=torch.int8))
+    entry_of(document, "Int8Linear")["set"]["weight"] = {"tensor": "added"}
+
+
+def hide_the_scale(document: Document, tensors: Tensors) -> None:
+    add_tensor(document, tensors, torch.full((4,), torch.nan), {"parameter": False})
+    entry_of(document, "Int8Linear")["parameters"] = {"weight_scale": "added"}
+
+
+def take_tensors_of_another(document: Document, tensors: Tensors) -> None:
+    entry = entry_of(document, "Int8Linear")
+    entry["shares"] = len(document["modules"])
+    document["modules"].append({"class": "torch:Identity", "buffers": dict(entry["buffers"])})
+
+
+def pool_with(**settings: Any) -> Change:
+    def change(document: Document, tensors: Tensors) -> None:
+        document["modules"].append({"class": "torch:MaxPool2d", "set": settings})
+
+    return change
+
+
+def set_inputs_of_program(count: int) -> Change:
+    def change(document: Document, tensors: Tensors) -> None:
+        next(record for record in document["records"] if record[0] == "Recipe")[1] = count
+
+    return change
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def refer_to_a_large_record_often(document: Document, tensors: Tensors) -> None:
+    records = document["records"]
+    large = len(records)
+    records.append(["Recipe", 1, [], [0] * 200_000])
+    records += [["Edge", [["item", {"same": large}]], ""] for _ in range(100)]
+
+
+def follow_names_for_ever(document: Document, tensors: Tensors) -> None:
+    """Each of many modules has a graph that names many tensors, a few bytes each."""
+    source = document["sources"][0]
+    document["sources"].append({"graphs": [[*[[1, "a.weight", [], {}]] * 2000, [5, "output", [None], {}]]]})
+    document["sources"][-1].update(given=[], on_codes={"dict": []}, flags=source["flags"], reads=[])
+    kept = {"class": "torch:Identity", "buffers": {"weight": "layer.weight_scale"}}
+    document["modules"].append(kept)
+    holding = {"class": "torch:Identity", "children": {"a": len(document["modules"]) - 1}}
+    document["modules"] += [{**holding, "source": len(document["sources"]) - 1} for _ in range(1000)]
+
+
 NOT_SAID = "says what a file may not say: "
 CHANGES: dict[str, tuple[Change, str]] = {
     "scale not a number": (
@@ -297,6 +358,33 @@ CHANGES: dict[str, tuple[Change, str]] = {
         NOT_SAID + r"layer.weight must be of shape \(4, 3\) and like torch.float32, got \(7,\)",
     ),
     "parameter of integers": (make_codes_a_parameter, NOT_SAID + "layer.weight cannot be a parameter of torch.int8"),
+    "weight behind another": (hide_the_weight, NOT_SAID + "a module may not have two things called weight"),
+    "scale behind another": (hide_the_scale, NOT_SAID + "a module may not have two things called weight_scale"),
+    "tensors of another module": (take_tensors_of_another, NOT_SAID + "a Int8Linear may not take another module's"),
+    "window beyond all": (pool_with(kernel_size=2**62), NOT_SAID + "kernel_size must be below"),
+    "windows that multiply": (
+        pool_with(kernel_size=[2**19, 2], dilation=[1, 2**19]),
+        NOT_SAID + "dilation must be below 1024, got ",
+    ),
+    "program of terabytes": (set_inputs_of_program(10**13), NOT_SAID + "a program may not take 10000000000000 values"),
+    "program of less than nothing": (set_inputs_of_program(-5), NOT_SAID + "a program may not take -5 values"),
+    "collections in collections": (
+        set_own_attribute("settings", nested(200)),
+        NOT_SAID + "a value may not have more than 64 collections",
+    ),
+    "collections in an argument": (
+        call("torch:tensor", nested(200)),
+        NOT_SAID + "an argument may not have more than 64 collections",
+    ),
+    "numbers of one hash": (
+        set_own_attribute("settings", {"set": [(2**61 - 1) * number for number in range(20_000)]}),
+        NOT_SAID + ".* is no key, and in no set",
+    ),
+    "records that are gone through often": (
+        refer_to_a_large_record_often,
+        NOT_SAID + "a file may not refer to records of more than",
+    ),
+    "names that are followed often": (follow_names_for_ever, NOT_SAID + "graphs may not name modules by more than"),
     "strides of terabytes": (
         set_strides([2**45, 1]),
         NOT_SAID + r"a tensor of shape \(4, 3\) may not have the strides",
@@ -363,6 +451,28 @@ def test_a_header_that_was_changed_is_refused_and_nothing_is_allocated(
     changed = tmp_path / "changed.safetensors"
     changed.write_bytes(header_of(path, change))
     refusal(changed)
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused(path: Path, tmp_path: Path) -> None:
+    """Another reader of the format may take the other one."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    entry = json.dumps({"layer.weight": {**header["layer.weight"], "shape": [12]}})
+    text = f"{entry[:-1]},{json.dumps(header)[1:]}".encode()
+    text += b" " * (-len(text) % 8)
+    changed = tmp_path / "changed.safetensors"
+    changed.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    assert "a name is there twice" in refusal(changed)
+
+
+def test_tensors_that_begin_within_a_number_are_refused(path: Path, tmp_path: Path) -> None:
+    """Kernels read whole numbers where these may lie."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    changed = tmp_path / "changed.safetensors"
+    changed.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    assert "its header must end at a multiple of 8 bytes" in refusal(changed)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":NaN}', b"\xff\xfe", b"1" * 10_000, b'"\\ud800"'])

@@ -283,8 +283,8 @@ class _Code:
                 return
             nodes = self._source.nodes
             assert nodes is not None
-            flat = None if nodes.flat is None else graph_from(nodes.flat)
-            graphs = [graph_from(graph) for graph in nodes.graphs]
+            flat = None if nodes.flat is None else graph_from(nodes.flat, nodes.guard)
+            graphs = [graph_from(graph, nodes.guard) for graph in nodes.graphs]
             text, names = _written(self._base, graphs, self._source.given, flat, nodes.given_first)
             self._run(text, names)
             written = self.namespace["forward"]

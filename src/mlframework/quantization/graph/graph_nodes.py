@@ -31,24 +31,26 @@ class GraphNodes:
         graphs: of each variant, the nodes.
         flat: of the form in which containers are not called.
         given_first: see :class:`.FlatForm`.
+        guard: returns what the forward calls in the place of a function; None where it calls each as it is.
     """
 
-    __slots__ = ("__weakref__", "flat", "given_first", "graphs")
+    __slots__ = ("__weakref__", "flat", "given_first", "graphs", "guard")
 
     def __init__(
         self,
         graphs: tuple[tuple[PlainNode, ...], ...],
         flat: tuple[PlainNode, ...] | None = None,
         given_first: Callable[[nn.Module], tuple[Any, ...] | None] | None = None,
+        guard: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.graphs, self.flat, self.given_first = graphs, flat, given_first
+        self.graphs, self.flat, self.given_first, self.guard = graphs, flat, given_first, guard
 
     def __deepcopy__(self, memo: Any) -> GraphNodes:
         return self  # nothing in it changes
 
     def __reduce__(self) -> tuple[Any, ...]:
         graphs = tuple(map(_without_operators, self.graphs))
-        return _rebuilt, (graphs, self.flat and _without_operators(self.flat), self.given_first)
+        return _rebuilt, (graphs, self.flat and _without_operators(self.flat), self.given_first, self.guard)
 
 
 class _OperatorName(str):
@@ -63,7 +65,9 @@ def _without_operators(nodes: tuple[PlainNode, ...]) -> tuple[PlainNode, ...]:
     return tuple(map(named, nodes))
 
 
-def _rebuilt(graphs: tuple[tuple[PlainNode, ...], ...], flat: tuple[PlainNode, ...] | None, given: Any) -> GraphNodes:
+def _rebuilt(
+    graphs: tuple[tuple[PlainNode, ...], ...], flat: tuple[PlainNode, ...] | None, given: Any, guard: Any = None
+) -> GraphNodes:
     def found(node: PlainNode) -> PlainNode:
         if not isinstance(node.target, _OperatorName):
             return node
@@ -72,7 +76,7 @@ def _rebuilt(graphs: tuple[tuple[PlainNode, ...], ...], flat: tuple[PlainNode, .
     def with_operators(nodes: tuple[PlainNode, ...]) -> tuple[PlainNode, ...]:
         return tuple(map(found, nodes))
 
-    return GraphNodes(tuple(map(with_operators, graphs)), flat and with_operators(flat), given)
+    return GraphNodes(tuple(map(with_operators, graphs)), flat and with_operators(flat), given, guard)
 
 
 def plain(graph: fx.Graph) -> tuple[PlainNode, ...]:
@@ -96,8 +100,12 @@ def plain(graph: fx.Graph) -> tuple[PlainNode, ...]:
     return tuple(PlainNode(node.op, node.target, stated(node.args), stated(node.kwargs)) for node in graph.nodes)
 
 
-def graph_from(nodes: tuple[PlainNode, ...]) -> fx.Graph:
-    """The graph of plain nodes. Values get names of their own, placeholders those of their arguments."""
+def graph_from(nodes: tuple[PlainNode, ...], guard: Callable[[Any], Any] | None = None) -> fx.Graph:
+    """The graph of plain nodes. Values get names of their own, placeholders those of their arguments.
+
+    Args:
+        guard: returns what is called in the place of a function.
+    """
     graph = fx.Graph()
     graph._graph_namespace.create_name("self", None)  # which an argument of a submodule's may be called
     made: list[fx.Node] = []
@@ -118,7 +126,8 @@ def graph_from(nodes: tuple[PlainNode, ...]) -> fx.Graph:
 
     for index, node in enumerate(nodes):
         name = node.target if node.op == "placeholder" else f"v{index}"
-        made.append(graph.create_node(node.op, node.target, built(node.args), built(node.kwargs), name=name))
+        target = guard(node.target) if guard is not None and node.op == "call_function" else node.target
+        made.append(graph.create_node(node.op, target, built(node.args), built(node.kwargs), name=name))
     return graph
 
 

@@ -135,6 +135,13 @@ FUNCTIONS: dict[str, frozenset[str]] = {
     "math": _OF_MATH,
 }  # fmt: skip
 
+# They trust that the lengths which they are given multiply to no more than 64 bits hold.
+WITH_WINDOWS = {
+    name
+    for name in _LAYERS | _OF_F | _OF_NN
+    if any(part in name for part in ("pool", "pad", "fold", "conv", "upsample", "interpolate", "shuffle"))
+} | {"constant_pad_nd"}
+
 # Each has a form that writes its result into its first argument, which keeps its shape.
 _WITH_FORMS_IN_PLACE = (
     _ELEMENTWISE | _names("cumprod cumsum addbmm addmm addmv addr baddbmm tril triu bernoulli")

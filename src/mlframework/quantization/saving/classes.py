@@ -154,16 +154,30 @@ def observer_named(name: str) -> type[ActivationObserver]:
     Raises:
         NotAllowedError: there is none of that name.
     """
-    found = next((kind for kind in _derived(ActivationObserver) if kind.__qualname__ == name), None)
-    if found is None:
+    # Of a class that was defined twice in one place, the new one.
+    by_module = {kind.__module__: kind for kind in _derived(ActivationObserver) if kind.__qualname__ == name}
+    if not by_module:
         raise NotAllowedError(f"{shortened(name)} is no class of observers: define or import it before loading")
-    return found
+    if len(by_module) > 1:
+        raise NotAllowedError(f"{shortened(name)} is a class of observers in {' and in '.join(sorted(by_module))}")
+    return next(iter(by_module.values()))
+
+
+def name_of_observer(kind: type[ActivationObserver]) -> str:
+    """What a file calls a class of observers.
+
+    Raises:
+        NotAllowedError: one of another module has the same name.
+    """
+    observer_named(kind.__qualname__)
+    return kind.__qualname__
 
 
 def _derived(kind: type[Any]) -> Iterator[type[Any]]:
     for derived in kind.__subclasses__():
-        yield derived
-        yield from _derived(derived)
+        if base_of_generated(derived) is derived:
+            yield derived
+            yield from _derived(derived)
 
 
 def name_of_module(kind: type[nn.Module]) -> str:
@@ -175,7 +189,7 @@ def name_of_module(kind: type[nn.Module]) -> str:
     if MODULES.get(kind.__name__) is kind:
         return kind.__name__
     if issubclass(kind, ActivationObserver):
-        return f"observer:{kind.__qualname__}"
+        return f"observer:{name_of_observer(kind)}"
     if vars(nn).get(kind.__name__) is kind and kind.__name__ in allowed_calls.MODULES:
         return f"torch:{kind.__name__}"
     raise NotAllowedError(f"{kind.__module__}.{kind.__qualname__} is not among the classes that one may name")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.pooling import _MaxPoolNd
 
 from ..graph.float_structure import FLOAT_STRUCTURE, HOOKS, holds_text, is_pytorchs, note_float_module
 from ..graph.generated_forward import base_of_generated, generated_class
@@ -22,6 +23,7 @@ from ..qat.qat_module_wrapper import QATModuleWrapper
 from . import classes
 from .classes import NetworksRecords, would_shadow
 from .encoding import TRANSIENT, is_value
+from .guards import LARGEST_DILATION, LONGEST_POOLED
 from .source_decoding import SourceDecoder
 from .unsavable import REGISTRIES
 from .values import ValueDecoder
@@ -32,6 +34,8 @@ _OWN_ATTRIBUTES: dict[str, type] = {
     "observer_synchronizer": ObserverSynchronizer,
     "preparation_report": PreparationReport,
 }
+# Settings of windows.
+_LENGTHS = frozenset({"dilation", "kernel_size", "output_padding", "output_size", "padding", "stride"})
 # What others keep in modules, beside what PyTorch does, to call something else than the forward.
 _OF_OTHERS = frozenset({"_code", "_generated_from", "_hf_hook", "_old_forward", "_orig_mod", "_forward_module"})
 
@@ -54,12 +58,13 @@ class Decoder:
         if len({id(module) for module in self.modules}) != len(self.modules):
             raise NotAllowedError("two entries are one module of the network")
         self._objects = [object.__new__(_from(classes.OBJECTS, entry["class"])) for entry in content["objects"]]
+        self._networks_tensors: set[str] = set()
         self._tensors = self._tensor_objects()
         self._children = [self._children_of(number) for number in range(len(self._entries))]
         self._check_tree()
         self._registries = [self._registries_of(number) for number in range(len(self._entries))]
         self._shared = [
-            (module, self.modules[_counted(entry["shares"])])
+            (module, self.modules[_shared_with(entry, module)])
             for entry, module in zip(self._entries, self.modules, strict=True)
             if "shares" in entry
         ]
@@ -76,11 +81,11 @@ class Decoder:
             self._attributes(base_of_generated(type(module)), entry.get("set", {}), "own" not in entry)
             for entry, module in zip(self._entries, self.modules, strict=True)
         ]
-        for number, entry in enumerate(self._entries):
+        for number, (entry, module, state) in enumerate(zip(self._entries, self.modules, self.states, strict=True)):
+            _check_distinct(self._children[number], *self._registries[number].values(), state)
+            _check_lengths(module, state)
             if "own" in entry:
-                module = self.modules[number]
-                kind = base_of_generated(type(module))
-                _check_own(kind, vars(module), self.states[number], self._children[number])
+                _check_own(base_of_generated(type(module)), vars(module), state, self._children[number])
         self._hooks = [
             [(_registry(registry), _from(classes.HOOKS, name)) for registry, name in entry.get("hooks", ())]
             for entry in self._entries
@@ -88,7 +93,6 @@ class Decoder:
         self._sources = SourceDecoder(content["sources"], values)
         self._classes: dict[tuple[type, int, int | None], type[nn.Module]] = {}
         self._kinds = [self._class_of(number) for number in range(len(self._entries))]
-        self._make()
 
     # --- beside the network ---------------------------------------------------------------------------------------
 
@@ -123,6 +127,7 @@ class Decoder:
                     if type(present) in (Tensor, nn.Parameter, nn.Buffer):
                         found[key] = present
                         taken.add(id(present))
+                        self._networks_tensors.add(key)
         for key, (*_, entry) in self._content["tensors"].items():
             loaded, is_parameter = self._loaded[key], entry.get("parameter")
             is_known = is_parameter is None or type(is_parameter) is bool
@@ -167,6 +172,8 @@ class Decoder:
                 tensor = None if key is None else self._tensors[key]
                 if kind == "parameters" and tensor is not None and not isinstance(tensor, nn.Parameter):
                     raise NotAllowedError(f"{key} is no parameter")
+                if key in self._networks_tensors and isinstance(module, (FakeQuantizeLayer, IntegerModule)):
+                    raise NotAllowedError(f"{key} is the network's own, and none of a {type(module).__name__}")
                 found[kind][name] = tensor
         transient = entry.get("transient", [])
         if not all(isinstance(name, str) for name in transient):
@@ -245,8 +252,8 @@ class Decoder:
         vars(root)[FLOAT_STRUCTURE] = self._content["structure"]
         return root
 
-    def _make(self) -> None:
-        """Assembles what is not the network's."""
+    def make(self) -> None:
+        """Assembles what is not the network's, which is the last that may fail."""
         for value, state in zip(self._objects, self._object_states, strict=True):
             if isinstance(value, ObserverSynchronizer):
                 layers = state.pop("layers")
@@ -341,6 +348,35 @@ def _is_hidden(kind: type, key: str) -> bool:
     if not key.startswith("_") or key == "_grids":  # which functions beside the classes keep in them
         return False
     return (issubclass(kind, nn.Module) and hasattr(nn.Module, key)) or key not in classes.names_in_code(kind)
+
+
+def _shared_with(entry: Mapping[str, Any], module: nn.Module) -> int:
+    """The number of the layer that a module wraps, whose tensors are its own."""
+    number = _counted(entry["shares"])
+    is_alone = not {"parameters", "buffers", "transient"} & entry.keys()
+    is_wrapped = entry.get("set", {}).get("layer") == {"module": number}
+    if not isinstance(module, QATModuleWrapper) or not is_alone or not is_wrapped:
+        raise NotAllowedError(f"a {type(module).__name__} may not take another module's tensors")
+    return number
+
+
+def _check_distinct(*named: Mapping[str, Any]) -> None:
+    """Refuses two things of one name: which of them a module finds, others would not look at."""
+    together = [name for each in named for name in each]
+    if len(set(together)) != len(together):
+        twice = next(name for name in together if together.count(name) > 1)
+        raise NotAllowedError(f"a module may not have two things called {twice}")
+
+
+def _check_lengths(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuses windows whose products no number of a kernel holds."""
+    for key in _LENGTHS & state.keys():
+        value = state[key]
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        is_of_pooling = key == "dilation" and isinstance(module, _MaxPoolNd)
+        limit = LARGEST_DILATION if is_of_pooling else LONGEST_POOLED
+        if any(type(number) is int and not -limit < number < limit for number in numbers):
+            raise NotAllowedError(f"{key} must be below {limit}, got {shortened(value)}")
 
 
 def _is_listed(value: Any) -> bool:

@@ -302,6 +302,12 @@ class Encoder:
         self._source_numbers[id(source)] = len(self.sources) - 1
         return len(self.sources) - 1
 
+    def _name_of_observer(self, kind: type[ActivationObserver], where: str) -> str:
+        try:
+            return classes.name_of_observer(kind)
+        except NotAllowedError as error:
+            raise NotSavableError(f"{where} cannot be kept in a file: {error}") from None
+
     def _name_of_record(self, kind: Any) -> str:
         name = getattr(kind, "__qualname__", str(kind))
         if self._networks.records.get(name) is not kind:
@@ -344,7 +350,7 @@ class Encoder:
         if value is classes.ANYTHING:
             return {"anything": None}
         if isinstance(value, type) and issubclass(value, ActivationObserver):
-            return {"observer": value.__qualname__}
+            return {"observer": self._name_of_observer(value, where)}
         if is_record(type(value)):
             return self._record(value, where)
         return {"object": self._object(value, where)}

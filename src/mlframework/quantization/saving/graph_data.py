@@ -31,6 +31,7 @@ Record = Callable[[Any], Any]  # between the class of a record and its name
 
 _PROGRAM = re.compile(r"program_\d+")
 _TAKES_KEY = ("__getitem__", "get")  # after the dictionary
+_DEEPEST = 64  # collections in collections
 _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 _DTYPES = frozenset(
     {
@@ -147,8 +148,11 @@ def _check(
         fields: what records name their parts.
     """
     op, target, args, kwargs = node
-    if not all(map(is_identifier, kwargs)):
-        raise NotAllowedError(f"arguments may not be called {shortened(', '.join(map(str, kwargs)))}")
+    if kwargs:
+        if not all(map(is_identifier, kwargs)):
+            raise NotAllowedError(f"arguments may not be called {shortened(', '.join(map(str, kwargs)))}")
+        if kwargs.get("rounding_mode") == "trunc":  # of the lowest integer and -1, the processor makes a trap
+            raise NotAllowedError("a graph may not divide with the rounding mode trunc, which a file cannot hold")
     if op == "call_function":
         if target is getattr:
             _check_attribute(args, kwargs, fields)
@@ -170,6 +174,11 @@ def _check(
             raise NotAllowedError(f"a graph may not call the method {shortened(target)}")
         if not REFUSED_ARGUMENTS.isdisjoint(kwargs):
             _refuse_arguments(f"the method {target}", kwargs)
+        if target == "repeat_interleave" and any(isinstance(each, NodeValue) for each in (*args[1:], *kwargs.values())):
+            raise NotAllowedError(
+                "a graph may not call the method repeat_interleave with lengths that it computes: call "
+                "torch.repeat_interleave"
+            )
         if target in _TAKES_KEY:
             args = args[:1] + args[2:]
         _refuse_words(target in METHODS_OF_OTHERS, target, args, kwargs)
@@ -255,28 +264,31 @@ def _encode(value: Any) -> Any:
     raise NotAllowedError(f"{value!r} of {type(value).__name__} is no argument that a file holds")
 
 
-def _decode(value: Any, index: int) -> Any:
-    """``index``: of the node, which only reads earlier ones."""
+def _decode(value: Any, index: int, depth: int = 0) -> Any:
+    """``index``: of the node, which only reads earlier ones; ``depth``: of collections around the value."""
     if value is None or type(value) in (bool, int, float):
         return value
     if type(value) is str:
         if not is_word(value):
             raise NotAllowedError(f"{value[:80]!r} is no text that a call takes")
         return value
+    depth += 1
+    if depth > _DEEPEST:
+        raise NotAllowedError(f"an argument may not have more than {_DEEPEST} collections within each other")
     if type(value) is list:
-        return [_decode(part, index) for part in value]
+        return [_decode(part, index, depth) for part in value]
     ((kind, content),) = value.items()
     if kind == "v":
         if _counted(content) >= index:
             raise NotAllowedError(f"a node may not read {content}, which is not before it")
         return NodeValue(content)
     if kind == "t":
-        return tuple([_decode(part, index) for part in content])
+        return tuple([_decode(part, index, depth) for part in content])
     if kind == "s":
-        start, stop, step = (_decode(end, index) for end in content)
+        start, stop, step = (_decode(end, index, depth) for end in content)
         return slice(start, stop, step)
     if kind == "d":
-        return {_key(key): _decode(part, index) for key, part in content}
+        return {_key(key): _decode(part, index, depth) for key, part in content}
     return constant(kind, content)
 
 

@@ -118,7 +118,8 @@ def load(path: str | os.PathLike[str], network: nn.Module) -> nn.Module:
     own = dict(network.named_modules())
     if any(map(_is_quantized, own.values())):
         raise TypeError(f"network must be a float network, got a {type(network).__name__} with quantization in it")
-    with _without_collections():
+    # Whoever loads to compute alone may train the model elsewhere.
+    with _without_collections(), torch.inference_mode(False):
         return _loaded(os.fspath(path), saved_file.read_bytes(path), own)
 
 
@@ -161,6 +162,7 @@ def _decoded(
     decoder = Decoder(document, placed, own)
     check_layers(path, document["modules"], decoder.modules, decoder.states, placed)
     check_state(path, document["modules"], decoder.states, placed)
+    decoder.make()
     return decoder
 
 

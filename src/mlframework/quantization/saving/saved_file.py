@@ -119,8 +119,10 @@ def _header(content: memoryview) -> tuple[dict[str, Any], memoryview]:
     end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
     if end > len(content):
         raise _NotWholeError(f"its header must end at byte {end}, and it has {len(content)}")
+    if end % _LENGTH:
+        raise _NotWholeError(f"its header must end at a multiple of {_LENGTH} bytes, got {end}")
     try:
-        header = json.loads(bytes(content[_LENGTH:end]))
+        header = json.loads(bytes(content[_LENGTH:end]), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
         raise _NotWholeError(f"its header is no JSON ({error})") from None
     if not isinstance(header, dict):
@@ -128,11 +130,19 @@ def _header(content: memoryview) -> tuple[dict[str, Any], memoryview]:
     return header, content[end:]
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header: of two values of one name another reader may take the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
 def _span(name: str, entry: Any) -> tuple[int, int]:
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         is_valid = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-        if not is_valid or end - begin != math.prod(shape) * dtype.itemsize:
+        if not is_valid or end - begin != math.prod(shape) * dtype.itemsize or begin % dtype.itemsize:
             raise ValueError(entry)
     except (KeyError, TypeError, ValueError):
         raise _NotWholeError(f"its entry of {name} is none") from None

@@ -15,8 +15,12 @@ from ..graph.signatures import Given, parameters_of
 from ..int8.program import Recipe
 from ..int8.views import View
 from .graph_data import decode_nodes
+from .guards import guarded
 from .values import ValueDecoder
 from .vocabulary import NotAllowedError, shortened
+
+_LONGEST_PATHS = 1_000_000  # steps of all names together: each module with a graph has every name of it followed
+_MOST_INPUTS = 1 << 12  # of a program
 
 _PROGRAM = re.compile(r"program_\d+")
 _INPUT = re.compile(r"input_\d+")
@@ -47,6 +51,7 @@ class SourceDecoder:
 
     def __init__(self, entries: Sequence[dict[str, Any]], values: ValueDecoder) -> None:
         self._entries, self._values = entries, values
+        self._steps = 0  # that were followed
         self._fields = values.fields_of_records() if entries else frozenset()
         self._nodes = [self._nodes_of(entry) for entry in entries]
         self._given = [_checked_given(values.decode(entry["given"]), len(entry["graphs"])) for entry in entries]
@@ -59,6 +64,7 @@ class SourceDecoder:
                 raise NotAllowedError("flags must be true or false")
             if not all(isinstance(each, str) for each in entry["reads"]):
                 raise NotAllowedError("names must be text")
+        self._lengths = [sum(path.count(".") + 1 for path in _paths_in(nodes)) for nodes in self._nodes]
 
     def has_form(self, index: int) -> bool:
         """Whether the class of the source depends on the module that it is of."""
@@ -83,7 +89,7 @@ class SourceDecoder:
         if form is not None:
             programs, containers, modules, code = form
             planned = Planned(programs, containers, modules, tuple((name, code_at(name)) for name in code))
-            nodes = GraphNodes(nodes.graphs, nodes.flat, nodes.given_first)  # a class of its own
+            nodes = GraphNodes(nodes.graphs, nodes.flat, nodes.given_first, nodes.guard)  # a class of its own
         runs_own_code, is_part = entry["flags"]
         return Source(
             None,
@@ -108,6 +114,9 @@ class SourceDecoder:
             NotAllowedError: one does.
         """
         nodes, form = self._nodes[index], self._forms[index]
+        self._steps += self._lengths[index]
+        if self._steps > _LONGEST_PATHS:
+            raise NotAllowedError(f"graphs may not name modules by more than {_LONGEST_PATHS} steps")
         for graph in (*nodes.graphs, nodes.flat or ()):
             for node in graph:
                 if node.op in ("call_module", "get_attr") and not leads_to(node.target, node.op == "call_module"):
@@ -121,11 +130,16 @@ class SourceDecoder:
         if not graphs:
             raise NotAllowedError("a forward must have a graph")
         if "flat" not in entry:
-            return GraphNodes(graphs)
-        return GraphNodes(graphs, self._decoded(entry["flat"]), programs_of)
+            return GraphNodes(graphs, guard=guarded)
+        return GraphNodes(graphs, self._decoded(entry["flat"]), programs_of, guarded)
 
     def _decoded(self, graph: Any) -> tuple[PlainNode, ...]:
         return decode_nodes(graph, self._fields, self._values.record_named)
+
+
+def _paths_in(nodes: GraphNodes) -> Iterator[str]:
+    for graph in (*nodes.graphs, nodes.flat or ()):
+        yield from (node.target for node in graph if node.op in ("call_module", "get_attr"))
 
 
 def _check_arguments(
@@ -172,6 +186,8 @@ def _checked_form(form: Any) -> Any:
         if not isinstance(recipe, Recipe):
             raise NotAllowedError("programs must be recipes")
         values = recipe.inputs
+        if not 0 <= values <= _MOST_INPUTS:
+            raise NotAllowedError(f"a program may not take {values} values")
         for step in recipe.steps:
             if not all(_is_below(read, values) for read in step.reads):
                 raise NotAllowedError("a program must read earlier values")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -18,7 +19,10 @@ from .graph_data import constant
 from .vocabulary import NotAllowedError, shortened
 
 _LARGEST = 300_000  # parts of a record, those of records in it counted: a report of a model has tens of thousands
+_MOST = 30 * _LARGEST  # parts of all records that values refer to: each may be gone through
 _DEEPEST = 16  # records in records
+_DEEPEST_COLLECTION = 64
+_LARGEST_HASHED = 1 << 63  # of larger numbers, any number has the same hash
 
 
 class ValueDecoder:
@@ -44,6 +48,8 @@ class ValueDecoder:
         self._sizes: list[int] = []
         self._depths: list[int] = []
         self._size, self._depth = 0, 0  # of the record that is made
+        self._nested = 0  # collections around the value that is made
+        self._referred = 0  # parts of records, wherever they are referred to
         self._is_making_records = True
         for record in records:  # which may refer to earlier ones
             self._size, self._depth = 0, 0
@@ -60,13 +66,19 @@ class ValueDecoder:
         """
         self._size += 1
         of = type(encoded)
-        if of is list:
-            return tuple([self.decode(part) for part in encoded]) if encoded else ()
-        if of is not dict:
+        if of is not list and of is not dict:
             return encoded
-        ((kind, content),) = encoded.items()
-        found = _KINDS.get(kind)
-        return constant(kind, content) if found is None else found(self, content)
+        self._nested += 1
+        if self._nested > _DEEPEST_COLLECTION:
+            raise NotAllowedError(f"a value may not have more than {_DEEPEST_COLLECTION} collections within each other")
+        if of is list:
+            decoded: Any = tuple([self.decode(part) for part in encoded])
+        else:
+            ((kind, content),) = encoded.items()
+            found = _KINDS.get(kind)
+            decoded = constant(kind, content) if found is None else found(self, content)
+        self._nested -= 1
+        return decoded
 
     def record_named(self, name: str) -> Any:
         """A class of records that the network's own code names.
@@ -88,7 +100,17 @@ class ValueDecoder:
         return [self.decode(part) for part in content]
 
     def _pairs(self, content: Any) -> Any:
-        return ((self.decode(key), self.decode(part)) for key, part in content)
+        return ((self._hashed(key), self.decode(part)) for key, part in content)
+
+    def _hashed(self, encoded: Any) -> Any:
+        if type(encoded) is int and not -_LARGEST_HASHED <= encoded < _LARGEST_HASHED:
+            raise NotAllowedError(f"{shortened(encoded)} is no key, and in no set, that a file holds")
+        return self.decode(encoded)
+
+    def _set(self, content: Any) -> set[Any]:
+        if not isinstance(content, list):
+            raise NotAllowedError(f"{shortened(content)} is no list")
+        return set(map(self._hashed, content))
 
     def _module(self, content: Any) -> nn.Module:
         return self._modules[_counted(content)]
@@ -103,53 +125,78 @@ class ValueDecoder:
         fields = () if kind is None else classes.fields_of(kind) if is_networks else classes.FIELDS[name]
         if kind is None or len(parts) != len(fields):
             raise NotAllowedError(f"{shortened(name)} is no record with {len(parts)} parts")
-        values = dict(zip(fields, map(self.decode, parts), strict=True))
-        hints = {} if is_networks else _hints_of(kind)
-        for field, value in values.items():
-            if (is_networks and holds_text(value)) or not _is_of(value, hints.get(field, Any)):
+        values = [self.decode(part) for part in parts]
+        tests = itertools.repeat(_holds_no_text, len(values)) if is_networks else _tests_of(kind)
+        for field, value, test in zip(fields, values, tests, strict=True):
+            if not test(value):
                 raise NotAllowedError(f"{field} of a {kind.__name__} may not be {shortened(value)}")
-        return kind(**values)
+        return kind(**dict(zip(fields, values, strict=True)))
 
     def _same(self, content: Any) -> Any:
         number = _counted(content)
         found = self._records[number]
         # Records of records of records are written in a few bytes, and compared and printed in years.
         self._size += self._sizes[number]
+        self._referred += self._sizes[number]
         self._depth = max(self._depth, self._depths[number])
+        if self._referred > _MOST:
+            raise NotAllowedError(f"a file may not refer to records of more than {_MOST} parts")
         if self._is_making_records and (self._size > _LARGEST or self._depth >= _DEEPEST):
             raise NotAllowedError(f"a record may not be of more than {_LARGEST} parts, {_DEEPEST} within each other")
         return found
 
 
+Test = Callable[[Any], bool]
+
+
+def _holds_no_text(value: Any) -> bool:
+    return not holds_text(value)
+
+
 @cache
-def _hints_of(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _tests_of(kind: type) -> tuple[Test, ...]:
+    """For each field of one of this library's records, whether a value is of the type that it names."""
+    hints = get_type_hints(kind)
+    return tuple(_test_of(hints.get(field, Any)) for field in classes.fields_of(kind))
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, as the fields of this library's records name theirs."""
+def _test_of(hint: Any) -> Test:
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any or origin is Callable:
-        return hint is Any or callable(value)
+    if hint is Any:
+        return lambda value: True
+    if origin is Callable:
+        return callable
     if origin in (Union, UnionType):
-        return any(_is_of(value, each) for each in args)
+        tests = [_test_of(each) for each in args]
+        return lambda value: any(test(value) for test in tests)
     if origin is Literal:
-        return isinstance(value, str) and value in args
+        return lambda value: isinstance(value, str) and value in args
     if origin is tuple:
-        if type(value) is not tuple:
-            return False
-        if args[-1] is Ellipsis:
-            return all(_is_of(part, args[0]) for part in value)
-        return len(value) == len(args) and all(map(_is_of, value, args))
+        return _test_of_tuples(args)
     if origin is Mapping:
-        return isinstance(value, Mapping) and all(
-            _is_of(key, args[0]) and _is_of(part, args[1]) for key, part in value.items()
+        of_key, of_part = map(_test_of, args)
+        return lambda value: (
+            isinstance(value, Mapping) and all(of_key(key) and of_part(part) for key, part in value.items())
         )
     if origin is type:
-        return isinstance(value, type) and issubclass(value, args[0])
+        return lambda value: isinstance(value, type) and issubclass(value, args[0])
     if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint if hint in (bool, int, str) else isinstance(value, hint)
+        return lambda value: type(value) in (int, float)
+    if hint in (bool, int, str):
+        return lambda value: type(value) is hint
+    return lambda value: isinstance(value, hint)
+
+
+def _test_of_tuples(args: tuple[Any, ...]) -> Test:
+    if args[-1] is Ellipsis:
+        of_part = _test_of(args[0])
+        return lambda value: type(value) is tuple and all(map(of_part, value))
+    tests = [_test_of(each) for each in args]
+    return lambda value: (
+        type(value) is tuple
+        and len(value) == len(tests)
+        and all(test(part) for test, part in zip(tests, value, strict=True))
+    )
 
 
 def _counted(value: Any) -> int:
@@ -162,8 +209,8 @@ _KINDS: dict[str, Callable[[ValueDecoder, Any], Any]] = {
     "list": ValueDecoder._all,
     "dict": lambda decoder, content: dict(decoder._pairs(content)),
     "ordered": lambda decoder, content: OrderedDict(decoder._pairs(content)),
-    "set": lambda decoder, content: set(decoder._all(content)),
-    "frozenset": lambda decoder, content: frozenset(decoder._all(content)),
+    "set": ValueDecoder._set,
+    "frozenset": lambda decoder, content: frozenset(decoder._set(content)),
     "size": lambda decoder, content: torch.Size(map(_counted, content)),
     "slice": lambda decoder, content: slice(*decoder._all(content)),
     "anything": lambda decoder, content: classes.ANYTHING,
