@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from mlframework.quantization import (
     save,
     verify,
 )
+from saved_files import DOCUMENT, parts_of
 
 
 def prepared(example: Example, config: QATConfig | None = None) -> nn.Module:
@@ -230,6 +232,31 @@ def test_it_is_saved_again_and_loads_again(tmp_path: Path) -> None:
     assert (tmp_path / "one.safetensors").stat().st_size == (tmp_path / "two.safetensors").stat().st_size
     assert same_state(again, model)
     assert same_results(again, model, example.inputs())
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(3)]
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def test_blocks_of_one_kind_have_one_forward_in_the_file(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 5, 5)
+    model = prepare(Twice(), QATConfig(), (x,))
+    calibrate(model, [x])
+    int8_model = convert(model)
+    again = through_file(int8_model, Twice(), tmp_path / "model.safetensors")
+    assert torch.equal(again(x), int8_model(x))
+    assert isinstance(again.blocks, nn.Sequential)
+    _, second, third = again.blocks  # the first takes floats
+    assert type(second) is type(third)
+    _, metadata = parts_of(tmp_path / "model.safetensors")
+    sources = json.loads(metadata[DOCUMENT])["sources"]
+    assert len(sources) == len({json.dumps(source) for source in sources}) == 4  # with those of what contains them
 
 
 def test_networks_without_weights_do(tmp_path: Path) -> None:

@@ -245,13 +245,15 @@ def refer_to_a_large_record_often(document: Document, tensors: Tensors) -> None:
 
 def follow_names_for_ever(document: Document, tensors: Tensors) -> None:
     """Each of many modules has a graph that names many tensors, a few bytes each."""
-    source = document["sources"][0]
-    document["sources"].append({"graphs": [[*[[1, "a.weight", [], {}]] * 2000, [5, "output", [None], {}]]]})
+    source, first = document["sources"][0], len(document["modules"])
+    names = [str(number) for number in range(700)]
+    reads = [[1, f"a.{name}.weight", [], {}] for name in names]
+    document["sources"].append({"graphs": [[*reads, [5, "output", [None], {}]]]})
     document["sources"][-1].update(given=[], on_codes={"dict": []}, flags=source["flags"], reads=[])
-    kept = {"class": "torch:Identity", "buffers": {"weight": "layer.weight_scale"}}
-    document["modules"].append(kept)
-    holding = {"class": "torch:Identity", "children": {"a": len(document["modules"]) - 1}}
-    document["modules"] += [{**holding, "source": len(document["sources"]) - 1} for _ in range(1000)]
+    document["modules"].append({"class": "torch:Identity", "buffers": {"weight": "layer.weight_scale"}})
+    document["modules"].append({"class": "torch:Identity", "children": dict.fromkeys(names, first)})
+    reading = {"class": "torch:Identity", "children": {"a": first + 1}, "source": len(document["sources"]) - 1}
+    document["modules"] += [reading] * 700
 
 
 NOT_SAID = "says what a file may not say: "

@@ -78,19 +78,26 @@ def record_of(module: nn.Module) -> Record:
     own = vars(module)
     record: Record = {"class": class_name(base_of_generated(type(module)))}
     transient = own["_non_persistent_buffers_set"]
-    shapes = {name: _shape(tensor) for name, tensor in own["_parameters"].items()}
-    shapes.update({name: _shape(tensor) for name, tensor in own["_buffers"].items() if name not in transient})
-    if shapes:
-        record["tensors"] = shapes
+    if own["_parameters"] or own["_buffers"]:
+        shapes = {name: _shape(tensor) for name, tensor in own["_parameters"].items()}
+        shapes.update({name: _shape(tensor) for name, tensor in own["_buffers"].items() if name not in transient})
+        if shapes:
+            record["tensors"] = shapes
     hooks = user_hooks(module)
     if hooks:
         record["hooks"] = hooks
-    patched = sorted(name for name in own if name not in _USUAL and is_replaced_method(module, name))
+    added = [(name, value) for name, value in own.items() if name not in _USUAL]
+    patched = sorted(name for name, value in added if callable(value) and is_replaced_method(module, name))
     if patched:
         record["methods"] = patched
     if is_pytorchs(type(module)):
-        settings = {name: _listed(value) for name, value in own.items() if name[0] != "_" and _is_plain(value)}
-        settings.pop("training", None)
+        settings = {}
+        for name, value in added:
+            if name[0] != "_":
+                if type(value) in _PLAIN:
+                    settings[name] = value
+                elif _is_plain(value):
+                    settings[name] = _listed(value)
         if settings:
             record["settings"] = settings
     return record
@@ -139,6 +146,8 @@ def _listed(value: Any) -> Any:
 def user_hooks(module: nn.Module) -> list[str]:
     """The names of the hooks of a module that are not this library's."""
     own = vars(module)
+    if not any([own[registry] for registry in HOOKS]):  # noqa: C419  (of every module, when a file is loaded)
+        return []
     return [_name(hook) for registry in HOOKS for hook in own[registry].values() if not is_ours(hook)]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -151,31 +152,53 @@ def check_state(
     scales: dict[str, Tensor] = {}
     bounded: list[_Bounded] = []
     for entry, state in zip(modules, states, strict=True):
+        if not state:
+            continue
         for name, key in (*entry.get("parameters", {}).items(), *entry.get("buffers", {}).items()):
             if key is None:
                 continue
-            if name == "weight_scale" or (name.endswith("scale") and f"{name.removesuffix('scale')}grid" in state):
+            of_scale, of_codes = _grids_of(name)
+            if of_scale is not None and (of_scale in state or name == "weight_scale"):
                 scales[key] = tensors[key]
-            grid = state.get("weight_scheme" if name == "weight" else f"{name.removesuffix('zero_point')}grid")
+            grid = state.get(of_codes)
             if isinstance(grid, QuantizationScheme):
                 bounded.append(_Bounded(key, tensors[key], grid))
     for key, scale in scales.items():
         if scale.dtype is not torch.float32:
             raise SavedFileError(f"{path!r}: {key} must be float32, got {scale.dtype}")
     if scales:
-        together = torch.cat([scale.flatten().float() for scale in scales.values()])
+        together = torch.cat(_flat(scales.values()))
         if not bool((torch.isfinite(together) & (together > 0)).all()):
             raise SavedFileError(f"{path!r}: {next(_wrong_scales(scales))}")
-    single = [each for each in bounded if each.tensor.numel() == 1]
-    numbers = torch.cat([each.tensor.flatten().double() for each in single]).tolist() if single else []
-    extremes = [(each, number, number) for each, number in zip(single, numbers, strict=True)]
-    for each in bounded:
-        if each.tensor.numel() > 1 and (each.tensor.dtype is not each.grid.dtype or not _is_full(each.grid)):
-            lowest, highest = each.tensor.aminmax()
-            extremes.append((each, float(lowest), float(highest)))
-    for each, low, high in extremes:
+    for each, low, high in _extremes(bounded):
         if not each.grid.quant_min <= low <= high <= each.grid.quant_max:
             raise SavedFileError(f"{path!r}: {each.key} must lie on the grid {each.grid}, got {low:g} to {high:g}")
+
+
+@lru_cache(256)
+def _grids_of(name: str) -> tuple[str | None, str]:
+    """The attributes that hold the grid of a tensor of that name: of one that is a scale, of one with values on it."""
+    of_scale = f"{name.removesuffix('scale')}grid" if name.endswith("scale") else None
+    return of_scale, "weight_scheme" if name == "weight" else f"{name.removesuffix('zero_point')}grid"
+
+
+def _extremes(bounded: Iterable[_Bounded]) -> Iterator[tuple[_Bounded, float, float]]:
+    """The lowest and the highest value of each tensor that may have one off its grid."""
+    single: dict[torch.dtype, list[_Bounded]] = {}
+    for each in bounded:
+        count = each.tensor.numel()
+        if count == 1:
+            single.setdefault(each.tensor.dtype, []).append(each)
+        elif count and (each.tensor.dtype is not each.grid.dtype or not _is_full(each.grid)):
+            lowest, highest = each.tensor.aminmax()
+            yield each, float(lowest), float(highest)
+    for alike in single.values():  # together, for there are several to a layer
+        numbers = torch.cat(_flat([each.tensor for each in alike])).double().tolist()
+        yield from zip(alike, numbers, numbers, strict=True)
+
+
+def _flat(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor if tensor.dim() == 1 else tensor.flatten() for tensor in tensors]
 
 
 def _wrong_scales(scales: Mapping[str, Tensor]) -> Iterator[str]:

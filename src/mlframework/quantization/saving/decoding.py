@@ -5,7 +5,7 @@ Everything is made and checked beside the network first. What then changes it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ _OWN_ATTRIBUTES: dict[str, type] = {
     "observer_synchronizer": ObserverSynchronizer,
     "preparation_report": PreparationReport,
 }
+_PLAIN = frozenset({type(None), bool, int, float, str})
+# The attributes of a module without any, with what makes each anew.
+_BARE = [
+    (key, type(value), None) if isinstance(value, (dict, set)) else (key, None, value)
+    for key, value in vars(nn.Module()).items()
+]
 # Settings of windows.
 _LENGTHS = frozenset({"dilation", "kernel_size", "output_padding", "output_size", "padding", "stride"})
 # What others keep in modules, beside what PyTorch does, to call something else than the forward.
@@ -54,7 +60,10 @@ class Decoder:
         self._own = own
         self._loaded = tensors
         self._entries: list[dict[str, Any]] = content["modules"]
+        self._named: dict[str, type[nn.Module]] = {}
+        self._names: dict[type[nn.Module], set[str]] = {}  # that things in modules of a class may have
         self.modules = [self._module(entry) for entry in self._entries]
+        self._bases = [base_of_generated(type(module)) for module in self.modules]
         if len({id(module) for module in self.modules}) != len(self.modules):
             raise NotAllowedError("two entries are one module of the network")
         self._objects = [object.__new__(_from(classes.OBJECTS, entry["class"])) for entry in content["objects"]]
@@ -78,14 +87,15 @@ class Decoder:
             for made, entry in zip(self._objects, content["objects"], strict=True)
         ]
         self.states = [
-            self._attributes(base_of_generated(type(module)), entry.get("set", {}), "own" not in entry)
-            for entry, module in zip(self._entries, self.modules, strict=True)
+            self._attributes(base, entry["set"], "own" not in entry) if "set" in entry else {}
+            for entry, base in zip(self._entries, self._bases, strict=True)
         ]
-        for number, (entry, module, state) in enumerate(zip(self._entries, self.modules, self.states, strict=True)):
+        for number, (module, state) in enumerate(zip(self.modules, self.states, strict=True)):
             _check_distinct(self._children[number], *self._registries[number].values(), state)
-            _check_lengths(module, state)
-            if "own" in entry:
-                _check_own(base_of_generated(type(module)), vars(module), state, self._children[number])
+            if state:
+                _check_lengths(module, state)
+                if "own" in self._entries[number]:
+                    _check_own(self._bases[number], vars(module), state, self._children[number])
         self._hooks = [
             [(_registry(registry), _from(classes.HOOKS, name)) for registry, name in entry.get("hooks", ())]
             for entry in self._entries
@@ -101,11 +111,17 @@ class Decoder:
             if "shares" in entry:
                 raise NotAllowedError(f"{shortened(entry['own'])} of the network may not take another's tensors")
             return self._own[entry["own"]]
-        kind = classes.module_named(entry["class"])
+        name = entry["class"]
+        kind = self._named[name] if name in self._named else self._named.setdefault(name, classes.module_named(name))
         module: nn.Module = kind.__new__(kind)
-        nn.Module.__init__(module)
+        if "shares" in entry and not isinstance(module, QATModuleWrapper):
+            raise NotAllowedError(f"a {kind.__name__} may not take another module's tensors")
+        attributes = vars(module)
+        # What nn.Module's constructor makes, at a third of its time.
+        for key, collection, value in _BARE:
+            attributes[key] = value if collection is None else collection()
         if isinstance(module, PackedModule):
-            vars(module)["_plan"] = None
+            attributes["_plan"] = None
         return module
 
     def _tensor_objects(self) -> dict[str, Tensor]:
@@ -140,10 +156,26 @@ class Decoder:
     def _children_of(self, number: int) -> dict[str, nn.Module | None]:
         entry, module = self._entries[number], self.modules[number]
         found: dict[str, nn.Module | None] = {}
-        for name, child in entry.get("children", {}).items():
-            _check_name(module, name, module._modules)
-            found[name] = None if child is None else self.modules[_counted(child)]
+        if "children" in entry:
+            self._check_names(number, entry["children"], module._modules)
+            for name, child in entry["children"].items():
+                found[name] = None if child is None else self.modules[_counted(child)]
         return found
+
+    def _check_names(self, number: int, names: Iterable[str], registry: Mapping[str, Any]) -> None:
+        """Refuses names under which something of the class's own would be found, or something else than what is
+        there."""
+        kind = self._bases[number]
+        known = self._names.setdefault(kind, set())
+        for name in names:
+            if name in known:
+                continue
+            if not is_step(name):
+                raise NotAllowedError(f"{shortened(name)!r} is no name of a module or a tensor")
+            if name not in registry:
+                if name in REGISTRIES or hasattr(kind, name):
+                    raise NotAllowedError(f"{name} is no name for something in a {kind.__name__}")
+                known.add(name)
 
     def _check_tree(self) -> None:
         """Refuses modules that hold themselves."""
@@ -165,16 +197,17 @@ class Decoder:
         entry, module = self._entries[number], self.modules[number]
         found: dict[str, dict[str, Tensor | None]] = {}
         for kind in ("parameters", "buffers"):
-            registry = vars(module)[f"_{kind}"]
-            found[kind] = {}
-            for name, key in entry.get(kind, {}).items():
-                _check_name(module, name, registry)
+            named = found[kind] = {}
+            if kind not in entry:
+                continue
+            self._check_names(number, entry[kind], vars(module)[f"_{kind}"])
+            for name, key in entry[kind].items():
                 tensor = None if key is None else self._tensors[key]
                 if kind == "parameters" and tensor is not None and not isinstance(tensor, nn.Parameter):
                     raise NotAllowedError(f"{key} is no parameter")
                 if key in self._networks_tensors and isinstance(module, (FakeQuantizeLayer, IntegerModule)):
                     raise NotAllowedError(f"{key} is the network's own, and none of a {type(module).__name__}")
-                found[kind][name] = tensor
+                named[name] = tensor
         transient = entry.get("transient", [])
         if not all(isinstance(name, str) for name in transient):
             raise NotAllowedError("names must be text")
@@ -182,21 +215,21 @@ class Decoder:
 
     def _attributes(self, kind: type, encoded: Mapping[str, Any], is_made: bool = True) -> dict[str, Any]:
         known = self._settable.setdefault((kind, is_made), set())
-        for key in encoded:
-            if key not in known:
+        if not encoded.keys() <= known:
+            for key in encoded.keys() - known:
                 is_made_anew = key in REGISTRIES or key in TRANSIENT or key == "training"
                 is_hidden = is_made and _is_hidden(kind, key)
                 if not is_step(key) or is_made_anew or is_hidden or would_shadow(kind, key):
                     raise NotAllowedError(f"{shortened(key)} is no attribute that a file sets")
                 known.add(key)
         decode = self._values.decode
-        return {key: decode(value) for key, value in encoded.items()}
+        return {key: value if type(value) in _PLAIN else decode(value) for key, value in encoded.items()}
 
     def _class_of(self, number: int) -> type[nn.Module] | None:
-        entry, module = self._entries[number], self.modules[number]
+        entry = self._entries[number]
         if "source" not in entry:
             return None
-        base, index = base_of_generated(type(module)), _counted(entry["source"])
+        base, index = self._bases[number], _counted(entry["source"])
         self._sources.check_targets(index, lambda path, is_module: self._leads_to(number, path, is_module))
         key = (base, index, number if self._sources.has_form(index) else None)
         if key not in self._classes:
@@ -221,6 +254,8 @@ class Decoder:
 
     def _leads_to(self, number: int, path: str, is_module: bool) -> bool:
         """Whether names lead from a module to another, or to a tensor."""
+        if is_module and "." not in path:  # as most
+            return self._entries[number].get("children", {}).get(path) is not None
         *steps, last = path.split(".")
         found = self._number_at(number, [*steps, last] if is_module else steps)
         if is_module or found is None:
@@ -354,8 +389,7 @@ def _shared_with(entry: Mapping[str, Any], module: nn.Module) -> int:
     """The number of the layer that a module wraps, whose tensors are its own."""
     number = _counted(entry["shares"])
     is_alone = not {"parameters", "buffers", "transient"} & entry.keys()
-    is_wrapped = entry.get("set", {}).get("layer") == {"module": number}
-    if not isinstance(module, QATModuleWrapper) or not is_alone or not is_wrapped:
+    if not is_alone or entry.get("set", {}).get("layer") != {"module": number}:
         raise NotAllowedError(f"a {type(module).__name__} may not take another module's tensors")
     return number
 
@@ -393,15 +427,6 @@ def _counted(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise NotAllowedError(f"{shortened(value)} is no number of something")
     return value
-
-
-def _check_name(module: nn.Module, name: str, registry: Mapping[str, Any]) -> None:
-    """Refuses names under which something of the class's own would be found, or something else than what is there."""
-    if not is_step(name):
-        raise NotAllowedError(f"{shortened(name)!r} is no name of a module or a tensor")
-    kind = base_of_generated(type(module))
-    if name not in registry and (name in REGISTRIES or hasattr(kind, name)):
-        raise NotAllowedError(f"{name} is no name for something in a {kind.__name__}")
 
 
 def _registry(name: Any) -> str:

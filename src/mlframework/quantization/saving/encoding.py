@@ -83,6 +83,7 @@ class Encoder:
         self._record_numbers: dict[str, int] = {}
         self._tensor_names: dict[int, str] = {}
         self._source_numbers: dict[int, int] = {}
+        self._numbers_of_sources: dict[str, int] = {}
         self._kept: list[Any] = []  # whose ids are in use
         self._names: dict[int, str] = {}
         self._own: dict[int, str] = {}
@@ -297,10 +298,13 @@ class Encoder:
                 entry["form"] = self._encode((form.programs, form.containers, form.modules, tuple(code)), where)
         except NotAllowedError as error:
             raise NotSavableError(f"{where} cannot be kept in a file: {error}") from None
-        self.sources.append(entry)
         self._kept.append(source)
-        self._source_numbers[id(source)] = len(self.sources) - 1
-        return len(self.sources) - 1
+        # Blocks of one kind have forwards of their own that say the same.
+        number = self._numbers_of_sources.setdefault(json.dumps(entry), len(self.sources))
+        if number == len(self.sources):
+            self.sources.append(entry)
+        self._source_numbers[id(source)] = number
+        return number
 
     def _name_of_observer(self, kind: type[ActivationObserver], where: str) -> str:
         try:

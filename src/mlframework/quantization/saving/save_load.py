@@ -158,7 +158,13 @@ def _decoded(
     structure: dict[str, Record] = document["structure"]
     check_fits(path, structure, {name: record_of(module) for name, module in own.items()})
     device = next((each.device for each in _tensors_of(own.values()) if not each.is_meta), None)
-    placed = {name: _placed(tensor, document["tensors"][name][1], device) for name, tensor in tensors.items()}
+    if device is not None and device.type == "cpu":
+        device = None
+    said = document["tensors"]
+    placed = {
+        name: tensor if device is None and not said[name][1] else _placed(tensor, said[name][1], device)
+        for name, tensor in tensors.items()
+    }
     decoder = Decoder(document, placed, own)
     check_layers(path, document["modules"], decoder.modules, decoder.states, placed)
     check_state(path, document["modules"], decoder.states, placed)
@@ -174,13 +180,13 @@ def _tensors_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 
 def _placed(tensor: Tensor, entry: Mapping[str, Any], device: torch.device | None) -> Tensor:
-    """A tensor where the network is, and as it lay."""
+    """A tensor on the device, where that is not the CPU, and as it lay."""
     strides = entry.get("strides")
     if strides is not None:
         if not is_order(strides, tensor.shape):
             raise NotAllowedError(f"a tensor of shape {tuple(tensor.shape)} may not have the strides {strides}")
         tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
-    return tensor if device is None or device.type == "cpu" else tensor.to(device)
+    return tensor if device is None else tensor.to(device)
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def write(path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Ma
         ) from error
     stored = _unshared({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     entries = {
-        name: [_digest(NAMES[tensor.dtype], tensor.shape, _bytes_of(tensor)), document["tensors"][name]]
+        name: [_digest(NAMES[tensor.dtype], list(tensor.shape), _bytes_of(tensor)), document["tensors"][name]]
         for name, tensor in stored.items()
     }
     text = json.dumps({**document, "version": FORMAT_VERSION, "tensors": entries}, separators=(",", ":"))
@@ -141,8 +141,13 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _span(name: str, entry: Any) -> tuple[int, int]:
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        is_valid = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-        if not is_valid or end - begin != math.prod(shape) * dtype.itemsize or begin % dtype.itemsize:
+        count = 1
+        for size in shape:
+            if type(size) is not int or size < 0:
+                raise ValueError(size)
+            count *= size
+        size = dtype.itemsize
+        if type(begin) is not int or type(end) is not int or begin < 0 or end - begin != count * size or begin % size:
             raise ValueError(entry)
     except (KeyError, TypeError, ValueError):
         raise _NotWholeError(f"its entry of {name} is none") from None
@@ -166,7 +171,8 @@ def _tensor(data: memoryview, begin: int, entry: Mapping[str, Any]) -> Tensor:
     if not count:
         return torch.empty(shape, dtype=dtype)
     # A storage of its own, so that the tensor is saved and copied without the others.
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=begin).view(shape)
+    found = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
+    return found if len(shape) == 1 else found.view(shape)
 
 
 def _document(path: str, metadata: Any) -> dict[str, Any]:
@@ -193,9 +199,9 @@ def _metadata(document: str) -> dict[str, str]:
     return {"format": "pt", _DOCUMENT: document, _DIGEST: hashlib.sha256(document.encode()).hexdigest()}
 
 
-def _digest(dtype: str, shape: Sequence[int], values: Any) -> int:
+def _digest(dtype: str, shape: list[int], values: Any) -> int:
     """It tells changes, and no authors: whoever knows the format can write another one."""
-    return zlib.crc32(values, zlib.crc32(f"{dtype} {list(shape)}".encode()))
+    return zlib.crc32(values, zlib.crc32(f"{dtype} {shape}".encode()))
 
 
 def _bytes_of(tensor: Tensor) -> Any:

@@ -64,7 +64,11 @@ class SourceDecoder:
                 raise NotAllowedError("flags must be true or false")
             if not all(isinstance(each, str) for each in entry["reads"]):
                 raise NotAllowedError("names must be text")
-        self._lengths = [sum(path.count(".") + 1 for path in _paths_in(nodes)) for nodes in self._nodes]
+        self._targets = [
+            _targets_in(nodes, on_codes, form)
+            for nodes, on_codes, form in zip(self._nodes, self._on_codes, self._forms, strict=True)
+        ]
+        self._lengths = [sum(path.count(".") + 1 for path, _ in targets) for targets in self._targets]
 
     def has_form(self, index: int) -> bool:
         """Whether the class of the source depends on the module that it is of."""
@@ -113,17 +117,12 @@ class SourceDecoder:
         Raises:
             NotAllowedError: one does.
         """
-        nodes, form = self._nodes[index], self._forms[index]
         self._steps += self._lengths[index]
         if self._steps > _LONGEST_PATHS:
             raise NotAllowedError(f"graphs may not name modules by more than {_LONGEST_PATHS} steps")
-        for graph in (*nodes.graphs, nodes.flat or ()):
-            for node in graph:
-                if node.op in ("call_module", "get_attr") and not leads_to(node.target, node.op == "call_module"):
-                    raise NotAllowedError(f"{node.target} leads to nothing that a forward uses")
-        for path in (*_modules_at_edges(self._on_codes[index]), *(() if form is None else _modules_in(form))):
-            if path and not leads_to(path, True):
-                raise NotAllowedError(f"{path} is no module")
+        for path, is_module in self._targets[index]:
+            if not leads_to(path, is_module):
+                raise NotAllowedError(f"{path} leads to nothing that a forward uses")
 
     def _nodes_of(self, entry: dict[str, Any]) -> GraphNodes:
         graphs = tuple(self._decoded(graph) for graph in entry["graphs"])
@@ -137,9 +136,16 @@ class SourceDecoder:
         return decode_nodes(graph, self._fields, self._values.record_named)
 
 
-def _paths_in(nodes: GraphNodes) -> Iterator[str]:
-    for graph in (*nodes.graphs, nodes.flat or ()):
-        yield from (node.target for node in graph if node.op in ("call_module", "get_attr"))
+def _targets_in(nodes: GraphNodes, on_codes: Any, form: Any) -> list[tuple[str, bool]]:
+    """The names of what a forward calls or reads, each once, and whether it has to be a module."""
+    found = [
+        (node.target, node.op == "call_module")
+        for graph in (*nodes.graphs, nodes.flat or ())
+        for node in graph
+        if node.op in ("call_module", "get_attr")
+    ]
+    paths = (*_modules_at_edges(on_codes), *(() if form is None else _modules_in(form)))
+    return list(dict.fromkeys((*found, *((path, True) for path in paths if path))))
 
 
 def _check_arguments(

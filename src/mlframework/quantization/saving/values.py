@@ -68,6 +68,8 @@ class ValueDecoder:
         of = type(encoded)
         if of is not list and of is not dict:
             return encoded
+        if not encoded and of is list:
+            return ()
         self._nested += 1
         if self._nested > _DEEPEST_COLLECTION:
             raise NotAllowedError(f"a value may not have more than {_DEEPEST_COLLECTION} collections within each other")
@@ -135,15 +137,21 @@ class ValueDecoder:
     def _same(self, content: Any) -> Any:
         number = _counted(content)
         found = self._records[number]
+        if not self._is_making_records:
+            self._refer_to(number)
+            return found
         # Records of records of records are written in a few bytes, and compared and printed in years.
         self._size += self._sizes[number]
-        self._referred += self._sizes[number]
         self._depth = max(self._depth, self._depths[number])
+        if self._size > _LARGEST or self._depth >= _DEEPEST:
+            raise NotAllowedError(f"a record may not be of more than {_LARGEST} parts, {_DEEPEST} within each other")
+        self._refer_to(number)
+        return found
+
+    def _refer_to(self, number: int) -> None:
+        self._referred += self._sizes[number]
         if self._referred > _MOST:
             raise NotAllowedError(f"a file may not refer to records of more than {_MOST} parts")
-        if self._is_making_records and (self._size > _LARGEST or self._depth >= _DEEPEST):
-            raise NotAllowedError(f"a record may not be of more than {_LARGEST} parts, {_DEEPEST} within each other")
-        return found
 
 
 Test = Callable[[Any], bool]
