@@ -275,6 +275,20 @@ class Scaled(nn.Module):
         return self.layer(x) * self.factor
 
 
+class WithSet(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = set(map(str, range(100)))
+
+
+def test_sets_of_text_may_come_in_another_order(tmp_path: Path) -> None:
+    """As copies of them do."""
+    model: Any = prepared(WithSet())
+    model.kinds = set(reversed(list(model.kinds)))
+    save(model, tmp_path / "model.safetensors")
+    assert load(tmp_path / "model.safetensors", WithSet()).kinds == model.kinds
+
+
 def test_values_of_the_networks_attributes_come_from_the_file_and_text_from_the_network(tmp_path: Path) -> None:
     network, other = Scaled(3.0), Scaled()
     for each, where in ((network, "here"), (other, "there")):

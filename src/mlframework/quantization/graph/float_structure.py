@@ -49,7 +49,18 @@ def note_float_module(module: nn.Module, name: str) -> None:
 def texts_of(module: nn.Module) -> dict[str, str]:
     """The attributes of a module that are text or hold it, as text."""
     others = {*_USUAL, FLOAT_NAME, FLOAT_TEXTS, FLOAT_STRUCTURE, ADDED}
-    return {key: repr(value) for key, value in vars(module).items() if key not in others and holds_text(value)}
+    return {key: _text(value) for key, value in vars(module).items() if key not in others and holds_text(value)}
+
+
+def _text(value: Any) -> str:
+    """A value as text that is the same for equal ones: copies of a set have orders of their own."""
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(_text, value)))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else f"({', '.join(map(_text, value))})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_text(key)}: {_text(part)}' for key, part in value.items())}}}"
+    return repr(value)
 
 
 def holds_text(value: Any) -> bool:
