@@ -1,11 +1,11 @@
-"""A small network in a file, and files that somebody has changed who knows the format."""
+"""Small networks for files, and files that somebody has changed who knows the format."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
@@ -26,6 +26,34 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.flatten(self.layer(x).relu(), 1))
+
+
+class Result(NamedTuple):
+    logits: Tensor
+    mean: Tensor
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn(self.conv(x)))
+
+
+class Residual(nn.Module):
+    """Containers, a record, attributes that are read, codes that pass between graphs, and a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.act, self.head = nn.Sequential(Block(), Block()), nn.GELU(), nn.Linear(3, 2)
+        self.scale = 2.0
+
+    def forward(self, x: Tensor) -> Result:
+        y = self.act(self.blocks(x))
+        y = y.reshape(x.shape[0], 3, -1).mean(dim=-1) * self.scale
+        return Result(self.head(y), torch.einsum("ij->i", y))
 
 
 def written(path: Path) -> Path:

@@ -11,7 +11,7 @@ import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -22,35 +22,7 @@ from mlframework.quantization import QATConfig, calibrate, convert, load, prepar
 from mlframework.quantization.graph.generated_forward import write_code
 from mlframework.quantization.saving import saved_file
 from mlframework.quantization.saving.saved_file import SavedFileError
-
-
-class Result(NamedTuple):
-    logits: Tensor
-    mean: Tensor
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn(self.conv(x)))
-
-
-class Network(nn.Module):
-    """Containers, a record, attributes that are read, codes that pass between graphs, and a table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks, self.act, self.head = nn.Sequential(Block(), Block()), nn.GELU(), nn.Linear(3, 2)
-        self.scale = 2.0
-
-    def forward(self, x: Tensor) -> Result:
-        y = self.act(self.blocks(x))
-        y = y.reshape(x.shape[0], 3, -1).mean(dim=-1) * self.scale
-        return Result(self.head(y), torch.einsum("ij->i", y))
-
+from saved_files import Residual
 
 HOSTILE: tuple[Any, ...] = (
     "__class__", "__globals__", "__builtins__", "os.system", "os:system", "builtins:eval", "eval", "exec", "self", "",
@@ -150,7 +122,7 @@ def attack(path: Path, target: Path, seed: int, x: Tensor) -> str:
         safetensors.torch.save_file(tensors, target, saved_file._metadata(text))
     except (RecursionError, UnicodeEncodeError, ValueError):  # JSON has no form for it
         return "not written"
-    network = Network()
+    network = Residual()
     error: Exception | None = None
     before = contents(network)
     try:
@@ -176,12 +148,12 @@ def attack(path: Path, target: Path, seed: int, x: Tensor) -> str:
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5, 5)
-    model = prepare(Network(), QATConfig(), (x,))
+    model = prepare(Residual(), QATConfig(), (x,))
     calibrate(model, [x])
     model = convert(model) if request.param == "converted" else model
     path = tmp_path_factory.mktemp("saved") / "model.safetensors"
     save(model, path)
-    assert torch.equal(load(path, Network()).eval()(x).logits, model.eval()(x).logits)
+    assert torch.equal(load(path, Residual()).eval()(x).logits, model.eval()(x).logits)
     return path, model
 
 
