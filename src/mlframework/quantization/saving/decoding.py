@@ -22,10 +22,10 @@ from ..qat.observer_synchronizer import ObserverSynchronizer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from . import classes
 from .classes import NetworksRecords, would_shadow
-from .encoding import TRANSIENT, is_value
+from .encoding import is_value
 from .guards import LARGEST_DILATION, LONGEST_POOLED
 from .source_decoding import SourceDecoder
-from .unsavable import REGISTRIES
+from .unsavable import REGISTRIES, TRANSIENT
 from .values import ValueDecoder
 from .vocabulary import NotAllowedError, is_step, shortened
 

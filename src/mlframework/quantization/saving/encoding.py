@@ -15,43 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion.planned_calls import Planned
-from ..graph.float_structure import (
-    FLOAT_NAME,
-    FLOAT_STRUCTURE,
-    FLOAT_TEXTS,
-    HOOKS,
-    Record,
-    holds_text,
-    is_ours,
-    is_pytorchs,
-    record_of,
-)
+from ..graph.float_structure import HOOKS, Record, holds_text, is_ours, is_pytorchs
 from ..graph.generated_forward import Source, base_of_generated, has_generated_forward, source_of
 from ..graph.nodes import ADDED
-from ..qat.activation_observer import ActivationObserver
 from . import classes
-from .classes import LIBRARY, NetworksRecords, fields_of, is_record
-from .graph_data import constant_of, encode_float, encode_nodes
+from .classes import LIBRARY, NetworksRecords
+from .graph_data import encode_nodes
+from .names_in_network import NamesInNetwork, joined
 from .saved_file import NAMES
-from .unsavable import REGISTRIES, NotSavableError, check_hooks_of_tensors, check_nothing_hidden, check_unchanged
-from .vocabulary import NotAllowedError, is_step
-
-# What is made anew where it is missing.
-TRANSIENT = frozenset(
-    {
-        "_plan",
-        "_plan_of_programs",
-        "_cached",
-        "changed",
-        "history",
-        "_join_config",
-        "save_pretrained",
-        "hf_quantizer",
-        FLOAT_NAME,
-        FLOAT_STRUCTURE,
-        FLOAT_TEXTS,
-    }
+from .unsavable import (
+    REGISTRIES,
+    TRANSIENT,
+    NotSavableError,
+    check_hooks_of_tensors,
+    check_nothing_hidden,
+    check_unchanged,
 )
+from .value_encoding import ValueEncoder
+from .vocabulary import NotAllowedError, is_step
 
 
 class Encoder:
@@ -71,70 +52,30 @@ class Encoder:
     def __init__(self, model: nn.Module, prefix: str = "") -> None:
         self._prefix = prefix
         self.modules: list[dict[str, Any]] = []
-        self.objects: list[dict[str, Any]] = []
-        self.records: list[list[Any]] = []
         self.sources: list[dict[str, Any]] = []
         self.tensors: dict[str, Tensor] = {}
         self.tensor_entries: dict[str, dict[str, Any]] = {}
-        self.structure: dict[str, Record] = {}
-        self._model = model
+        self._network = NamesInNetwork(model)
+        self.structure = self._network.structure
         self._module_numbers: dict[int, int] = {}
-        self._object_numbers: dict[int, int] = {}
-        self._record_numbers: dict[str, int] = {}
         self._tensor_names: dict[int, str] = {}
         self._source_numbers: dict[int, int] = {}
         self._numbers_of_sources: dict[str, int] = {}
         self._kept: list[Any] = []  # whose ids are in use
-        self._names: dict[int, str] = {}
-        self._own: dict[int, str] = {}
         self._queue: deque[nn.Module] = deque()
         self._networks = NetworksRecords(model.modules())
         self._storages: dict[int, tuple[str, bool]] = {}
-        self._note_names()
+        self._values = ValueEncoder(self._networks, self._number, self._tensor)
+        self.objects, self.records = self._values.objects, self._values.records
         self._registered = {id(each) for module in model.modules() for each in _registered_with(module)}
         for module in model.modules():
             self._number(module)
         while self._queue:
             self._encode_module(self._queue.popleft())
 
-    def _note_names(self) -> None:
-        """What modules are called in the model, and which of them are the network's, by their names there."""
-        prefixes: dict[int, str] = {}
-        structures: dict[str, Record] = {}
-        for name, module in self._model.named_modules():
-            self._names[id(module)] = name
-            layer = vars(module).get("layer")
-            if isinstance(layer, nn.Module) and layer._parameters is module._parameters:
-                self._names[id(layer)] = name
-            structure = vars(module).get(FLOAT_STRUCTURE)
-            if structure is not None and not any(_is_inside(name, outer) for outer in prefixes.values()):
-                prefixes[id(module)] = name
-                structures.update({_joined(name, inner): record for inner, record in structure.items()})
-        for name, module in self._model.named_modules():
-            if not any(_is_inside(name, outer) for outer in prefixes.values()):
-                if is_ours(type(module)) or has_generated_forward(module):
-                    raise NotSavableError(
-                        f"{name or 'the model'} is a {type(module).__name__} that belongs to no model which prepare() "
-                        "returned: save the whole of what it returned, or of what was converted from that"
-                    )
-                self._own[id(module)] = name
-                structures[name] = record_of(module)
-        self.structure = structures
-        self._prefixes = list(prefixes.values())
-
-    def _name_in_network(self, module: nn.Module, name: str) -> str | None:
-        """Where the network has a module of the model; None for what quantization has added."""
-        if id(module) in self._own:
-            return self._own[id(module)]
-        noted = vars(module).get(FLOAT_NAME)
-        if noted is None:
-            return None
-        prefix = next((outer for outer in self._prefixes if _is_inside(name, outer)), "")
-        return _joined(prefix, str(noted))
-
     def _number(self, module: nn.Module, name: str = "") -> int:
         if id(module) not in self._module_numbers:
-            self._names.setdefault(id(module), name)
+            self._network.names.setdefault(id(module), name)
             self._module_numbers[id(module)] = len(self.modules)
             self.modules.append({})
             self._kept.append(module)
@@ -142,10 +83,10 @@ class Encoder:
         return self._module_numbers[id(module)]
 
     def _encode_module(self, module: nn.Module) -> None:
-        name = self._names[id(module)]
+        name = self._network.names[id(module)]
         where = name or "the model"
         entry = self.modules[self._module_numbers[id(module)]]
-        own_name = self._name_in_network(module, name)
+        own_name = self._network.name_of(module)
         if own_name is None:
             entry["class"] = self._module_class(base_of_generated(type(module)), where)
         else:
@@ -174,7 +115,7 @@ class Encoder:
             if isinstance(value, nn.Module) and key == "layer":
                 values[key] = {"module": self._number(value, name)}
             else:
-                values[key] = self._encode(value, _joined(name, key))
+                values[key] = self._values.encode(value, joined(name, key))
         if own_name is not None:
             check_nothing_hidden(module, left, self._registered, where)
         if values:
@@ -195,7 +136,7 @@ class Encoder:
             for key in registry:
                 self._check_name(key, name or "the model")
         children = {
-            key: None if child is None else self._number(child, _joined(name, key))
+            key: None if child is None else self._number(child, joined(name, key))
             for key, child in module._modules.items()
         }
         if children:
@@ -206,7 +147,7 @@ class Encoder:
             return
         for kind, registry in (("parameters", module._parameters), ("buffers", module._buffers)):
             named = {
-                key: None if tensor is None else self._tensor(tensor, _joined(name, key))
+                key: None if tensor is None else self._tensor(tensor, joined(name, key))
                 for key, tensor in registry.items()
             }
             if named:
@@ -286,16 +227,16 @@ class Encoder:
         fields = self._networks.fields_of_records
         try:
             entry: dict[str, Any] = {
-                "graphs": [encode_nodes(graph, fields, self._name_of_record) for graph in nodes.graphs],
-                "given": self._encode(source.given, where),
-                "on_codes": self._encode(source.on_codes, where),
+                "graphs": [encode_nodes(graph, fields, self._values.name_of_record) for graph in nodes.graphs],
+                "given": self._values.encode(source.given, where),
+                "on_codes": self._values.encode(source.on_codes, where),
                 "flags": [source.runs_own_code, source.is_part],
                 "reads": sorted(source.reads),
             }
             if nodes.flat is not None and isinstance(form, Planned):
-                entry["flat"] = encode_nodes(nodes.flat, fields, self._name_of_record)
+                entry["flat"] = encode_nodes(nodes.flat, fields, self._values.name_of_record)
                 code = [container for container, _ in form.code]
-                entry["form"] = self._encode((form.programs, form.containers, form.modules, tuple(code)), where)
+                entry["form"] = self._values.encode((form.programs, form.containers, form.modules, tuple(code)), where)
         except NotAllowedError as error:
             raise NotSavableError(f"{where} cannot be kept in a file: {error}") from None
         self._kept.append(source)
@@ -306,98 +247,6 @@ class Encoder:
         self._source_numbers[id(source)] = number
         return number
 
-    def _name_of_observer(self, kind: type[ActivationObserver], where: str) -> str:
-        try:
-            return classes.name_of_observer(kind)
-        except NotAllowedError as error:
-            raise NotSavableError(f"{where} cannot be kept in a file: {error}") from None
-
-    def _name_of_record(self, kind: Any) -> str:
-        name = getattr(kind, "__qualname__", str(kind))
-        if self._networks.records.get(name) is not kind:
-            module = str(getattr(kind, "__module__", None) or "torch")
-            described = f"{'torch' if module.startswith('torch.') else module}.{getattr(kind, '__name__', name)}"
-            raise NotAllowedError(
-                f"it calls {described}, which a file cannot hold: it is neither one of PyTorch's functions that a file "
-                "may call nor a record that the network's own code names"
-            )
-        return f"record:{name}"
-
-    def _encode(self, value: Any, where: str) -> Any:
-        if value is None or (isinstance(value, (bool, int, str)) and type(value) in (bool, int, str)):
-            return value
-        if type(value) is float:
-            return encode_float(value)
-        if type(value) is tuple:
-            return [self._encode(part, where) for part in value]
-        if isinstance(value, torch.Size):
-            return {"size": list(value)}
-        if isinstance(value, Tensor):
-            return {"tensor": self._tensor(value, where)}
-        if isinstance(value, nn.Module):
-            return {"module": self._number(value, where)}
-        return self._encode_other(value, where)
-
-    def _encode_other(self, value: Any, where: str) -> Any:
-        if type(value) is list:
-            return {"list": [self._encode(part, where) for part in value]}
-        if type(value) in (dict, OrderedDict):
-            pairs = [[self._encode(key, where), self._encode(part, where)] for key, part in value.items()]
-            return {"dict" if type(value) is dict else "ordered": pairs}
-        if type(value) in (set, frozenset):
-            return {type(value).__name__: sorted((self._encode(part, where) for part in value), key=repr)}
-        if type(value) is slice:
-            return {"slice": [self._encode(end, where) for end in (value.start, value.stop, value.step)]}
-        found = constant_of(value)
-        if found is not None:
-            return found
-        if value is classes.ANYTHING:
-            return {"anything": None}
-        if isinstance(value, type) and issubclass(value, ActivationObserver):
-            return {"observer": self._name_of_observer(value, where)}
-        if is_record(type(value)):
-            return self._record(value, where)
-        return {"object": self._object(value, where)}
-
-    def _record(self, value: Any, where: str) -> Any:
-        kind = type(value)
-        if classes.RECORDS.get(kind.__name__) is kind:
-            name = kind.__name__
-        else:
-            try:
-                name = self._name_of_record(kind)
-            except NotAllowedError as error:
-                raise NotSavableError(f"{where} cannot be kept in a file: {error}") from None
-            text = next((field for field in fields_of(kind) if holds_text(getattr(value, field))), None)
-            if text is not None:
-                raise NotSavableError(
-                    f"{where} holds a {kind.__qualname__} with text in {text}, which a file cannot hold"
-                )
-        parts = [self._encode(getattr(value, field), where) for field in fields_of(kind)]
-        if name != kind.__name__ or not all(map(_is_plain, parts)):
-            return {"record": [name, *parts]}
-        number = self._record_numbers.setdefault(json.dumps([name, *parts]), len(self.records))
-        if number == len(self.records):
-            self.records.append([name, *parts])
-        return {"same": number}
-
-    def _object(self, value: Any, where: str) -> int:
-        """An object of this library that is neither a module nor a value."""
-        if id(value) in self._object_numbers:
-            return self._object_numbers[id(value)]
-        kind = type(value)
-        if classes.OBJECTS.get(kind.__name__) is not kind:
-            raise NotSavableError(f"{where} is a {kind.__qualname__}, which a file does not hold")
-        entry: dict[str, Any] = {"class": kind.__name__}
-        number = self._object_numbers[id(value)] = len(self.objects)
-        self.objects.append(entry)
-        self._kept.append(value)
-        state = value.__getstate__() if "__getstate__" in _attributes(type(value)) else vars(value)
-        entry["set"] = {
-            key: self._encode(part, f"{where}.{key}") for key, part in state.items() if key not in TRANSIENT
-        }
-        return number
-
 
 def _registered_with(module: nn.Module) -> Iterator[Any]:
     """What a file holds of a module: itself, its tensors, and the layer that it wraps."""
@@ -406,17 +255,6 @@ def _registered_with(module: nn.Module) -> Iterator[Any]:
         yield each
         yield from each._parameters.values()
         yield from each._buffers.values()
-
-
-def _is_plain(encoded: Any) -> bool:
-    """Whether an encoded value refers to nothing that can change."""
-    if isinstance(encoded, dict):
-        return "same" in encoded
-    return all(map(_is_plain, encoded)) if isinstance(encoded, list) else True
-
-
-def _attributes(kind: type) -> set[str]:
-    return {name for base in kind.__mro__[:-1] for name in vars(base)}
 
 
 def _is_setting(record: Record, key: str, value: Any) -> bool:
@@ -459,11 +297,3 @@ def is_order(strides: Any, shape: Sequence[int]) -> bool:
                 return False
             expected *= size
     return True
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return not outer or name == outer or name.startswith(f"{outer}.")
-
-
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name

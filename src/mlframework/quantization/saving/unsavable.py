@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..graph.float_structure import (
+    FLOAT_NAME,
+    FLOAT_STRUCTURE,
     FLOAT_TEXTS,
     Record,
     class_name,
@@ -23,6 +25,22 @@ from ..graph.float_structure import (
 from ..graph.generated_forward import base_of_generated
 
 REGISTRIES = frozenset(vars(nn.Module())) - {"training"}
+# What is made anew where it is missing.
+TRANSIENT = frozenset(
+    {
+        "_plan",
+        "_plan_of_programs",
+        "_cached",
+        "changed",
+        "history",
+        "_join_config",
+        "save_pretrained",
+        "hf_quantizer",
+        FLOAT_NAME,
+        FLOAT_STRUCTURE,
+        FLOAT_TEXTS,
+    }
+)
 _DEPTH = 5  # of objects in objects
 
 
