@@ -8,42 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.pooling import _MaxPoolNd
 
-from ..graph.float_structure import FLOAT_STRUCTURE, HOOKS, holds_text, is_pytorchs, note_float_module
+from ..graph.float_structure import FLOAT_STRUCTURE, HOOKS, note_float_module
 from ..graph.generated_forward import base_of_generated, generated_class
-from ..graph.nodes import ADDED
 from ..int8.integer_module import IntegerModule, PackedModule
-from ..preparation.report import PreparationReport
 from ..qat.fake_quantize_layer import FakeQuantizeLayer
 from ..qat.observer_synchronizer import ObserverSynchronizer
 from ..qat.qat_module_wrapper import QATModuleWrapper
 from . import classes
 from .classes import NetworksRecords, would_shadow
-from .encoding import is_value
-from .guards import LARGEST_DILATION, LONGEST_POOLED
+from .module_contents import check_distinct, check_lengths, check_own, check_tensor_fits, is_hidden
 from .source_decoding import SourceDecoder
 from .unsavable import REGISTRIES, TRANSIENT
 from .values import ValueDecoder
 from .vocabulary import NotAllowedError, is_step, shortened
 
-# What this library keeps in modules of a network.
-_OWN_ATTRIBUTES: dict[str, type] = {
-    "observer_synchronizer": ObserverSynchronizer,
-    "preparation_report": PreparationReport,
-}
 _PLAIN = frozenset({type(None), bool, int, float, str})
 # The attributes of a module without any, with what makes each anew.
 _BARE = [
     (key, type(value), None) if isinstance(value, (dict, set)) else (key, None, value)
     for key, value in vars(nn.Module()).items()
 ]
-# Settings of windows.
-_LENGTHS = frozenset({"dilation", "kernel_size", "output_padding", "output_size", "padding", "stride"})
-# What others keep in modules, beside what PyTorch does, to call something else than the forward.
-_OF_OTHERS = frozenset({"_code", "_generated_from", "_hf_hook", "_old_forward", "_orig_mod", "_forward_module"})
 
 
 class Decoder:
@@ -91,11 +77,11 @@ class Decoder:
             for entry, base in zip(self._entries, self._bases, strict=True)
         ]
         for number, (module, state) in enumerate(zip(self.modules, self.states, strict=True)):
-            _check_distinct(self._children[number], *self._registries[number].values(), state)
+            check_distinct(self._children[number], *self._registries[number].values(), state)
             if state:
-                _check_lengths(module, state)
+                check_lengths(module, state)
                 if "own" in self._entries[number]:
-                    _check_own(self._bases[number], vars(module), state, self._children[number])
+                    check_own(self._bases[number], vars(module), state, self._children[number])
         self._hooks = [
             [(_registry(registry), _from(classes.HOOKS, name)) for registry, name in entry.get("hooks", ())]
             for entry in self._entries
@@ -137,7 +123,7 @@ class Decoder:
                     if key is None or present is None:
                         continue
                     flag = self._content["tensors"][key][1].get("parameter")
-                    _check_fits(f"{entry['own']}.{name}", self._loaded[key], present, flag is not None)
+                    check_tensor_fits(f"{entry['own']}.{name}", self._loaded[key], present, flag is not None)
                     if key in found or present.is_meta or present.is_inference() or id(present) in taken:
                         continue
                     if type(present) in (Tensor, nn.Parameter, nn.Buffer):
@@ -218,8 +204,8 @@ class Decoder:
         if not encoded.keys() <= known:
             for key in encoded.keys() - known:
                 is_made_anew = key in REGISTRIES or key in TRANSIENT or key == "training"
-                is_hidden = is_made and _is_hidden(kind, key)
-                if not is_step(key) or is_made_anew or is_hidden or would_shadow(kind, key):
+                is_kept = not is_made_anew and not (is_made and is_hidden(kind, key))
+                if not is_step(key) or not is_kept or would_shadow(kind, key):
                     raise NotAllowedError(f"{shortened(key)} is no attribute that a file sets")
                 known.add(key)
         decode = self._values.decode
@@ -338,53 +324,6 @@ class Decoder:
             module._note_change()
 
 
-def _check_fits(name: str, loaded: Tensor, present: Tensor, is_parameter: bool) -> None:
-    """Refuses what cannot be put in the place of a tensor of the network, or could not be trained there."""
-    if nn.parameter.is_lazy(present):
-        return
-    if present.layout is not torch.strided:
-        raise NotAllowedError(f"{name} must be of strided memory in the network, got {present.layout}")
-    are_floats = loaded.dtype.is_floating_point, present.dtype.is_floating_point
-    if loaded.shape != present.shape or are_floats[0] is not are_floats[1] or present.is_complex():
-        raise NotAllowedError(
-            f"{name} must be of shape {tuple(present.shape)} and like {present.dtype}, got "
-            f"{tuple(loaded.shape)} of {loaded.dtype}"
-        )
-    if is_parameter is not isinstance(present, nn.Parameter) or (is_parameter and not present.is_leaf):
-        expected = "a parameter" if isinstance(present, nn.Parameter) else "no parameter"
-        raise NotAllowedError(f"{name} must be {expected}, as in the network, and a leaf of the graph of gradients")
-
-
-def _check_own(kind: type[nn.Module], own: Mapping[str, Any], state: Mapping[str, Any], module_names: Any) -> None:
-    """Refuses attributes of a module of the network by which its own code could do something else than compute: text,
-    objects, modules, and what PyTorch or a framework keeps in modules."""
-    for key, value in state.items():
-        if key == ADDED:
-            if not _is_listed(value) or not all(isinstance(name, str) and name in module_names for name in value):
-                raise NotAllowedError(f"{key} must name modules, got {shortened(value)}")
-            continue
-        if key in _OWN_ATTRIBUTES:
-            if not isinstance(value, _OWN_ATTRIBUTES[key]):
-                raise NotAllowedError(f"{key} may not be {shortened(value)}")
-            continue
-        if hasattr(nn.Module, key) or key in _OF_OTHERS or (key.startswith("_") and is_pytorchs(kind)):
-            raise NotAllowedError(f"{key} is no attribute that a file sets in a network")
-        if holds_text(value):
-            raise NotAllowedError(f"{key} is text, which a file does not set in a network: {shortened(value)}")
-        if not is_value(value) or not is_value(own.get(key)) or holds_text(own.get(key)):
-            raise NotAllowedError(
-                f"{key} must be numbers or tensors, in the network and in the file, got {shortened(own.get(key))} and "
-                f"{shortened(value)}"
-            )
-
-
-def _is_hidden(kind: type, key: str) -> bool:
-    """Whether a name with an underscore is none that the class itself has for its attributes."""
-    if not key.startswith("_") or key == "_grids":  # which functions beside the classes keep in them
-        return False
-    return (issubclass(kind, nn.Module) and hasattr(nn.Module, key)) or key not in classes.names_in_code(kind)
-
-
 def _shared_with(entry: Mapping[str, Any], module: nn.Module) -> int:
     """The number of the layer that a module wraps, whose tensors are its own."""
     number = _counted(entry["shares"])
@@ -392,29 +331,6 @@ def _shared_with(entry: Mapping[str, Any], module: nn.Module) -> int:
     if not is_alone or entry.get("set", {}).get("layer") != {"module": number}:
         raise NotAllowedError(f"a {type(module).__name__} may not take another module's tensors")
     return number
-
-
-def _check_distinct(*named: Mapping[str, Any]) -> None:
-    """Refuses two things of one name: which of them a module finds, others would not look at."""
-    together = [name for each in named for name in each]
-    if len(set(together)) != len(together):
-        twice = next(name for name in together if together.count(name) > 1)
-        raise NotAllowedError(f"a module may not have two things called {twice}")
-
-
-def _check_lengths(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuses windows whose products no number of a kernel holds."""
-    for key in _LENGTHS & state.keys():
-        value = state[key]
-        numbers = value if isinstance(value, (tuple, list)) else (value,)
-        is_of_pooling = key == "dilation" and isinstance(module, _MaxPoolNd)
-        limit = LARGEST_DILATION if is_of_pooling else LONGEST_POOLED
-        if any(type(number) is int and not -limit < number < limit for number in numbers):
-            raise NotAllowedError(f"{key} must be below {limit}, got {shortened(value)}")
-
-
-def _is_listed(value: Any) -> bool:
-    return type(value) in (list, tuple)
 
 
 def _from(table: Mapping[str, Any], name: Any) -> Any:
