@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mlframework.quantization import QATConfig, calibrate, convert, load, prepare, save
+from mlframework.quantization.saving.module_contents import check_tensor_fits
 from mlframework.quantization.saving.saved_file import SavedFileError
+from mlframework.quantization.saving.vocabulary import NotAllowedError
 from saved_files import Change, Document, Network, Tensors, refusal, rewritten, written
 
 
@@ -181,6 +183,13 @@ def test_what_would_fail_half_way_is_refused_before(
         torch.equal(each.detach().to_dense(), value) for each, value in zip(network.parameters(), values, strict=True)
     )
     assert [sorted(vars(module)) for module in network.modules()] == attributes
+
+
+def test_a_network_on_two_devices_is_refused_before() -> None:
+    """A tensor of another device cannot be put in the place of one."""
+    loaded, present = torch.zeros(2, device="meta"), nn.Parameter(torch.zeros(2))
+    with pytest.raises(NotAllowedError, match="layer.bias must be on meta, as others of the network are, got cpu"):
+        check_tensor_fits("layer.bias", loaded, present, True)
 
 
 def test_what_quantizes_has_tensors_of_its_own(tmp_path: Path) -> None:

@@ -183,9 +183,9 @@ class Decoder:
         entry, module = self._entries[number], self.modules[number]
         found: dict[str, dict[str, Tensor | None]] = {}
         for kind in ("parameters", "buffers"):
-            named = found[kind] = {}
             if kind not in entry:
                 continue
+            named = found[f"_{kind}"] = {}
             self._check_names(number, entry[kind], vars(module)[f"_{kind}"])
             for name, key in entry[kind].items():
                 tensor = None if key is None else self._tensors[key]
@@ -293,14 +293,15 @@ class Decoder:
 
     def _assemble(self, number: int, module: nn.Module) -> None:
         entry, own = self._entries[number], vars(module)
-        own["_modules"].clear()
+        if "own" in entry:
+            for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+                own[registry].clear()
         own["_modules"].update(self._children[number])
         if "shares" not in entry:
-            for kind, registry in self._registries[number].items():
-                own[f"_{kind}"].clear()
-                own[f"_{kind}"].update(registry)
-            own["_non_persistent_buffers_set"].clear()
-            own["_non_persistent_buffers_set"].update(entry.get("transient", ()))
+            for kind, tensors in self._registries[number].items():
+                own[kind].update(tensors)
+            if "transient" in entry:
+                own["_non_persistent_buffers_set"].update(entry["transient"])
         own.update(self.states[number])
         own["training"] = entry.get("training") is True
         if "own" in entry:

@@ -35,6 +35,8 @@ def check_tensor_fits(name: str, loaded: Tensor, present: Tensor, is_parameter: 
         return
     if present.layout is not torch.strided:
         raise NotAllowedError(f"{name} must be of strided memory in the network, got {present.layout}")
+    if not present.is_meta and present.device != loaded.device:
+        raise NotAllowedError(f"{name} must be on {loaded.device}, as others of the network are, got {present.device}")
     are_floats = loaded.dtype.is_floating_point, present.dtype.is_floating_point
     if loaded.shape != present.shape or are_floats[0] is not are_floats[1] or present.is_complex():
         raise NotAllowedError(

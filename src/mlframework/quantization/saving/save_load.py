@@ -155,8 +155,8 @@ def _decoded(
     path: str, document: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, nn.Module]
 ) -> Decoder:
     """The model beside the modules of the network, which have all that it takes."""
-    structure: dict[str, Record] = document["structure"]
-    check_fits(path, structure, {name: record_of(module) for name, module in own.items()})
+    structure: dict[str, Record] = {name: record_of(module) for name, module in own.items()}
+    check_fits(path, document["structure"], structure)
     device = next((each.device for each in _tensors_of(own.values()) if not each.is_meta), None)
     if device is not None and device.type == "cpu":
         device = None
@@ -165,7 +165,7 @@ def _decoded(
         name: tensor if device is None and not said[name][1] else _placed(tensor, said[name][1], device)
         for name, tensor in tensors.items()
     }
-    decoder = Decoder(document, placed, own)
+    decoder = Decoder({**document, "structure": structure}, placed, own)
     check_layers(path, document["modules"], decoder.modules, decoder.states, placed)
     check_state(path, document["modules"], decoder.states, placed)
     decoder.make()
