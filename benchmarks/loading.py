@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlframework.quantization import QATConfig, calibrate, convert, load, prepare, save
 from zoo import MobileNetV2, resnet20, resnet50
 
-PROCESSES = 3
+PROCESSES = 7
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ResNet-20": (resnet20, 32),
     "MobileNetV2": (MobileNetV2, 64),
