@@ -188,7 +188,7 @@ def test_what_would_fail_half_way_is_refused_before(
 def test_a_network_on_two_devices_is_refused_before() -> None:
     """A tensor of another device cannot be put in the place of one."""
     loaded, present = torch.zeros(2, device="meta"), nn.Parameter(torch.zeros(2))
-    with pytest.raises(NotAllowedError, match="layer.bias must be on meta, as others of the network are, got cpu"):
+    with pytest.raises(NotAllowedError, match=r"layer\.bias must be on meta, as others of the network are, got cpu"):
         check_tensor_fits("layer.bias", loaded, present, True)
 
 
