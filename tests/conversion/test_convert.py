@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from example_architectures import BranchNeverTaken, Functional, SmallResNet, small_cnn
+from example_engines import ENGINES
 from example_models import (
     EVERY_EXAMPLE,
     EXAMPLES,
@@ -36,7 +37,6 @@ from mlframework.quantization import (
     prepare,
 )
 from mlframework.quantization.int8.layers import Int8Linear
-from mlframework.quantization.targets import TARGETS
 
 # One of the examples has a layer that its forward never reaches, of which convert() warns.
 pytestmark = pytest.mark.filterwarnings("ignore:no data reached spare")
@@ -46,7 +46,7 @@ EVERY_CONFIG = [
         QATConfig(target=target, weight_bits=bits, activation_bits=bits, learnable=learnable),
         id=f"{target}-{bits}-{'learnable' if learnable else 'observed'}",
     )
-    for target, bits, learnable in itertools.product(TARGETS, (8, 4), (False, True))
+    for target, bits, learnable in itertools.product(ENGINES, (8, 4), (False, True))
 ]
 
 

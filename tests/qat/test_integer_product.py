@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from example_engines import ENGINES
 from example_layers import LAYERS
 from example_steps import (
     assert_gradients_agree,
@@ -28,7 +29,6 @@ from mlframework.quantization import (
     StraightThroughEstimator,
     kernels,
 )
-from mlframework.quantization.targets import TARGETS
 
 pytestmark = needs_integer_layers
 
@@ -47,7 +47,7 @@ ON_CODES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 EVERY_LAYER_ON_CODES = pytest.mark.parametrize("name", ON_CODES)
 
 CONFIGS: dict[str, QATConfig] = {
-    **{target: QATConfig(target=target) for target in TARGETS},
+    **{target: QATConfig(target=target) for target in ENGINES},
     "per tensor": QATConfig(per_channel_weights=False),
     "4 bits": QATConfig(weight_bits=4, activation_bits=4),
     "learnable": QATConfig(learnable=True),
@@ -126,7 +126,7 @@ def test_training_computes_the_integers_of_evaluation(name: str) -> None:
         assert torch.equal(wrapper.eval()(input), trained)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 def test_the_bias_is_rounded_on_either_path(target: str) -> None:
     wrapper, input = wrapper_of("conv2d", QATConfig(target=target, weight_bits=2, activation_bits=2))
     with torch.no_grad():

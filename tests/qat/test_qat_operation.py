@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from example_engines import ENGINES
 from mlframework.quantization import (
     FakeQuantizeLayer,
     QATConfig,
@@ -26,13 +27,12 @@ from mlframework.quantization.int8.average_pooling import AveragePooling, Mean
 from mlframework.quantization.int8.integer_operation import Addition, Concatenation, IntegerOperation, Multiplication
 from mlframework.quantization.int8.lookup import Lookup
 from mlframework.quantization.qat.qat_operation import QATOperation
-from mlframework.quantization.targets import TARGETS
 
 EVERY_GRID = pytest.mark.parametrize(
     "config",
     [
         pytest.param(QATConfig(target=target, activation_bits=bits), id=f"{target}-{bits}")
-        for target, bits in (*((target, 8) for target in TARGETS), ("onnxruntime", 4))
+        for target, bits in (*((target, 8) for target in ENGINES), ("onnxruntime", 4))
     ],
 )
 EVERY_ACTIVATION = pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_batch_of_nothing(kind: Kind) -> None:
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ENGINES)
 def test_results_that_are_never_negative(kind: Kind, target: str) -> None:
     config = QATConfig(target=target)
     nodes = [FakeQuantizeLayer(config.non_negative_activation_scheme) for _ in range(kind.count)]

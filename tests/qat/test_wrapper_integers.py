@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from example_engines import ENGINES
 from example_layers import EVERY_LAYER, EVERY_PRODUCT, LayerExample, nodes_of, wrapped
 from example_models import make_batch_norms_awkward
 from mlframework.quantization import (
@@ -22,13 +23,12 @@ from mlframework.quantization import (
     quantize,
 )
 from mlframework.quantization.conversion.between_floats import between_floats
-from mlframework.quantization.targets import TARGETS
 
 EVERY_GRID = pytest.mark.parametrize(
     "config",
     [
         pytest.param(QATConfig(target=target, weight_bits=bits, activation_bits=bits), id=f"{target}-{bits}")
-        for target, bits in (*((target, 8) for target in TARGETS), ("onnxruntime", 4))
+        for target, bits in (*((target, 8) for target in ENGINES), ("onnxruntime", 4))
     ],
 )
 
