@@ -220,12 +220,12 @@ def _mask_gradient() -> Iterator[tuple[str, Arguments]]:
 def _fake_quantize_backward() -> Iterator[tuple[str, Arguments]]:
     for label, values, axis in _floats():
         grid = (*_grid(values, axis), -128, 127, axis)
-        yield label, (torch.randn_like(values), values.nan_to_num(0.0), *grid, False, None, 0.1, True)
+        yield label, (torch.randn_like(values), values.nan_to_num(0.0), *grid, False, None, True)
     values = torch.randn(_IMAGE) * 3
     grid = (*_grid(values, 1), 0, 255, 1)
-    yield "all that saturated passes, clipped", (torch.randn(_IMAGE), rows_of(values), *grid, True, 0.7, 0.1, True)
-    yield "all passes as it is", (rows_of(torch.randn(_IMAGE)), values, *grid, True, None, 0.1, True)
-    yield "of scale and zero point alone", (torch.randn(_IMAGE), values, *grid, False, None, 0.1, False)
+    yield "all that saturated passes, clipped", (torch.randn(_IMAGE), rows_of(values), *grid, True, 0.7, True)
+    yield "all passes as it is", (rows_of(torch.randn(_IMAGE)), values, *grid, True, None, True)
+    yield "of scale and zero point alone", (torch.randn(_IMAGE), values, *grid, False, None, False)
 
 
 def _extremes() -> Iterator[tuple[str, Arguments]]:
@@ -496,7 +496,7 @@ def _learned_normalize_backward() -> Iterator[tuple[str, Arguments]]:
     for label, (*operands, weight, clip, is_frozen) in _normalize_backward():
         ends = (0, 255, *UNBOUNDED) if is_frozen else (0, 100, *RELU6)
         bias = None if weight is None else torch.randn(5)
-        yield label, (*operands, weight, bias, scale, zero_point, *ends, clip, is_frozen, 0.01)
+        yield label, (*operands, weight, bias, scale, zero_point, *ends, clip, is_frozen)
 
 
 def _learned_clip_backward() -> Iterator[tuple[str, Arguments]]:
@@ -504,9 +504,17 @@ def _learned_clip_backward() -> Iterator[tuple[str, Arguments]]:
     for layout, values in layouts(torch.randn(_IMAGE) * 2).items():
         gradient, addend = torch.randn(_IMAGE), torch.randn(_IMAGE)
         mask = pack_mask(torch.empty_like(values).copy_(torch.randn(_IMAGE)) > 0)
-        operands = gradient, mask, values
-        yield layout, (*operands, None, scale, zero_point, 0, 255, *RELU6, math.inf, 0.01)
-        yield f"a sum, {layout}", (*operands, addend, scale, zero_point, 0, 31, *UNBOUNDED, 0.7, 0.01)
+        operands = gradient, mask, values, None
+        yield layout, (*operands, None, None, scale, zero_point, 0, 255, *RELU6, math.inf)
+        yield f"a sum, {layout}", (*operands, addend, None, scale, zero_point, 0, 31, *UNBOUNDED, 0.7)
+        codes = torch.empty_like(values, dtype=UNSIGNED).copy_(torch.randint(0, 256, _IMAGE))
+        other = torch.randint(-128, 128, _IMAGE, dtype=torch.int8)
+        on_grids = codes, torch.tensor([[0.02], [113.0]]), other, torch.tensor([[0.01], [0.0]])
+        yield f"a sum of codes, {layout}", (gradient, mask, *on_grids, scale, zero_point, 0, 31, *RELU6, math.inf)
+        mixed = values, None, *on_grids[2:]
+        yield f"a sum with codes, {layout}", (gradient, mask, *mixed, scale, zero_point, 0, 31, *UNBOUNDED, math.inf)
+        alone = *on_grids[:2], None, None
+        yield f"codes, {layout}", (gradient, mask, *alone, scale, zero_point, 0, 31, *RELU6, math.inf)
 
 
 _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {

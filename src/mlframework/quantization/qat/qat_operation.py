@@ -73,6 +73,9 @@ class QATOperation(nn.Module):
         self._clip: Clip = clip
         node = activation_node(config, non_negative or clip[0] >= 0)
         self.output_fake_quantize = node.to(self.sources[0].scale.device)
+        if isinstance(operation, Addition) and node.learnable:
+            for source in self.sources:  # whose codes are a quarter of what a learned grid keeps for its gradient
+                source.serves_integers = True
 
     @property
     def input_passes(self) -> tuple[nn.Module, ...] | None:

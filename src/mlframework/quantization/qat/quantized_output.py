@@ -15,11 +15,11 @@ from .. import arithmetic, kernels
 from ..graph.hooks import is_watched
 from ..int8.lookup import Lookup
 from ..kernels.differentiable.following import Grid, clip_and_quantize, look_up_and_quantize, normalize_and_quantize
-from ..kernels.differentiable.layer import Computation
+from ..kernels.differentiable.layer import Codes, Computation
 from ..kernels.operators.fake_quantization import mask_gradient
 from ..kernels.operators.normalization import batch_statistics, frozen_statistics, lies_in_rows
 from .activation_observer import BatchStatistics
-from .attached_codes import Way, attach_codes
+from .attached_codes import Way, attach_codes, attached_codes
 from .batch_norms import freeze_if_scheduled, plain_batch_norm, use_running_statistics
 from .fake_quantize_layer import FakeQuantizeLayer
 from .layer_types import Clip
@@ -74,7 +74,9 @@ def clipped_and_quantized(
         return None
     if addend is not None and (addend.shape != input.shape or addend.dtype != input.dtype):
         return None
-    return _observed(node, *clip_and_quantize(input, addend, clip, _grid(node), node.observes))
+    grid = _grid(node)
+    kept = (None, None) if not grid.learns else (_kept_codes(input), None if addend is None else _kept_codes(addend))
+    return _observed(node, *clip_and_quantize(input, addend, kept, clip, grid, node.observes))
 
 
 def looked_up(
@@ -118,6 +120,12 @@ def looked_up(
         both = torch.stack([-lowest.min(), highest.max()]).reshape(2, 1)
         extremes = torch.where(torch.isfinite(both), both, -torch.inf)
     return _observed(node, values, result_codes, grid, extremes)
+
+
+def _kept_codes(values: Tensor) -> Codes | None:
+    """The codes beside values that lie in memory as these do."""
+    codes = attached_codes(values, None)
+    return codes if codes is not None and codes.codes.stride() == values.stride() else None
 
 
 def _grid(node: FakeQuantizeLayer) -> Grid:

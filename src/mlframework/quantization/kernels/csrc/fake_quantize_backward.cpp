@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "fake_quantize_loops.h"
+#include "learned_grid.h"
 #include "operators.h"
 
 namespace kernels {
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient
                                                           const Tensor& scale, const Tensor& zero_point,
                                                           int64_t lowest, int64_t highest, int64_t axis,
                                                           bool pass_saturated, std::optional<double> gradient_clip,
-                                                          double gradient_scale, bool needs_input) {
+                                                          bool needs_input) {
   check_trained(input, "input");
   const Tensor source = dense(input);
   const Tensor passed = laid_out_as(gradient, source, "gradient");
@@ -138,9 +139,10 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient
   const Tensor to_zero_point = empty({layout.channels}, {1}, ScalarType::Float);
   float* scales = static_cast<float*>(to_scale.mutable_data_ptr());
   float* zero_points = static_cast<float*>(to_zero_point.mutable_data_ptr());
+  const double factor = gradient_scale(source.numel(), scale.numel(), highest);
   for (size_t i = 0; i < sums.size(); ++i) {
-    scales[i] = static_cast<float>(sums[i].scale * gradient_scale);
-    zero_points[i] = static_cast<float>(sums[i].zero_point * gradient_scale * -static_cast<double>(grids[i].scale));
+    scales[i] = static_cast<float>(sums[i].scale * factor);
+    zero_points[i] = static_cast<float>(sums[i].zero_point * factor * -static_cast<double>(grids[i].scale));
   }
   return {to_input, to_scale, to_zero_point};
 }

@@ -55,4 +55,8 @@ void fake_quantize_backward_piece(BackwardPiece& piece, bool is_bfloat16) {
   BEST_OF(fake_quantize_backward_piece)(piece, is_bfloat16);
 }
 
+void learned_clip_piece(const LearnedClipPiece& piece, LearnedSums& sums) {
+  BEST_OF(learned_clip_piece)(piece, sums);
+}
+
 }  // namespace kernels

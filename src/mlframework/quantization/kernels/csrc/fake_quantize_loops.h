@@ -2,6 +2,7 @@
 #pragma once
 
 #include "grid.h"
+#include "learned_sums.h"
 #include "mask.h"
 
 namespace kernels {
@@ -55,5 +56,32 @@ struct BackwardPiece {
 };
 
 void fake_quantize_backward_piece(BackwardPiece& piece, bool is_bfloat16);
+
+// One operand of a sum: floats, or codes on a grid. None where `data` is null.
+struct Operand {
+  enum Kind { floats, unsigned_codes, signed_codes };
+  const void* data;
+  Kind kind;
+  float scale, zero_point;  // of codes
+
+  Operand from(int64_t first) const {
+    Operand rest = *this;
+    if (data) rest.data = static_cast<const uint8_t*>(data) + first * (kind == floats ? 4 : 1);
+    return rest;
+  }
+};
+
+// The backward pass of a clipped sum that was quantized on a learned grid. `bits` starts at the first element's.
+struct LearnedClipPiece {
+  Operand input, addend;
+  const float* gradient;
+  const uint8_t* bits;
+  float* result;  // the gradient where a bit is set, and 0 elsewhere
+  int64_t count;
+  float clip_low, clip_high, largest;
+  const Grid* grid;
+};
+
+void learned_clip_piece(const LearnedClipPiece& piece, LearnedSums& sums);
 
 }  // namespace kernels

@@ -43,6 +43,8 @@ struct Lanes {
   static ALWAYS_INLINE Float of(float value) { EACH_LANE(value); }
   static ALWAYS_INLINE Float load(const float* from) { EACH_LANE(from[i]); }
   static ALWAYS_INLINE Float load(const BFloat16* from) { EACH_LANE(widened(from[i])); }
+  static ALWAYS_INLINE Float load(const uint8_t* from) { EACH_LANE(static_cast<float>(from[i])); }
+  static ALWAYS_INLINE Float load(const int8_t* from) { EACH_LANE(static_cast<float>(from[i])); }
   static ALWAYS_INLINE void store(float* to, Float a) { std::memcpy(to, a.lane, sizeof a.lane); }
   static ALWAYS_INLINE void store(BFloat16* to, Float a) {
     for (int i = 0; i < kWidth; ++i) to[i] = narrowed(a.lane[i]);
@@ -108,6 +110,12 @@ struct Lanes {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   }
+  INLINE_AVX2 Float load(const uint8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
+  INLINE_AVX2 Float load(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
   INLINE_AVX2 void store(float* to, Float a) { _mm256_storeu_ps(to, a); }
   INLINE_AVX2 void store(BFloat16* to, Float a) {
     const __m256i bits = _mm256_castps_si256(a);
@@ -161,6 +169,12 @@ struct Lanes {
   INLINE_AVX512 Float load(const BFloat16* from) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  INLINE_AVX512 Float load(const uint8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+  INLINE_AVX512 Float load(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
   INLINE_AVX512 void store(float* to, Float a) { _mm512_storeu_ps(to, a); }
   INLINE_AVX512 void store(BFloat16* to, Float a) {

@@ -1,55 +1,18 @@
 #include "learned_grid.h"
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
-#include "cpu_features.h"
+#include "fake_quantize_loops.h"
 #include "operators.h"
 
 namespace kernels {
 namespace {
 
-// So few elements that they and their gradients stay in the first cache.
-constexpr int64_t kTogether = 2048;
 // Threads share out blocks of this many elements, whose bits fill whole bytes.
 constexpr int64_t kBlock = 4096;
-
-// As the forward pass computes it, operation for operation.
-struct ClipSum {
-  ALWAYS_INLINE static void run(const float* __restrict x, const float* __restrict addend, float low, float high,
-                                float* __restrict to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      float value = x[i] + addend[i];
-      value = value < high ? value : high;
-      to[i] = value > low ? value : low;
-    }
-  }
-};
-
-struct ClipAffine {
-  ALWAYS_INLINE static void run(const float* __restrict x, const float* __restrict factor,
-                                const float* __restrict shift, float low, float high, float* __restrict to,
-                                int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      float value = x[i] * factor[i] + shift[i];
-      value = value < high ? value : high;
-      to[i] = value > low ? value : low;
-    }
-  }
-};
-
-struct ClipAlone {
-  ALWAYS_INLINE static void run(const float* __restrict x, float low, float high, float* __restrict to,
-                                int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      float value = x[i];
-      value = value < high ? value : high;
-      to[i] = value > low ? value : low;
-    }
-  }
-};
 
 Tensor number(double value) {
   const Tensor result = empty({1}, {1}, ScalarType::Float);
@@ -57,48 +20,46 @@ Tensor number(double value) {
   return result;
 }
 
+// `grid` is that of codes; without one the tensor holds floats.
+Operand operand_of(const Tensor& tensor, const std::optional<Tensor>& grid, const char* name) {
+  if (!grid) {
+    check_floats(tensor, name);
+    return {tensor.const_data_ptr(), Operand::floats, 1, 0};
+  }
+  check_codes(tensor, name);
+  const float* numbers = numbers_in(*grid, 2, "grid");
+  const bool is_unsigned = tensor.scalar_type() == ScalarType::Byte;
+  return {tensor.const_data_ptr(), is_unsigned ? Operand::unsigned_codes : Operand::signed_codes, numbers[0],
+          numbers[1]};
+}
+
 }  // namespace
 
-void LearnedGridSums::add(const QuantizedPiece& whole) {
-  float quantized[kTogether];
-  for (int64_t first = 0; first < whole.count; first += kTogether) {
-    const int64_t count = std::min(kTogether, whole.count - first);
-    const float* x = whole.values + first;
-    if (whole.factor) {
-      run_vectorized<ClipAffine>(x, whole.factor + first, whole.shift + first, clip_low_, clip_high_, +quantized, count);
-    } else if (whole.addend) {
-      run_vectorized<ClipSum>(x, whole.addend + first, clip_low_, clip_high_, +quantized, count);
-    } else {
-      run_vectorized<ClipAlone>(x, clip_low_, clip_high_, +quantized, count);
-    }
-    BackwardPiece piece{};
-    piece.input = quantized;
-    piece.gradient = whole.gradient + first;
-    piece.count = count;
-    piece.largest = largest_;
-    piece.grid = grid_;
-    fake_quantize_backward_piece(piece, false);
-    scale_ += piece.to_scale;
-    zero_point_ += piece.to_zero_point;
+double gradient_scale(int64_t elements, int64_t scales, int64_t highest) {
+  const int64_t of_each = std::max<int64_t>(elements / std::max<int64_t>(scales, 1), 1);
+  return 1.0 / std::sqrt(static_cast<double>(of_each * highest));
+}
+
+LearnedGradients::LearnedGradients(const std::vector<LearnedSums>& sums, const Grid& grid, int64_t elements,
+                                   int64_t highest) {
+  double scale = 0, zero_point = 0;
+  for (const LearnedSums& each : sums) {
+    scale += LearnedSums::over(each.scale);
+    zero_point += LearnedSums::over(each.zero_point);
   }
+  const double factor = gradient_scale(elements, 1, highest);
+  to_scale = number(scale * factor);
+  to_zero_point = number(zero_point * factor * -static_cast<double>(grid.scale));
 }
 
-Tensor LearnedGridSums::to_scale(double gradient_scale) const { return number(scale_ * gradient_scale); }
-
-Tensor LearnedGridSums::to_zero_point(double gradient_scale) const {
-  return number(zero_point_ * gradient_scale * -static_cast<double>(grid_->scale));
-}
-
-std::tuple<Tensor, Tensor, Tensor> learned_clip_backward(const Tensor& gradient, const Tensor& mask,
-                                                         const Tensor& values, const std::optional<Tensor>& addend,
-                                                         const Tensor& scale, const Tensor& zero_point, int64_t lowest,
-                                                         int64_t highest, double clip_low, double clip_high,
-                                                         double gradient_clip, double gradient_scale) {
-  check_floats(values, "values");
+std::tuple<Tensor, Tensor, Tensor> learned_clip_backward(
+    const Tensor& gradient, const Tensor& mask, const Tensor& values, const std::optional<Tensor>& values_grid,
+    const std::optional<Tensor>& addend, const std::optional<Tensor>& addend_grid, const Tensor& scale,
+    const Tensor& zero_point, int64_t lowest, int64_t highest, double clip_low, double clip_high,
+    double gradient_clip) {
   const Tensor source = dense(values);
-  const Tensor other = addend ? laid_out_as(*addend, source, "addend") : Tensor();
-  const Tensor passed = laid_out_as(gradient, source, "gradient");
-  check_floats(passed, "gradient");
+  const Tensor other = addend ? laid_out_as(*addend, source, addend->scalar_type(), "addend") : Tensor();
+  const Tensor passed = laid_out_as(gradient, source, ScalarType::Float, "gradient");
   const int64_t elements = source.numel(), blocks = (elements + kBlock - 1) / kBlock;
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
                       mask.numel() == mask_bytes(elements),
@@ -106,25 +67,32 @@ std::tuple<Tensor, Tensor, Tensor> learned_clip_backward(const Tensor& gradient,
   const std::vector<Grid> grid =
       grids_of(scale, zero_point, 1, static_cast<float>(lowest), static_cast<float>(highest));
   const Tensor result = empty_like(source, ScalarType::Float);
-  const float* from = static_cast<const float*>(source.const_data_ptr());
-  const float* added = addend ? static_cast<const float*>(other.const_data_ptr()) : nullptr;
-  const float* incoming = static_cast<const float*>(passed.const_data_ptr());
-  const uint8_t* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
-  float* to = static_cast<float*>(result.mutable_data_ptr());
-  const float largest = static_cast<float>(gradient_clip);
-  const LearnedGridSums none(grid[0], static_cast<float>(clip_low), static_cast<float>(clip_high), largest);
-  std::vector<LearnedGridSums> sums(static_cast<size_t>(blocks), none);
+  LearnedClipPiece whole{};
+  whole.input = operand_of(source, values_grid, "values");
+  if (addend) whole.addend = operand_of(other, addend_grid, "addend");
+  whole.gradient = static_cast<const float*>(passed.const_data_ptr());
+  whole.bits = static_cast<const uint8_t*>(mask.const_data_ptr());
+  whole.result = static_cast<float*>(result.mutable_data_ptr());
+  whole.clip_low = static_cast<float>(clip_low);
+  whole.clip_high = static_cast<float>(clip_high);
+  whole.largest = static_cast<float>(gradient_clip);
+  whole.grid = grid.data();
+  std::vector<LearnedSums> sums(static_cast<size_t>(blocks));
   torch::stable::parallel_for(0, blocks, kElementsPerThread / kBlock, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlock, count = std::min(kBlock, elements - first);
-      sums[static_cast<size_t>(block)].add(
-          {from + first, added ? added + first : nullptr, nullptr, nullptr, incoming + first, count});
-      mask_gradient_piece({incoming + first, bits + first / 8, to + first, count, largest}, false);
+      const int64_t first = block * kBlock;
+      LearnedClipPiece piece = whole;
+      piece.input = whole.input.from(first);
+      piece.addend = whole.addend.from(first);
+      piece.gradient += first;
+      piece.bits += first / 8;
+      piece.result += first;
+      piece.count = std::min(kBlock, elements - first);
+      learned_clip_piece(piece, sums[static_cast<size_t>(block)]);
     }
   });
-  LearnedGridSums total = none;
-  for (const LearnedGridSums& each : sums) total.add(each);
-  return {result, total.to_scale(gradient_scale), total.to_zero_point(gradient_scale)};
+  const LearnedGradients gradients(sums, grid[0], elements, highest);
+  return {result, gradients.to_scale, gradients.to_zero_point};
 }
 
 }  // namespace kernels

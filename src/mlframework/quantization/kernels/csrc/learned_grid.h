@@ -1,39 +1,22 @@
-// Gradients of a learned scale and zero point, summed by a pass over the gradient that is made anyway.
+// Gradients of a learned scale and zero point, from sums that a pass over the gradient has made beside its own.
 #pragma once
 
 #include <vector>
 
-#include "fake_quantize_loops.h"
+#include "grid.h"
+#include "learned_sums.h"
 
 namespace kernels {
 
-// What was quantized: v = clip(x), clip(x + addend), or clip(x factor + shift) with an entry of these to each element.
-struct QuantizedPiece {
-  const float* values;
-  const float* addend;
-  const float *factor, *shift;
-  const float* gradient;
-  int64_t count;
-};
+// LSQ's factor, 1 / sqrt(N highest): a scale of N elements learns at the pace of a weight.
+double gradient_scale(int64_t elements, int64_t scales, int64_t highest);
 
-// The sums of one run of pieces. Runs that are summed in the same order have the same sums.
-class LearnedGridSums {
- public:
-  // `largest`: the magnitude of a gradient that passes.
-  LearnedGridSums(const Grid& grid, float clip_low, float clip_high, float largest)
-      : grid_(&grid), clip_low_(clip_low), clip_high_(clip_high), largest_(largest) {}
+// Float tensors of shape (1,).
+struct LearnedGradients {
+  Tensor to_scale, to_zero_point;
 
-  void add(const QuantizedPiece& piece);
-  void add(const LearnedGridSums& other) { scale_ += other.scale_, zero_point_ += other.zero_point_; }
-
-  // Float tensors of shape (1): the gradients, with LSQ's factor.
-  Tensor to_scale(double gradient_scale) const;
-  Tensor to_zero_point(double gradient_scale) const;
-
- private:
-  const Grid* grid_;
-  float clip_low_, clip_high_, largest_;
-  double scale_ = 0, zero_point_ = 0;
+  // Sums of `elements` values in all, one after the other.
+  LearnedGradients(const std::vector<LearnedSums>& sums, const Grid& grid, int64_t elements, int64_t highest);
 };
 
 }  // namespace kernels

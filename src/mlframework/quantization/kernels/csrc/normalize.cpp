@@ -98,11 +98,9 @@ struct FoldTile {
   }
 };
 
-// Two sums for each channel, over all rows: `sum(piece, a, b)` adds those of some tiles at each place, and
-// `also(piece, chunk)` takes the same tiles, while they are in the cache.
-template <class Also>
-std::vector<double> sum_twice(const Rows& rows, const NormalizePiece& constants,
-                              void (*sum)(const NormalizePiece&, float*, float*), const Also& also) {
+// Two sums for each channel, over all rows: `sum(piece, chunk, a, b)` adds those of some tiles at each place.
+template <class Sum>
+std::vector<double> sum_twice(const Rows& rows, const NormalizePiece& constants, const Sum& sum) {
   const size_t channels = static_cast<size_t>(rows.channels);
   std::vector<double> partial(static_cast<size_t>(rows.chunks()) * 2 * channels);
   for_chunks(rows, [&](int64_t begin, int64_t end) {
@@ -110,10 +108,8 @@ std::vector<double> sum_twice(const Rows& rows, const NormalizePiece& constants,
     for (int64_t chunk = end; chunk-- > begin;) {
       std::fill(a.begin(), a.end(), 0.0f);
       std::fill(b.begin(), b.end(), 0.0f);
-      for_pieces(rows, chunk, constants, [&](const NormalizePiece& piece, int64_t) {
-        sum(piece, a.data(), b.data());
-        also(piece, chunk);
-      });
+      for_pieces(rows, chunk, constants,
+                 [&](const NormalizePiece& piece, int64_t) { sum(piece, chunk, a.data(), b.data()); });
       double* sums = partial.data() + static_cast<size_t>(chunk) * 2 * channels;
       run_vectorized<FoldTile>(a.data(), rows.in_tile(), rows.channels, sums);
       run_vectorized<FoldTile>(b.data(), rows.in_tile(), rows.channels, sums + channels);
@@ -181,7 +177,9 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& values, const std::opt
   constants.mean = near.data();
   // Differences from a value near the mean, whose squares then lose no digits.
   const std::vector<double> sums =
-      sum_twice(rows, constants, sum_differences, [](const NormalizePiece&, int64_t) {});
+      sum_twice(rows, constants, [](const NormalizePiece& piece, int64_t, float* differences, float* squares) {
+        sum_differences(piece, differences, squares);
+      });
   const double count = static_cast<double>(rows.count);
   std::vector<double> mean(first.begin(), first.end()), variance(first.size()), inverse(first.size());
   for (size_t c = 0; c < first.size(); ++c) {
@@ -256,11 +254,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize(
 
 namespace {
 
-template <class Also>
+template <class Sum>
 std::tuple<Tensor, Tensor, Tensor> gradients(const Rows& rows, const Tensor& gradient, const Tensor& mask,
                                              const Tensor& values, const Tensor& mean, const Tensor& inverse_deviation,
                                              const std::optional<Tensor>& weight, double gradient_clip, bool is_frozen,
-                                             const Also& also) {
+                                             const Sum& sum) {
   rows_of(gradient);
   STD_TORCH_CHECK(sizes_of(gradient) == sizes_of(values), "gradient must have the shape of values");
   STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte &&
@@ -276,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Rows& rows, const Tensor& gra
   constants.bits = static_cast<const uint8_t*>(mask.const_data_ptr());
   constants.mean = near.data();
   constants.largest = static_cast<float>(gradient_clip);
-  const std::vector<double> sums = sum_twice(rows, constants, sum_gradients, also);
+  const std::vector<double> sums = sum_twice(rows, constants, sum);
 
   const size_t channels = static_cast<size_t>(rows.channels);
   // Statistics that are not the batch's own do not change with its values.
@@ -313,34 +311,32 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& gradient, co
                                                       const std::optional<Tensor>& weight, double gradient_clip,
                                                       bool is_frozen) {
   return gradients(rows_of(values), gradient, mask, values, mean, inverse_deviation, weight, gradient_clip, is_frozen,
-                   [](const NormalizePiece&, int64_t) {});
+                   [](const NormalizePiece& piece, int64_t, float* sums, float* products) {
+                     sum_gradients(piece, sums, products);
+                   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> learned_normalize_backward(
     const Tensor& gradient, const Tensor& mask, const Tensor& values, const Tensor& mean,
     const Tensor& inverse_deviation, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest, double clip_low, double clip_high,
-    double gradient_clip, bool is_frozen, double gradient_scale) {
+    double gradient_clip, bool is_frozen) {
   const Rows rows = rows_of(values);
   const Affine affine(rows, mean, inverse_deviation, weight, bias);
   const std::vector<Grid> grid =
       grids_of(scale, zero_point, 1, static_cast<float>(lowest), static_cast<float>(highest));
-  const LearnedGridSums none(grid[0], static_cast<float>(clip_low), static_cast<float>(clip_high),
-                             static_cast<float>(gradient_clip));
-  std::vector<LearnedGridSums> sums(static_cast<size_t>(rows.chunks()), none);
+  std::vector<LearnedSums> grid_sums(static_cast<size_t>(rows.chunks()));
+  LearnedPiece constants{grid.data(), affine.factors.data(), affine.shifts.data(), static_cast<float>(clip_low),
+                         static_cast<float>(clip_high), nullptr};
   const auto [to_values, to_weight, to_bias] =
       gradients(rows, gradient, mask, values, mean, inverse_deviation, weight, gradient_clip, is_frozen,
-                [&](const NormalizePiece& piece, int64_t chunk) {
-                  for (int64_t tile = 0; tile < (piece.together ? kTilesTogether : 1); ++tile) {
-                    const int64_t first = tile * piece.elements;
-                    sums[static_cast<size_t>(chunk)].add({piece.values + first, nullptr, affine.factors.data(),
-                                                          affine.shifts.data(), piece.gradient + first,
-                                                          piece.elements});
-                  }
+                [&](const NormalizePiece& piece, int64_t chunk, float* sums, float* products) {
+                  LearnedPiece learned = constants;
+                  learned.sums = &grid_sums[static_cast<size_t>(chunk)];
+                  sum_learned_gradients(piece, learned, sums, products);
                 });
-  LearnedGridSums total = none;
-  for (const LearnedGridSums& each : sums) total.add(each);
-  return {to_values, to_weight, to_bias, total.to_scale(gradient_scale), total.to_zero_point(gradient_scale)};
+  const LearnedGradients to_grid(grid_sums, grid[0], rows.elements(), highest);
+  return {to_values, to_weight, to_bias, to_grid.to_scale, to_grid.to_zero_point};
 }
 
 }  // namespace kernels

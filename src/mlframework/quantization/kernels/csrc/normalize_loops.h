@@ -1,7 +1,8 @@
 // The loops of normalization, over one or several tiles at a time: compiled once for each instruction set.
 #pragma once
 
-#include <cstdint>
+#include "grid.h"
+#include "learned_sums.h"
 
 namespace kernels {
 
@@ -26,6 +27,17 @@ void sum_differences(const NormalizePiece& piece, float* sums, float* squares);
 
 // Adds gradients that pass to `sums`, and their products with the differences to `products`.
 void sum_gradients(const NormalizePiece& piece, float* sums, float* products);
+
+// A learned grid that clip(x factor + shift) was quantized on.
+struct LearnedPiece {
+  const Grid* grid;
+  const float *factor, *shift;  // of each place of a tile
+  float clip_low, clip_high;
+  LearnedSums* sums;  // added to
+};
+
+// Both in one reading.
+void sum_learned_gradients(const NormalizePiece& piece, const LearnedPiece& learned, float* sums, float* products);
 
 // (g - average - (x - mean) projection) factor, of the gradients g that pass.
 void normalized_gradient(const NormalizePiece& piece, float* result);

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient
                                                           const Tensor& scale, const Tensor& zero_point,
                                                           int64_t lowest, int64_t highest, int64_t axis,
                                                           bool pass_saturated, std::optional<double> gradient_clip,
-                                                          double gradient_scale, bool needs_input);
+                                                          bool needs_input);
 
 void update_moving_average(const Tensor& batch, bool is_measured, int64_t axis, const Tensor& minimum,
                            const Tensor& maximum, const Tensor& batches, const Tensor& scale,
@@ -108,12 +108,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> learned_normalize_backward(
     const Tensor& gradient, const Tensor& mask, const Tensor& values, const Tensor& mean,
     const Tensor& inverse_deviation, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     const Tensor& scale, const Tensor& zero_point, int64_t lowest, int64_t highest, double clip_low, double clip_high,
-    double gradient_clip, bool is_frozen, double gradient_scale);
+    double gradient_clip, bool is_frozen);
 
-std::tuple<Tensor, Tensor, Tensor> learned_clip_backward(const Tensor& gradient, const Tensor& mask,
-                                                         const Tensor& values, const std::optional<Tensor>& addend,
-                                                         const Tensor& scale, const Tensor& zero_point, int64_t lowest,
-                                                         int64_t highest, double clip_low, double clip_high,
-                                                         double gradient_clip, double gradient_scale);
+std::tuple<Tensor, Tensor, Tensor> learned_clip_backward(
+    const Tensor& gradient, const Tensor& mask, const Tensor& values, const std::optional<Tensor>& values_grid,
+    const std::optional<Tensor>& addend, const std::optional<Tensor>& addend_grid, const Tensor& scale,
+    const Tensor& zero_point, int64_t lowest, int64_t highest, double clip_low, double clip_high, double gradient_clip);
 
 }  // namespace kernels

@@ -94,15 +94,19 @@ inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   return empty(sizes_of(tensor), strides_of(tensor), dtype);
 }
 
-// `tensor` with its elements in the places in which those of `like`, which is dense, lie.
-inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like, const char* name) {
+// `tensor`, of that dtype, with its elements in the places in which those of `like`, which is dense, lie.
+inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like, ScalarType dtype, const char* name) {
   const Shape sizes = sizes_of(like), strides = strides_of(like);
-  STD_TORCH_CHECK(tensor.is_cpu() && sizes_of(tensor) == sizes && tensor.scalar_type() == like.scalar_type(), name,
+  STD_TORCH_CHECK(tensor.is_cpu() && sizes_of(tensor) == sizes && tensor.scalar_type() == dtype, name,
                   " must be on the CPU, of the shape and the dtype of what it belongs to");
   if (same_layout(sizes, strides_of(tensor), strides)) return tensor;
-  Tensor result = empty(sizes, strides, like.scalar_type());
+  Tensor result = empty(sizes, strides, dtype);
   torch::stable::copy_(result, tensor);
   return result;
+}
+
+inline Tensor laid_out_as(const Tensor& tensor, const Tensor& like, const char* name) {
+  return laid_out_as(tensor, like, like.scalar_type(), name);
 }
 
 inline void check_codes(const Tensor& codes, const char* name) {

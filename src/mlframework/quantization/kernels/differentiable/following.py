@@ -13,10 +13,10 @@ from torch import Tensor
 from ...scheme import QuantizationScheme
 from ..operators.codes import dequantize, lookup, lookup_gradient
 from ..operators.fake_quantization import Clip, fake_quantize, mask_gradient
-from ..operators.learned_grids import learned_clip_backward, learned_normalize_backward
+from ..operators.learned_grids import Summand, learned_clip_backward, learned_normalize_backward
 from ..operators.normalization import normalize, normalize_backward
 from .function import call, refuse_gradient_of_gradient
-from .layer import Computation
+from .layer import Codes, Computation
 
 
 class Grid(NamedTuple):
@@ -118,13 +118,15 @@ class _Normalize(torch.autograd.Function):
 
 
 class _Clip(torch.autograd.Function):
-    """Of a tensor, or of the sum of two; saves a mask and, where scale or zero point learn, its operands."""
+    """Of a tensor, or of the sum of two; saves a mask and, where scale or zero point learn, its operands: as codes
+    where there are some, a byte to a value."""
 
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
         addend: Tensor | None,
+        operands: tuple[Codes | None, Codes | None],
         clip: Clip,
         grid: Grid,
         observes: bool,
@@ -147,8 +149,15 @@ class _Clip(torch.autograd.Function):
         )
         values, codes, mask, extremes, own_grid = result
         assert values is not None
-        ctx.save_for_backward(mask, *((input, addend, scale, zero_point) if grid.learns else ()))
-        ctx.learned = (clip, scheme) if grid.learns else None
+        ctx.learned = ctx.has_addend = None
+        if grid.learns:
+            ctx.learned = clip, scheme
+            ctx.has_addend = addend is not None
+            left = (input, None) if operands[0] is None else operands[0]
+            right = (addend, None) if operands[1] is None else operands[1]
+            ctx.save_for_backward(mask, *left, *right, scale, zero_point)
+        else:
+            ctx.save_for_backward(mask)
         ctx.strides = values.stride()
         ctx.gradient_clip = grid.gradient_clip
         ctx.set_materialize_grads(False)
@@ -159,18 +168,20 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_gradient_of_gradient()
         if gradient is None:
-            return (None,) * 7
-        mask, *operands = ctx.saved_tensors
+            return (None,) * 8
+        mask, *kept = ctx.saved_tensors
         to_scale = to_zero_point = None
         if ctx.learned is None:
             passed = mask_gradient(gradient, mask, ctx.strides, ctx.gradient_clip)
         else:
             clip, scheme = ctx.learned
-            input, addend, scale, zero_point = operands
-            grid = scale, zero_point, scheme
-            passed, *to_grid = learned_clip_backward(gradient, mask, input, addend, clip, *grid, ctx.gradient_clip)
+            grid = *kept[4:], scheme
+            addend = Summand(*kept[2:4]) if ctx.has_addend else None
+            passed, *to_grid = learned_clip_backward(
+                gradient, mask, Summand(*kept[:2]), addend, clip, *grid, ctx.gradient_clip
+            )
             to_scale, to_zero_point = _needed(to_grid, ctx.needs_input_grad[-2:])
-        return passed, passed if ctx.needs_input_grad[1] else None, None, None, None, to_scale, to_zero_point
+        return passed, passed if ctx.needs_input_grad[1] else None, *[None] * 4, to_scale, to_zero_point
 
 
 def _needed(gradients: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -225,9 +236,20 @@ def normalize_and_quantize(
     return Quantized(*call(_Normalize, input, weight, bias, *statistics, *options, *numbers))
 
 
-def clip_and_quantize(input: Tensor, addend: Tensor | None, clip: Clip, grid: Grid, observes: bool) -> Quantized:
-    """A tensor (plus another of its shape), clipped and quantized."""
-    return Quantized(*call(_Clip, input, addend, clip, grid, observes, grid.scale, grid.zero_point))
+def clip_and_quantize(
+    input: Tensor,
+    addend: Tensor | None,
+    operands: tuple[Codes | None, Codes | None],
+    clip: Clip,
+    grid: Grid,
+    observes: bool,
+) -> Quantized:
+    """A tensor (plus another of its shape), clipped and quantized.
+
+    Args:
+        operands: the codes of both, to keep for the gradients of a grid that learns; None for what has none.
+    """
+    return Quantized(*call(_Clip, input, addend, operands, clip, grid, observes, grid.scale, grid.zero_point))
 
 
 def look_up_and_quantize(

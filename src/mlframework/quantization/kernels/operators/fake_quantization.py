@@ -228,7 +228,7 @@ def mask_gradient(
 
 @operator(
     "fake_quantize_backward(Tensor gradient, Tensor input, Tensor scale, Tensor zero_point, int lowest,"
-    " int highest, int axis, bool pass_saturated, float? gradient_clip, float gradient_scale, bool needs_input)"
+    " int highest, int axis, bool pass_saturated, float? gradient_clip, bool needs_input)"
     " -> (Tensor, Tensor, Tensor)",
     FLOATS,
 )
@@ -242,7 +242,6 @@ def _fake_quantize_backward(
     axis: int,
     pass_saturated: bool,
     gradient_clip: float | None,
-    gradient_scale: float,
     needs_input: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     channel_axis = None if axis < 0 else axis
@@ -256,11 +255,12 @@ def _fake_quantize_backward(
         # A copy of what passes whole: an operator returns no argument of its own.
         to_input = gradient * 1 if pass_saturated else torch.where(inside, gradient, 0.0)
         to_input = laid_out_like(to_input, input)
-    scaled = gradient.to(values.dtype) * gradient_scale
+    passed = gradient.to(values.dtype)
     dimensions = [dimension for dimension in range(input.dim()) if dimension != channel_axis]
-    to_scale = scaled * (codes.clamp(lowest, highest) - offset - torch.where(inside, values / step, 0.0))
-    to_zero_point = scaled * torch.where(inside, 0.0, -step)
-    return to_input, _sum(to_scale, dimensions).reshape(-1), _sum(to_zero_point, dimensions).reshape(-1)
+    to_scale = passed * (codes.clamp(lowest, highest) - offset - torch.where(inside, values / step, 0.0))
+    to_zero_point = passed * torch.where(inside, 0.0, -step)
+    factor = gradient_scale(input, scale, highest)
+    return to_input, *(_sum(each, dimensions).reshape(-1) * factor for each in (to_scale, to_zero_point))
 
 
 @_fake_quantize_backward.fake
@@ -274,7 +274,6 @@ def _(
     axis: int,
     pass_saturated: bool,
     gradient_clip: float | None,
-    gradient_scale: float,
     needs_input: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     sums = input.new_empty(scale.numel(), dtype=torch.float32)
@@ -315,7 +314,6 @@ def fake_quantize_backward(
         gradient_clip = _representable(gradient_clip, gradient.dtype)
     compute = _fake_quantize_backward
     takes_reference = is_recorded(gradient, input, scale, zero_point) or gradient.dtype is not input.dtype
-    factor = gradient_scale(input, scale, highest)
     to_input, to_scale, to_zero_point = (compute.reference if takes_reference else compute)(
         gradient,
         input,
@@ -326,10 +324,8 @@ def fake_quantize_backward(
         -1 if axis is None else axis,
         pass_saturated,
         gradient_clip,
-        1.0,  # see gradient_scale
         needs[0],
     )
-    to_scale, to_zero_point = to_scale * factor, to_zero_point * factor
     return (
         to_input,
         to_scale.reshape(scale.shape).to(scale.dtype) if needs[1] else None,
@@ -345,12 +341,11 @@ def fake_quantize_sums(
     lowest: int,
     highest: int,
     gradient_clip: float | None,
-    gradient_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """:func:`fake_quantize_backward` of one scale and zero point, each of shape (1,), without the input's gradient."""
     ends = lowest, highest, -1
     _, to_scale, to_zero_point = _fake_quantize_backward.reference(
-        gradient, input, scale, zero_point, *ends, False, gradient_clip, gradient_scale, False
+        gradient, input, scale, zero_point, *ends, False, gradient_clip, False
     )
     return to_scale, to_zero_point
 
@@ -358,8 +353,8 @@ def fake_quantize_sums(
 def gradient_scale(input: Tensor, scale: Tensor, highest: int) -> float:
     r""":math:`1 / \sqrt{N q_{max}}`: a scale of N elements learns at the pace of a weight (LSQ, section 2.2).
 
-    To multiply what an operator returns by, and no argument of one: it is made of sizes, which may be symbols while a
-    compiler traces; an argument would fix them, and every batch size would be compiled anew.
+    No argument of an operator: it is made of sizes, which may be symbols while a compiler traces; an argument would fix
+    them, and every batch size would be compiled anew.
     """
     return 1.0 / math.sqrt(max(input.numel() // max(scale.numel(), 1), 1) * highest)
 

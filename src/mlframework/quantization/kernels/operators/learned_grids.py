@@ -4,13 +4,15 @@ point are summed in the pass over the gradient that is made anyway."""
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ... import arithmetic
 from ...scheme import QuantizationScheme
 from .declaration import operator
-from .fake_quantization import Clip, fake_quantize_sums, gradient_scale, mask_gradient
+from .fake_quantization import Clip, fake_quantize_sums, mask_gradient
 from .layout import with_channels_last
 from .normalization import affine_of, normalize_backward
 
@@ -20,7 +22,7 @@ _FLOAT = (torch.float32,)
 @operator(
     "learned_normalize_backward(Tensor gradient, Tensor mask, Tensor values, Tensor mean, Tensor inverse_deviation,"
     " Tensor? weight, Tensor? bias, Tensor scale, Tensor zero_point, int lowest, int highest, float clip_low,"
-    " float clip_high, float gradient_clip, bool is_frozen, float gradient_scale)"
+    " float clip_high, float gradient_clip, bool is_frozen)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _FLOAT,
 )
@@ -40,12 +42,11 @@ def _learned_normalize_backward(
     clip_high: float,
     gradient_clip: float,
     is_frozen: bool,
-    gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     clip = None if math.isinf(gradient_clip) else gradient_clip
     factor, offset = affine_of(mean, inverse_deviation, weight, bias, values.dim())
     quantized = (values.to(torch.float32) * factor + offset).clamp(clip_low, clip_high)
-    sums = fake_quantize_sums(gradient, quantized, scale, zero_point, lowest, highest, clip, gradient_scale)
+    sums = fake_quantize_sums(gradient, quantized, scale, zero_point, lowest, highest, clip)
     statistics = mean, inverse_deviation
     return *normalize_backward(gradient, mask, values, *statistics, weight, clip, is_frozen=is_frozen), *sums
 
@@ -78,8 +79,7 @@ def learned_normalize_backward(
 
     The latter are :func:`.fake_quantize_backward`'s, of :func:`.normalize`'s :math:`y`, each of shape (1,).
     """
-    factor = gradient_scale(values, scale, scheme.quant_max)
-    *gradients, to_scale, to_zero_point = _learned_normalize_backward(
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _learned_normalize_backward(
         with_channels_last(gradient),
         mask,
         values,
@@ -94,24 +94,23 @@ def learned_normalize_backward(
         *clip,
         math.inf if gradient_clip is None else gradient_clip,
         is_frozen,
-        1.0,  # see gradient_scale
     )
-    to_scale, to_zero_point = to_scale * factor, to_zero_point * factor
-    to_values, to_weight, to_bias = gradients
-    return to_values, to_weight, to_bias, to_scale, to_zero_point
+    return gradients
 
 
 @operator(
-    "learned_clip_backward(Tensor gradient, Tensor mask, Tensor values, Tensor? addend, Tensor scale,"
-    " Tensor zero_point, int lowest, int highest, float clip_low, float clip_high, float gradient_clip,"
-    " float gradient_scale) -> (Tensor, Tensor, Tensor)",
+    "learned_clip_backward(Tensor gradient, Tensor mask, Tensor values, Tensor? values_grid, Tensor? addend,"
+    " Tensor? addend_grid, Tensor scale, Tensor zero_point, int lowest, int highest, float clip_low, float clip_high,"
+    " float gradient_clip) -> (Tensor, Tensor, Tensor)",
     _FLOAT,
 )
 def _learned_clip_backward(
     gradient: Tensor,
     mask: Tensor,
     values: Tensor,
+    values_grid: Tensor | None,
     addend: Tensor | None,
+    addend_grid: Tensor | None,
     scale: Tensor,
     zero_point: Tensor,
     lowest: int,
@@ -119,25 +118,38 @@ def _learned_clip_backward(
     clip_low: float,
     clip_high: float,
     gradient_clip: float,
-    gradient_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     clip = None if math.isinf(gradient_clip) else gradient_clip
-    quantized = (values if addend is None else values + addend).clamp(clip_low, clip_high)
-    sums = fake_quantize_sums(gradient, quantized, scale, zero_point, lowest, highest, clip, gradient_scale)
+    total = _values_of(values, values_grid)
+    if addend is not None:
+        total = total + _values_of(addend, addend_grid)
+    quantized = total.clamp(clip_low, clip_high)
+    sums = fake_quantize_sums(gradient, quantized, scale, zero_point, lowest, highest, clip)
     return mask_gradient(gradient, mask, torch.empty_like(values).stride(), clip), *sums
+
+
+def _values_of(tensor: Tensor, grid: Tensor | None) -> Tensor:
+    return tensor if grid is None else arithmetic.dequantize_codes(tensor, grid[0], grid[1], None)
 
 
 @_learned_clip_backward.fake
 def _(gradient: Tensor, mask: Tensor, values: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
-    sums = values.new_empty(1, dtype=torch.float32), values.new_empty(1, dtype=torch.float32)
-    return torch.empty_like(values), *sums
+    sums = gradient.new_empty(1, dtype=torch.float32), gradient.new_empty(1, dtype=torch.float32)
+    return torch.empty_like(values, dtype=gradient.dtype), *sums
+
+
+class Summand(NamedTuple):
+    """A tensor: float32 or, where a ``grid`` is given, codes on it, float32 (2, 1) with scale and zero point."""
+
+    tensor: Tensor
+    grid: Tensor | None = None
 
 
 def learned_clip_backward(
     gradient: Tensor,
     mask: Tensor,
-    values: Tensor,
-    addend: Tensor | None,
+    values: Summand,
+    addend: Summand | None,
     clip: Clip,
     scale: Tensor,
     zero_point: Tensor,
@@ -150,22 +162,19 @@ def learned_clip_backward(
     Args:
         gradient: of what it returned.
         mask: what it returned.
-        values: float32, of any layout.
-        addend: shape and dtype of ``values``; None for none.
+        values: of any layout.
+        addend: of the shape of ``values``; None for none.
     """
-    factor = gradient_scale(values, scale, scheme.quant_max)
-    to_values, to_scale, to_zero_point = _learned_clip_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = _learned_clip_backward(
         gradient,
         mask,
-        values,
-        addend,
+        *values,
+        *((None, None) if addend is None else addend),
         scale,
         zero_point,
         scheme.quant_min,
         scheme.quant_max,
         *clip,
         math.inf if gradient_clip is None else gradient_clip,
-        1.0,  # see gradient_scale
     )
-    to_scale, to_zero_point = to_scale * factor, to_zero_point * factor
-    return to_values, to_scale, to_zero_point
+    return gradients

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operators.declaration import DECLARED
+from ..operators.fake_quantization import gradient_scale
 from ..operators.layout import dense, laid_out_like
 from .arithmetic import clamped, grid_zero_point, unsaturated_codes
 from .launch import EXACT, channels_of
@@ -26,7 +27,7 @@ def _fake_quantize_backward(
     partials,
     channels,
     clip,
-    gradient_scale,
+    factor,
     rows,
     columns,
     splits,
@@ -69,7 +70,7 @@ def _fake_quantize_backward(
         if NEEDS_INPUT:
             onwards = passed if PASSES_SATURATED else tl.where(is_on_grid, passed, 0.0)
             tl.store(to_input + offset, onwards.to(to_input.dtype.element_ty), inside)
-        scaled = passed * gradient_scale
+        scaled = passed * factor
         ratio = tl.where(is_on_grid, tl.math.div_rn(value, own_scale), 0.0)
         to_scale += tl.where(inside, scaled * (clamped(code, LOWEST, HIGHEST) - zero - ratio), 0.0)
         to_zero_point += tl.where(inside & (is_on_grid == 0), scaled * -own_scale, 0.0)
@@ -88,10 +89,9 @@ def fake_quantize_backward(
     axis: int,
     pass_saturated: bool,
     gradient_clip: float | None,
-    gradient_scale: float,
     needs_input: bool,
 ) -> Any:
-    options = (lowest, highest, axis, pass_saturated, gradient_clip, gradient_scale, needs_input)
+    options = (lowest, highest, axis, pass_saturated, gradient_clip, needs_input)
     operator = DECLARED["fake_quantize_backward"]
     if input.numel() == 0:
         return operator.reference(gradient, input, scale, zero_point, *options)
@@ -110,7 +110,7 @@ def fake_quantize_backward(
         partials,
         channels,
         0.0 if gradient_clip is None else gradient_clip,
-        gradient_scale,
+        gradient_scale(input, scale, highest),
         *matrix.numbers,
         lowest,
         highest,
