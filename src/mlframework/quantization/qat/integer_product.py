@@ -11,6 +11,7 @@ from ..kernels import ConvolutionGeometry, TrainingDescription
 from ..kernels.differentiable.layer import Codes, Computation, WeightState, layer_on_codes
 from .activation_observer import MovingAverageObserver
 from .fake_quantize_layer import FakeQuantizeLayer
+from .sharding import require_float32
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -59,12 +60,23 @@ def integer_product(
 
 def _state(weight: Tensor, node: FakeQuantizeLayer) -> tuple[Tensor, WeightState]:
     """What a gradient of the weight goes to, and the weight's state."""
+    estimator = node.estimator
+    if node.learnable and not node.zero_point.requires_grad:
+        require_float32(node.scale, node.name)
+        return weight, WeightState(
+            node.scheme,
+            node.scale,
+            node.zero_point,
+            mask=estimator.saturated == "zero",
+            gradient_clip=estimator.gradient_clip,
+            learns=True,
+        )
     if not _follows_weight(weight, node):
         # Whatever the node does to the weight, it does; what it has rounded is rounded again to the same codes.
         values = node(weight)
         return values, WeightState(node.scheme, node.scale.detach(), node.zero_point.detach())
     observer: Any = node.observer
-    observes, estimator = node.observes, node.estimator
+    observes = node.observes
     state = WeightState(
         node.scheme,
         node.scale,

@@ -76,7 +76,7 @@ def clipped_and_quantized(
         return None
     grid = _grid(node)
     kept = (None, None) if not grid.learns else (_kept_codes(input), None if addend is None else _kept_codes(addend))
-    return _observed(node, *clip_and_quantize(input, addend, kept, clip, grid, node.observes))
+    return _observed(node, *clip_and_quantize(input, addend, clip, grid, node.observes, kept))
 
 
 def looked_up(

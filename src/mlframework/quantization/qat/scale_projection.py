@@ -12,7 +12,7 @@ values. Otherwise it would choose a step by the losses of scales that the projec
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -67,8 +67,9 @@ def remember_shards(*arguments: object) -> None:
 
 def _parameters_of(layer: LearnedGrid) -> tuple[Tensor, Tensor]:
     """Scale and zero point, as an optimizer has them."""
-    own = layer.scale, layer.zero_point
-    return _sharded.get(layer, own) if is_managed(layer) and not is_sharded(layer.scale) else own
+    parameters = vars(layer)["_parameters"]  # in every step, where a module's own look-up is slow
+    own = parameters["scale"], parameters["zero_point"]
+    return _sharded.get(layer, own) if is_managed(layer) and not is_sharded(own[0]) else own
 
 
 def _trained_by(optimizer: torch.optim.Optimizer) -> list[LearnedGrid]:
@@ -115,31 +116,42 @@ def _at_projected_values(closure: Callable[[], Any], layers: list[LearnedGrid]) 
     return projected_closure
 
 
-def _remember(layers: list[LearnedGrid]) -> None:
-    for layer in layers:
-        if layer.is_initialized:
-            scale, zero_point = _parameters_of(layer)
-            _before_step[layer] = scale.detach().clone(), zero_point.detach().clone()
-
-
 @torch.no_grad()
-def _project(layers: list[LearnedGrid]) -> None:
-    """All of a device together: each alone is too small for the operations that it takes."""
+def _remember(layers: list[LearnedGrid]) -> None:
+    for group in _by_device([layer for layer in layers if layer.is_initialized]):
+        scales, zero_points = zip(*map(_parameters_of, group), strict=True)
+        for layer, *copies in zip(group, _copies(scales), _copies(zero_points), strict=True):
+            _before_step[layer] = copies[0], copies[1]
+
+
+def _by_device(layers: list[LearnedGrid]) -> list[list[LearnedGrid]]:
+    """Layers to be taken together: each alone is too small for the operations that it takes."""
     together: dict[Any, list[LearnedGrid]] = {}
     for layer in layers:
         scale, _ = _parameters_of(layer)
         is_plain = type(scale.data) is Tensor  # and not, say, a shard
         together.setdefault(scale.device if is_plain else layer, []).append(layer)
-    for group in together.values():
-        scales = [_parameters_of(layer)[0] for layer in group]
-        _replace(scales, [_before_step[layer][0] for layer in group], _projected_scale)
-        ends: dict[tuple[int, int], list[LearnedGrid]] = {}
-        for layer in group:
-            if _parameters_of(layer)[1].requires_grad:
-                ends.setdefault((layer.scheme.quant_min, layer.scheme.quant_max), []).append(layer)
+    return list(together.values())
+
+
+def _copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    if len(tensors) == 1:
+        return (tensors[0].detach().clone(),)
+    return torch.split(torch.cat(tensors), [tensor.numel() for tensor in tensors])
+
+
+@torch.no_grad()
+def _project(layers: list[LearnedGrid]) -> None:
+    for group in _by_device(layers):
+        parameters = list(map(_parameters_of, group))
+        before = [_before_step[layer] for layer in group]
+        _replace([scale for scale, _ in parameters], [scale for scale, _ in before], _projected_scale)
+        ends: dict[tuple[int, int], list[int]] = {}
+        for index, (layer, (_, zero_point)) in enumerate(zip(group, parameters, strict=True)):
+            if zero_point.requires_grad:
+                ends.setdefault((layer.scheme.quant_min, layer.scheme.quant_max), []).append(index)
         for (lowest, highest), same in ends.items():
-            zero_points = [_parameters_of(layer)[1] for layer in same]
-            old = [_before_step[layer][1] for layer in same]
+            zero_points, old = [parameters[index][1] for index in same], [before[index][1] for index in same]
             _replace(zero_points, old, partial(_projected_zero_point, lowest, highest))
 
 

@@ -239,10 +239,10 @@ def normalize_and_quantize(
 def clip_and_quantize(
     input: Tensor,
     addend: Tensor | None,
-    operands: tuple[Codes | None, Codes | None],
     clip: Clip,
     grid: Grid,
     observes: bool,
+    operands: tuple[Codes | None, Codes | None] = (None, None),
 ) -> Quantized:
     """A tensor (plus another of its shape), clipped and quantized.
 

@@ -11,7 +11,7 @@ from ...scheme import QuantizationScheme
 from ..devices import is_traced, kernels_for
 from ..geometry import ConvolutionGeometry
 from ..operators.codes import dequantize
-from ..operators.fake_quantization import fake_quantize, mask_gradient
+from ..operators.fake_quantization import fake_quantize, fake_quantize_backward, mask_gradient
 from ..operators.moving_average import update_moving_average
 from ..operators.training_layers import train_layer, weighted_product
 from .function import call, refuse_gradient_of_gradient
@@ -29,13 +29,14 @@ class WeightState(NamedTuple):
 
     Attributes:
         averages: running minimum, maximum and the number of batches; None where a node has observed the weight and
-            passes its gradients on.
+            passes its gradients on, or where the scale is learned.
         scale, zero_point: float32, updated in place where the weight is observed.
         momentum: of the averages.
         observes: whether the weight of this step is to be folded in, first.
         is_newest: whether the grid is that of this very weight, also where a recomputation does not observe it again.
         mask: whether the gradient of a weight that saturates does not pass.
         gradient_clip: the largest magnitude of it that passes.
+        learns: whether gradients go to the scale, and to the weight, as :func:`.fake_quantize_backward` has them.
     """
 
     scheme: QuantizationScheme
@@ -47,6 +48,7 @@ class WeightState(NamedTuple):
     is_newest: bool = False
     mask: bool = False
     gradient_clip: float | None = None
+    learns: bool = False
 
     @property
     def saturates(self) -> bool:
@@ -87,6 +89,7 @@ class _Layer(torch.autograd.Function):
         state: WeightState,
         geometry: ConvolutionGeometry | None,
         dtype: torch.dtype,
+        learned_scale: Tensor | None,
     ) -> Tensor:
         scheme = state.scheme
         own_bias = None if bias is None else bias.detach().contiguous()
@@ -107,16 +110,21 @@ class _Layer(torch.autograd.Function):
                 dtype=dtype,
             )
         else:
-            scale = state.scale.expand(own_weight.shape[0]).clone()  # which is updated in place
             mask = None
-            if state.mask:
-                ends = scheme.quant_min, scheme.quant_max, scheme.channel_axis
-                mask = fake_quantize(own_weight, state.scale, state.zero_point, *ends, values=False, mask=True).mask
+            ends = scheme.quant_min, scheme.quant_max, scheme.channel_axis
+            if learned_scale is not None:
+                scale = learned_scale
+            else:
+                scale = state.scale.expand(own_weight.shape[0]).clone()  # which is updated in place
+                if state.mask:
+                    mask = fake_quantize(own_weight, state.scale, state.zero_point, *ends, values=False, mask=True).mask
             output = weighted_product(codes, grid, own_weight, state.scale, own_bias, scheme, geometry, dtype)
         ctx.save_for_backward(codes, grid, own_weight, scale, mask)
         ctx.geometry = geometry
-        ctx.ends = scheme.quant_min, scheme.quant_max
+        ctx.ends = scheme.quant_min, scheme.quant_max, 0 if learned_scale is None else scheme.channel_axis
         ctx.gradient_clip = state.gradient_clip
+        ctx.learns = learned_scale is not None
+        ctx.pass_saturated = not state.mask
         ctx.dtype = _autocast_dtype(codes) or dtype
         ctx.dtypes = [None if each is None else each.dtype for each in (input, weight, bias)]
         ctx.set_materialize_grads(False)
@@ -126,32 +134,48 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_gradient_of_gradient()
         if gradient is None:
-            return (None,) * 9
+            return (None,) * 10
         codes, grid, own_weight, scale, mask = ctx.saved_tensors
-        needs_input, needs_weight, _bias = needs = ctx.needs_input_grad[:3]
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_scale = ctx.needs_input_grad[9]
         dtype = ctx.dtype
         # The gradient of each takes the values of the other.
-        if needs_weight:
+        if needs_weight or needs_scale:
             input = dequantize(codes, grid[0], grid[1], None, dtype)
         else:
             input = gradient.new_empty(1).to(dtype).expand(codes.shape)
         weight = own_weight
         if needs_input:
-            values = fake_quantize(own_weight, scale, torch.zeros_like(scale), ctx.ends[0], ctx.ends[1], 0).values
+            values = fake_quantize(own_weight, scale, torch.zeros_like(scale), *ctx.ends).values
             assert values is not None
             weight = values
         backward = _linear_backward if ctx.geometry is None else _convolution_backward
+        needs = needs_input, needs_weight or needs_scale, needs_bias
         to_input, to_weight, to_bias = (
             None if each is None else each.to(own)
             for each, own in zip(
                 backward(gradient.to(dtype), input, weight.to(dtype), ctx.geometry, needs), ctx.dtypes, strict=True
             )
         )
-        if to_weight is not None and mask is not None:
+        to_scale = None
+        if to_weight is None:
+            pass
+        elif ctx.learns:
+            to_weight, to_scale, _ = fake_quantize_backward(
+                to_weight,
+                own_weight,
+                scale,
+                torch.zeros_like(scale),
+                *ctx.ends,
+                pass_saturated=ctx.pass_saturated,
+                gradient_clip=ctx.gradient_clip,
+                needs=(needs_weight, needs_scale, False),
+            )
+        elif mask is not None:
             to_weight = mask_gradient(to_weight, mask, own_weight.stride(), ctx.gradient_clip)
-        elif to_weight is not None and ctx.gradient_clip is not None:
+        elif ctx.gradient_clip is not None:
             to_weight = to_weight.clamp(-ctx.gradient_clip, ctx.gradient_clip)
-        return to_input, to_weight, to_bias, *[None] * 6
+        return to_input, to_weight, to_bias, *[None] * 6, to_scale
 
 
 def _output_dtype(input: Tensor, codes: Tensor) -> torch.dtype:
@@ -225,8 +249,9 @@ def layer_on_codes(
             own_weight, False, axis, *state.averages, state.scale, state.zero_point, state.momentum, state.scheme, True
         )
     dtype = _output_dtype(input, codes.codes)
-    output: Tensor = call(_Layer, input, weight, bias, *codes, own_weight, state, geometry, dtype)
+    learned_scale = state.scale if state.learns else None
+    output: Tensor = call(_Layer, input, weight, bias, *codes, own_weight, state, geometry, dtype, learned_scale)
     if not again:
         return output, None
     own_bias = None if bias is None else bias.detach().contiguous()
-    return output, Computation(*codes, own_weight, state.scale.clone(), own_bias, state.scheme, geometry, dtype)
+    return output, Computation(*codes, own_weight, state.scale.detach().clone(), own_bias, state.scheme, geometry, dtype)
