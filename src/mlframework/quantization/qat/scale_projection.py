@@ -37,6 +37,8 @@ class LearnedGrid(Protocol):
         """Whether data has set scale and zero point."""
 
 
+_Trained = dict[LearnedGrid, tuple[Tensor, Tensor]]  # layers with their scales and zero points
+
 _LARGEST_CHANGE = 2.0
 
 _learnable_layers: weakref.WeakSet[LearnedGrid] = weakref.WeakSet()
@@ -72,28 +74,33 @@ def _parameters_of(layer: LearnedGrid) -> tuple[Tensor, Tensor]:
     return _sharded.get(layer, own) if is_managed(layer) and not is_sharded(own[0]) else own
 
 
-def _trained_by(optimizer: torch.optim.Optimizer) -> list[LearnedGrid]:
+def _trained_by(optimizer: torch.optim.Optimizer) -> _Trained:
     """Of other optimizers' parameters nothing is touched: a graph that waits for its backward may have saved them."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [layer for layer in _learnable_layers if not trained.isdisjoint(map(id, _parameters_of(layer)))]
+    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {}
+    for layer in _learnable_layers:
+        own = _parameters_of(layer)
+        if id(own[0]) in parameters or id(own[1]) in parameters:
+            trained[layer] = own
+    return trained
 
 
 def _begin_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    layers = _trained_by(optimizer)
-    if not layers:
+    trained = _trained_by(optimizer)
+    if not trained:
         return None
-    _remember(layers)
+    _remember(trained)
     if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": _at_projected_values(kwargs["closure"], layers)}
+        return args, {**kwargs, "closure": _at_projected_values(kwargs["closure"], list(trained))}
     if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
-        return (args[0], _at_projected_values(args[1], layers), *args[2:]), kwargs
+        return (args[0], _at_projected_values(args[1], list(trained)), *args[2:]), kwargs
     return None
 
 
 def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    layers = [layer for layer in _trained_by(optimizer) if layer in _before_step]
-    _project(layers)
-    for layer in layers:
+    trained = {layer: own for layer, own in _trained_by(optimizer).items() if layer in _before_step}
+    _project(trained)
+    for layer in trained:
         del _before_step[layer]
 
 
@@ -101,8 +108,8 @@ def _at_projected_values(closure: Callable[[], Any], layers: list[LearnedGrid]) 
     """The loss as a function of the values before projection: its gradient is zero where the projection moves them."""
 
     def projected_closure() -> Any:
-        remembered = [layer for layer in layers if layer in _before_step]
-        parameters = [parameter for layer in remembered for parameter in _parameters_of(layer)]
+        remembered = {layer: _parameters_of(layer) for layer in layers if layer in _before_step}
+        parameters = [parameter for own in remembered.values() for parameter in own]
         before = [parameter.detach().clone() for parameter in parameters]
         _project(remembered)
         moved = [parameter.detach() != value for parameter, value in zip(parameters, before, strict=True)]
@@ -110,27 +117,26 @@ def _at_projected_values(closure: Callable[[], Any], layers: list[LearnedGrid]) 
         for parameter, where in zip(parameters, moved, strict=True):
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(where, 0)
-        _remember([layer for layer in layers if layer not in _before_step])  # the closure's batch was their first
+        # The closure's batch was their first.
+        _remember({layer: _parameters_of(layer) for layer in layers if layer not in _before_step})
         return loss
 
     return projected_closure
 
 
 @torch.no_grad()
-def _remember(layers: list[LearnedGrid]) -> None:
-    for group in _by_device([layer for layer in layers if layer.is_initialized]):
-        scales, zero_points = zip(*map(_parameters_of, group), strict=True)
-        for layer, *copies in zip(group, _copies(scales), _copies(zero_points), strict=True):
-            _before_step[layer] = copies[0], copies[1]
+def _remember(trained: _Trained) -> None:
+    for group in _by_device({layer: own for layer, own in trained.items() if layer.is_initialized}):
+        scales, zero_points = zip(*group.values(), strict=True)
+        _before_step.update(zip(group, zip(_copies(scales), _copies(zero_points), strict=True), strict=True))
 
 
-def _by_device(layers: list[LearnedGrid]) -> list[list[LearnedGrid]]:
+def _by_device(trained: _Trained) -> list[_Trained]:
     """Layers to be taken together: each alone is too small for the operations that it takes."""
-    together: dict[Any, list[LearnedGrid]] = {}
-    for layer in layers:
-        scale, _ = _parameters_of(layer)
-        is_plain = type(scale.data) is Tensor  # and not, say, a shard
-        together.setdefault(scale.device if is_plain else layer, []).append(layer)
+    together: dict[Any, _Trained] = {}
+    for layer, own in trained.items():
+        is_plain = type(own[0].data) is Tensor  # and not, say, a shard
+        together.setdefault(own[0].device if is_plain else layer, {})[layer] = own
     return list(together.values())
 
 
@@ -141,18 +147,17 @@ def _copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 @torch.no_grad()
-def _project(layers: list[LearnedGrid]) -> None:
-    for group in _by_device(layers):
-        parameters = list(map(_parameters_of, group))
+def _project(trained: _Trained) -> None:
+    for group in _by_device(trained):
         before = [_before_step[layer] for layer in group]
-        _replace([scale for scale, _ in parameters], [scale for scale, _ in before], _projected_scale)
-        ends: dict[tuple[int, int], list[int]] = {}
-        for index, (layer, (_, zero_point)) in enumerate(zip(group, parameters, strict=True)):
+        _replace([scale for scale, _ in group.values()], [scale for scale, _ in before], _projected_scale)
+        ends: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for (layer, (_, zero_point)), (_, old) in zip(group.items(), before, strict=True):
             if zero_point.requires_grad:
-                ends.setdefault((layer.scheme.quant_min, layer.scheme.quant_max), []).append(index)
-        for (lowest, highest), same in ends.items():
-            zero_points, old = [parameters[index][1] for index in same], [before[index][1] for index in same]
-            _replace(zero_points, old, partial(_projected_zero_point, lowest, highest))
+                ends.setdefault((layer.scheme.quant_min, layer.scheme.quant_max), []).append((zero_point, old))
+        for (lowest, highest), pairs in ends.items():
+            zero_points, of_old = map(list, zip(*pairs, strict=True))
+            _replace(zero_points, of_old, partial(_projected_zero_point, lowest, highest))
 
 
 def _replace(tensors: list[Tensor], old: list[Tensor], projected: Callable[[Tensor, Tensor], Tensor]) -> None:

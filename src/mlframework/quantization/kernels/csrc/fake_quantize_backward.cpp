@@ -84,10 +84,12 @@ class Backward {
       piece.row_to_zero_point = to_zero_point.data();
       fake_quantize_backward_piece(piece, is_bfloat16_);
     }
-    for (int64_t i = 0; i < width; ++i) {
-      const size_t element = static_cast<size_t>(i);
-      add(sums[static_cast<size_t>((first + i) / layout_.inner % layout_.channels)],
-          {static_cast<double>(to_scale[element]), static_cast<double>(to_zero_point[element])});
+    const int64_t inner = layout_.inner;  // `first` and `width` are multiples of it
+    for (int64_t start = 0; start < width; start += inner) {
+      Partial& sum = sums[static_cast<size_t>((first + start) / inner % layout_.channels)];
+      for (int64_t i = start; i < start + inner; ++i)
+        add(sum, {static_cast<double>(to_scale[static_cast<size_t>(i)]),
+                  static_cast<double>(to_zero_point[static_cast<size_t>(i)])});
     }
   }
 

@@ -9,9 +9,11 @@ struct LearnedSums {
   double scale[kMostLanes] = {}, zero_point[kMostLanes] = {};
 
   static double over(const double* lanes) {
-    double sum = 0;
-    for (int i = 0; i < kMostLanes; ++i) sum += lanes[i];
-    return sum;
+    double sums[kMostLanes / 2];
+    for (int i = 0; i < kMostLanes / 2; ++i) sums[i] = lanes[i] + lanes[i + kMostLanes / 2];
+    for (int half = kMostLanes / 4; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
   }
 };
 

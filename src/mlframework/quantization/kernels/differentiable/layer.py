@@ -119,7 +119,8 @@ class _Layer(torch.autograd.Function):
                 if state.mask:
                     mask = fake_quantize(own_weight, state.scale, state.zero_point, *ends, values=False, mask=True).mask
             output = weighted_product(codes, grid, own_weight, state.scale, own_bias, scheme, geometry, dtype)
-        ctx.save_for_backward(codes, grid, own_weight, scale, mask)
+        zero_point = None if learned_scale is None else state.zero_point
+        ctx.save_for_backward(codes, grid, own_weight, scale, zero_point, mask)
         ctx.geometry = geometry
         ctx.ends = scheme.quant_min, scheme.quant_max, 0 if learned_scale is None else scheme.channel_axis
         ctx.gradient_clip = state.gradient_clip
@@ -135,7 +136,7 @@ class _Layer(torch.autograd.Function):
         refuse_gradient_of_gradient()
         if gradient is None:
             return (None,) * 10
-        codes, grid, own_weight, scale, mask = ctx.saved_tensors
+        codes, grid, own_weight, scale, zero_point, mask = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_scale = ctx.needs_input_grad[9]
         dtype = ctx.dtype
@@ -146,7 +147,8 @@ class _Layer(torch.autograd.Function):
             input = gradient.new_empty(1).to(dtype).expand(codes.shape)
         weight = own_weight
         if needs_input:
-            values = fake_quantize(own_weight, scale, torch.zeros_like(scale), *ctx.ends).values
+            zero = torch.zeros_like(scale) if zero_point is None else zero_point
+            values = fake_quantize(own_weight, scale, zero, *ctx.ends).values
             assert values is not None
             weight = values
         backward = _linear_backward if ctx.geometry is None else _convolution_backward
@@ -165,7 +167,7 @@ class _Layer(torch.autograd.Function):
                 to_weight,
                 own_weight,
                 scale,
-                torch.zeros_like(scale),
+                zero_point,
                 *ctx.ends,
                 pass_saturated=ctx.pass_saturated,
                 gradient_clip=ctx.gradient_clip,
