@@ -20,6 +20,7 @@ from mlframework.quantization import (
     QuantizationScheme,
     dequantize,
     fake_quantize,
+    kernels,
     quantize,
 )
 from mlframework.quantization.graph.subgraph import module_of_nodes
@@ -361,6 +362,16 @@ def test_gradients_reach_both_operands() -> None:
     model(left, right).sum().backward()
     assert torch.equal(left.grad, torch.ones(2, 3))
     assert torch.equal(right.grad, torch.ones(2, 3))
+
+
+@pytest.mark.skipif(kernels.active_path() == "reference", reason="needs compiled kernels")
+def test_a_sum_on_a_learned_grid_keeps_the_codes_of_its_operands() -> None:
+    model = Operands(QATConfig(learnable=True), nn.ReLU())
+    operands = [torch.randn(2, 3, 5, 5, requires_grad=True) for _ in range(2)]
+    model(*operands)  # the first batch sets the grids
+    function = model(*operands).grad_fn
+    sizes = [tensor.nbytes for tensor in function.saved_tensors if tensor is not None and tensor.shape == (2, 3, 5, 5)]
+    assert sizes == [150, 150]
 
 
 def test_the_operands_nodes_are_not_its_own() -> None:

@@ -21,7 +21,7 @@ from mlframework.quantization.kernels.differentiable.following import (
     look_up_and_quantize,
     normalize_and_quantize,
 )
-from mlframework.quantization.kernels.differentiable.layer import Computation
+from mlframework.quantization.kernels.differentiable.layer import Codes, Computation
 from mlframework.quantization.kernels.operators.normalization import batch_statistics
 from mlframework.quantization.kernels.operators.training_layers import weighted_product
 
@@ -123,6 +123,29 @@ def test_a_clip_onto_a_learned_grid(clip: tuple[float, float], gradient_clip: fl
     to_scale, to_zero_point = gradients_of_the_grid(values, passed(gradient, gradient_clip))
     assert grid.scale.grad.item() == pytest.approx(to_scale, rel=1e-4, abs=1e-5)
     assert grid.zero_point.grad.item() == pytest.approx(to_zero_point, rel=1e-4, abs=1e-7)
+
+
+@CLIPS
+def test_a_sum_onto_a_learned_grid_keeps_codes(clip: tuple[float, float]) -> None:
+    """A byte of each operand in the place of its values, which have gradients of the very same bits."""
+    codes = [random_codes(SHAPE, UNSIGNED), random_codes(SHAPE, SIGNED)]
+    grids = [torch.tensor([[0.013], [77.0]]), torch.tensor([[0.017], [-3.0]])]
+    kept = [Codes(*pair) for pair in zip(codes, grids, strict=True)]
+    gradient, gradients = torch.randn(SHAPE), []
+    for operands in ((None, None), (kept[0], None), (None, kept[1]), (kept[0], kept[1])):
+        leaves = [
+            ((each.float() - grid[1]) * grid[0]).requires_grad_() for each, grid in zip(codes, grids, strict=True)
+        ]
+        grid = learned_grid()
+        values = clip_and_quantize(leaves[0], leaves[1], clip, grid, False, operands).values
+        saved: Any = values.grad_fn
+        full = [each.dtype for each in saved.saved_tensors if each is not None and each.shape == SHAPE]
+        assert full.count(torch.float32) == operands.count(None)
+        values.backward(gradient)
+        gradients.append([each.grad for each in (*leaves, grid.scale, grid.zero_point)])
+    for others in gradients[1:]:
+        for own, other in zip(gradients[0], others, strict=True):
+            assert_same(own, other)
 
 
 def test_what_is_not_asked_for_is_not_there() -> None:

@@ -12,7 +12,7 @@ values. Otherwise it would choose a step by the losses of scales that the projec
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -140,7 +140,7 @@ def _by_device(trained: _Trained) -> list[_Trained]:
     return list(together.values())
 
 
-def _copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if len(tensors) == 1:
         return (tensors[0].detach().clone(),)
     return torch.split(torch.cat(tensors), [tensor.numel() for tensor in tensors])

@@ -175,10 +175,10 @@ class _Clip(torch.autograd.Function):
             passed = mask_gradient(gradient, mask, ctx.strides, ctx.gradient_clip)
         else:
             clip, scheme = ctx.learned
-            grid = *kept[4:], scheme
-            addend = Summand(*kept[2:4]) if ctx.has_addend else None
+            scale, zero_point = kept[4:]
+            summands = Summand(*kept[:2]), Summand(*kept[2:4]) if ctx.has_addend else None
             passed, *to_grid = learned_clip_backward(
-                gradient, mask, Summand(*kept[:2]), addend, clip, *grid, ctx.gradient_clip
+                gradient, mask, *summands, clip, scale, zero_point, scheme, ctx.gradient_clip
             )
             to_scale, to_zero_point = _needed(to_grid, ctx.needs_input_grad[-2:])
         return passed, passed if ctx.needs_input_grad[1] else None, *[None] * 4, to_scale, to_zero_point

@@ -256,4 +256,6 @@ def layer_on_codes(
     if not again:
         return output, None
     own_bias = None if bias is None else bias.detach().contiguous()
-    return output, Computation(*codes, own_weight, state.scale.detach().clone(), own_bias, state.scheme, geometry, dtype)
+    return output, Computation(
+        *codes, own_weight, state.scale.detach().clone(), own_bias, state.scheme, geometry, dtype
+    )

@@ -260,7 +260,8 @@ def _fake_quantize_backward(
     to_scale = passed * (codes.clamp(lowest, highest) - offset - torch.where(inside, values / step, 0.0))
     to_zero_point = passed * torch.where(inside, 0.0, -step)
     factor = gradient_scale(input, scale, highest)
-    return to_input, *(_sum(each, dimensions).reshape(-1) * factor for each in (to_scale, to_zero_point))
+    to_scale, to_zero_point = (_sum(each, dimensions).reshape(-1) * factor for each in (to_scale, to_zero_point))
+    return to_input, to_scale, to_zero_point
 
 
 @_fake_quantize_backward.fake
