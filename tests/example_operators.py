@@ -49,6 +49,7 @@ ON_GPU = {
 # magnitude 300 at the most; of float32 (fake_quantize_backward, batch_statistics) or rounded to it.
 SUMS: dict[str, dict[int, float]] = {
     "fake_quantize_backward": {1: 1e-4, 2: 1e-6},
+    "mask_weight_gradient": {0: 1e-4},
     "batch_statistics": {0: 1e-6, 1: 1e-6, 2: 1e-6, 3: 1e-6},
     "normalize_backward": {0: 1e-5, 1: 1e-5, 2: 1e-5},
     "learned_normalize_backward": {0: 1e-5, 1: 1e-5, 2: 1e-5, 3: 1e-5, 4: 1e-6},
@@ -226,6 +227,18 @@ def _fake_quantize_backward() -> Iterator[tuple[str, Arguments]]:
     yield "all that saturated passes, clipped", (torch.randn(_IMAGE), rows_of(values), *grid, True, 0.7, True)
     yield "all passes as it is", (rows_of(torch.randn(_IMAGE)), values, *grid, True, None, True)
     yield "of scale and zero point alone", (torch.randn(_IMAGE), values, *grid, False, None, False)
+
+
+def _mask_weight_gradient() -> Iterator[tuple[str, Arguments]]:
+    for shape in ((12, 7), (6, 5, 3, 3), (3, 70, 1, 1)):
+        for layout, weight in layouts(torch.randn(shape)).items():
+            scale, gradient = torch.rand(shape[0]) * 0.02 + 0.01, torch.randn_like(weight)
+            zero_point = torch.zeros(shape[0])
+            yield f"{shape}, {layout}", (gradient, weight, scale, zero_point, -127, 127, 0, False, None)
+    other = torch.randn(shape[::-1]).permute(3, 2, 1, 0)
+    yield "laid out otherwise", (other, weight, scale, zero_point, -7, 7, 0, False, 0.7)
+    yield "all that saturated passes", (gradient, weight, scale, zero_point, -7, 7, 0, True, 0.7)
+    yield "per tensor", (gradient, weight, scale[:1], zero_point[:1], -127, 127, -1, False, None)
 
 
 def _extremes() -> Iterator[tuple[str, Arguments]]:
@@ -523,6 +536,7 @@ _SAMPLES: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {
     "fake_quantize": _fake_quantize,
     "mask_gradient": _mask_gradient,
     "fake_quantize_backward": _fake_quantize_backward,
+    "mask_weight_gradient": _mask_weight_gradient,
     "extremes": _extremes,
     "update_moving_average": _update_moving_average,
     "lookup": _lookup,

@@ -114,24 +114,18 @@ class Backward {
   bool is_bfloat16_;
 };
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient, const Tensor& input,
-                                                          const Tensor& scale, const Tensor& zero_point,
-                                                          int64_t lowest, int64_t highest, int64_t axis,
-                                                          bool pass_saturated, std::optional<double> gradient_clip,
-                                                          bool needs_input) {
-  check_trained(input, "input");
-  const Tensor source = dense(input);
-  const Tensor passed = laid_out_as(gradient, source, "gradient");
+// Sums over `source` and a gradient that lies as it does; what passes of that goes to `to_input` where it is not null.
+std::tuple<Tensor, Tensor> gradients_of_grid(const Tensor& source, const Tensor& passed, void* to_input,
+                                             const Tensor& scale, const Tensor& zero_point, int64_t lowest,
+                                             int64_t highest, int64_t axis, bool pass_saturated,
+                                             std::optional<double> gradient_clip) {
   const ChannelLayout layout = channel_layout(source, axis);
   const std::vector<Grid> grids = grids_of(scale, zero_point, layout.channels, static_cast<float>(lowest),
                                            static_cast<float>(highest));
-  const Tensor to_input = needs_input ? empty_like(source, source.scalar_type()) : Tensor();
   BackwardPiece wanted{};
   wanted.input = source.const_data_ptr();
   wanted.gradient = passed.const_data_ptr();
-  wanted.to_input = needs_input ? to_input.mutable_data_ptr() : nullptr;
+  wanted.to_input = to_input;
   wanted.pass_saturated = pass_saturated;
   wanted.largest = gradient_clip ? static_cast<float>(*gradient_clip) : std::numeric_limits<float>::infinity();
   const std::vector<Partial> sums =
@@ -146,7 +140,38 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient
     scales[i] = static_cast<float>(sums[i].scale * factor);
     zero_points[i] = static_cast<float>(sums[i].zero_point * factor * -static_cast<double>(grids[i].scale));
   }
+  return {to_scale, to_zero_point};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient, const Tensor& input,
+                                                          const Tensor& scale, const Tensor& zero_point,
+                                                          int64_t lowest, int64_t highest, int64_t axis,
+                                                          bool pass_saturated, std::optional<double> gradient_clip,
+                                                          bool needs_input) {
+  check_trained(input, "input");
+  const Tensor source = dense(input);
+  const Tensor passed = laid_out_as(gradient, source, "gradient");
+  const Tensor to_input = needs_input ? empty_like(source, source.scalar_type()) : Tensor();
+  const auto [to_scale, to_zero_point] =
+      gradients_of_grid(source, passed, needs_input ? to_input.mutable_data_ptr() : nullptr, scale, zero_point, lowest,
+                        highest, axis, pass_saturated, gradient_clip);
   return {to_input, to_scale, to_zero_point};
+}
+
+Tensor mask_weight_gradient(const Tensor& gradient, const Tensor& weight, const Tensor& scale,
+                            const Tensor& zero_point, int64_t lowest, int64_t highest, int64_t axis,
+                            bool pass_saturated, std::optional<double> gradient_clip) {
+  check_trained(weight, "weight");
+  const Tensor source = dense(weight);
+  Tensor changed = gradient;
+  const Tensor passed = laid_out_as(gradient, source, "gradient");
+  void* to_weight = passed.mutable_data_ptr();
+  const auto [to_scale, to_zero_point] = gradients_of_grid(source, passed, to_weight, scale, zero_point, lowest,
+                                                           highest, axis, pass_saturated, gradient_clip);
+  if (to_weight != changed.mutable_data_ptr()) torch::stable::copy_(changed, passed);  // it lay otherwise
+  return to_scale;
 }
 
 }  // namespace kernels

@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY_IMPL(mlframework_quantization_kernels, CPU, library) {
   library.impl("fake_quantize", TORCH_BOX(&kernels::fake_quantize));
   library.impl("mask_gradient", TORCH_BOX(&kernels::mask_gradient));
   library.impl("fake_quantize_backward", TORCH_BOX(&kernels::fake_quantize_backward));
+  library.impl("mask_weight_gradient", TORCH_BOX(&kernels::mask_weight_gradient));
   library.impl("update_moving_average", TORCH_BOX(&kernels::update_moving_average));
   library.impl("extremes", TORCH_BOX(&kernels::extremes));
   library.impl("fingerprints", TORCH_BOX(&kernels::fingerprints));

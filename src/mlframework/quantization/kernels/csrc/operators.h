@@ -29,6 +29,10 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& gradient
                                                           bool pass_saturated, std::optional<double> gradient_clip,
                                                           bool needs_input);
 
+Tensor mask_weight_gradient(const Tensor& gradient, const Tensor& weight, const Tensor& scale,
+                            const Tensor& zero_point, int64_t lowest, int64_t highest, int64_t axis,
+                            bool pass_saturated, std::optional<double> gradient_clip);
+
 void update_moving_average(const Tensor& batch, bool is_measured, int64_t axis, const Tensor& minimum,
                            const Tensor& maximum, const Tensor& batches, const Tensor& scale,
                            const Tensor& zero_point, double momentum, int64_t lowest, int64_t highest, bool symmetric,

@@ -11,7 +11,7 @@ from ...scheme import QuantizationScheme
 from ..devices import is_traced, kernels_for
 from ..geometry import ConvolutionGeometry
 from ..operators.codes import dequantize
-from ..operators.fake_quantization import fake_quantize, fake_quantize_backward, mask_gradient
+from ..operators.fake_quantization import fake_quantize, mask_gradient, weight_gradients
 from ..operators.moving_average import update_moving_average
 from ..operators.training_layers import train_layer, weighted_product
 from .function import call, refuse_gradient_of_gradient
@@ -36,7 +36,7 @@ class WeightState(NamedTuple):
         is_newest: whether the grid is that of this very weight, also where a recomputation does not observe it again.
         mask: whether the gradient of a weight that saturates does not pass.
         gradient_clip: the largest magnitude of it that passes.
-        learns: whether gradients go to the scale, and to the weight, as :func:`.fake_quantize_backward` has them.
+        learns: whether gradients go to the scale, and to the weight, as :func:`.weight_gradients` has them.
     """
 
     scheme: QuantizationScheme
@@ -163,7 +163,7 @@ class _Layer(torch.autograd.Function):
         if to_weight is None:
             pass
         elif ctx.learns:
-            to_weight, to_scale, _ = fake_quantize_backward(
+            to_weight, to_scale = weight_gradients(
                 to_weight,
                 own_weight,
                 scale,
@@ -171,7 +171,7 @@ class _Layer(torch.autograd.Function):
                 *ctx.ends,
                 pass_saturated=ctx.pass_saturated,
                 gradient_clip=ctx.gradient_clip,
-                needs=(needs_weight, needs_scale, False),
+                needs=(needs_weight, needs_scale),
             )
         elif mask is not None:
             to_weight = mask_gradient(to_weight, mask, own_weight.stride(), ctx.gradient_clip)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import arithmetic
+from ..devices import is_traced
 from .declaration import FLOATS, is_recorded, operator
 from .layout import dense, laid_out_like, memory_order
 from .masks import pack_mask, unpack_mask
@@ -332,6 +333,74 @@ def fake_quantize_backward(
         to_scale.reshape(scale.shape).to(scale.dtype) if needs[1] else None,
         to_zero_point.reshape(scale.shape).to(zero_point.dtype) if needs[2] else None,
     )
+
+
+@operator(
+    "mask_weight_gradient(Tensor(a!) gradient, Tensor weight, Tensor scale, Tensor zero_point, int lowest, int highest,"
+    " int axis, bool pass_saturated, float? gradient_clip) -> Tensor",
+    FLOATS,
+)
+def _mask_weight_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    axis: int,
+    pass_saturated: bool,
+    gradient_clip: float | None,
+) -> Tensor:
+    options = lowest, highest, axis, pass_saturated, gradient_clip, True
+    to_weight, to_scale, _ = _fake_quantize_backward.reference(gradient, weight, scale, zero_point, *options)
+    gradient.copy_(to_weight)
+    return to_scale  # type: ignore[no-any-return]
+
+
+@_mask_weight_gradient.fake
+def _(gradient: Tensor, weight: Tensor, scale: Tensor, *others: object) -> Tensor:
+    return weight.new_empty(scale.numel(), dtype=torch.float32)
+
+
+def weight_gradients(
+    gradient: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    lowest: int,
+    highest: int,
+    axis: int | None,
+    *,
+    pass_saturated: bool,
+    gradient_clip: float | None,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`fake_quantize_backward` of a weight and its scale, which may use up the gradient: what passes is written
+    over it where compiled kernels run, in the order of its elements.
+
+    Args:
+        gradient: of the rounded weight, which nobody else has.
+    """
+    compute = _mask_weight_gradient
+    is_alone = gradient.dtype is weight.dtype and not is_recorded(gradient, weight, scale)
+    if is_alone and not is_traced() and compute.has_kernel(gradient):
+        largest = None if gradient_clip is None else _representable(gradient_clip, gradient.dtype)
+        channels = -1 if axis is None else axis
+        to_scale = compute(gradient, weight, scale, zero_point, lowest, highest, channels, pass_saturated, largest)
+        return gradient if needs[0] else None, to_scale.reshape(scale.shape) if needs[1] else None
+    to_weight, to_scale, _ = fake_quantize_backward(
+        gradient,
+        weight,
+        scale,
+        zero_point,
+        lowest,
+        highest,
+        axis,
+        pass_saturated=pass_saturated,
+        gradient_clip=gradient_clip,
+        needs=(*needs, False),
+    )
+    return to_weight, to_scale
 
 
 def fake_quantize_sums(
