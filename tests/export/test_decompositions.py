@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from export.exported_file import ExportedFile, inputs_of, prepared_model
 from mlframework.quantization.export import decompositions, onnx_model, optimization
-from mlframework.quantization.export.optimization import with_kept_translations, without_slow_rules
+from mlframework.quantization.export.optimization import (
+    with_kept_translations,
+    with_operators_found_once,
+    without_slow_rules,
+)
 
 pytestmark = pytest.mark.slow  # exports many files
 
@@ -172,3 +176,29 @@ def test_operators_that_are_declared_later_are_translated_too(monkeypatch: pytes
         for _ in range(2):
             ONNXRegistry.from_torchlib(opset_version=18)
         assert len(tables) == 2
+
+
+def test_operators_made_up_of_others_are_found_once_and_when_they_are_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._export import utils
+
+    searches: list[str] = []
+    search = utils._materialize_cpp_cia_ops
+
+    def counted() -> None:
+        searches.append("")
+        search()
+
+    with torch.library._scoped_library("declared_later", "DEF") as library:
+        library.define("once(Tensor x) -> Tensor")
+        library.impl("once", lambda x: x.sin(), "CompositeImplicitAutograd")
+        expected = set(utils._collect_all_valid_cia_ops())
+        monkeypatch.setattr(utils, "_materialize_cpp_cia_ops", counted)
+        with with_operators_found_once():
+            assert utils._collect_all_valid_cia_ops() == expected
+            assert len(searches) == 1
+            library.define("twice(Tensor x) -> Tensor")
+            library.impl("twice", lambda x: x.cos(), "CompositeImplicitAutograd")
+            found = set(utils._collect_all_valid_cia_ops())
+            assert len(searches) == 2
+        assert found - expected == {torch.ops.declared_later.twice.default}
+        assert utils._materialize_cpp_cia_ops is counted

@@ -14,6 +14,7 @@ from torch import fx
 from ..replaced_file import replaced_file
 from .executorch_package import import_lowering, import_runtime, input_shapes, quiet_executorch
 from .node_places import place_of
+from .optimization import with_operators_found_once
 from .program import NotExportableError
 from .qdq_program import lower_to_decomposed
 from .xnnpack_passes import divide_what_is_quantized, fold_biases, keep_grids_apart
@@ -45,7 +46,7 @@ def write_executorch(program: torch.export.ExportedProgram, path: str | os.PathL
     keep_grids_apart(program)
     divide_what_is_quantized(program)
     bounds, sizes = dict(program.range_constraints), list(_largest_inputs(program))
-    with torch.no_grad(), quiet_executorch():
+    with torch.no_grad(), quiet_executorch(), with_operators_found_once():
         try:
             edge = lowering(program, partitioner=[partitioner()])
             outside = list(_outside(edge.exported_program()))

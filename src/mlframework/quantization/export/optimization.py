@@ -1,4 +1,4 @@
-"""What torch.onnx does for longer than it need."""
+"""What torch.onnx and torch.export do for longer than they need."""
 
 from __future__ import annotations
 
@@ -51,3 +51,26 @@ def with_kept_translations() -> Iterator[None]:
             yield
         finally:
             ONNXRegistry.from_torchlib = build  # type: ignore[method-assign]
+
+
+@contextmanager
+def with_operators_found_once() -> Iterator[None]:
+    """PyTorch asks its dispatcher for the operators that are made up of others once for every namespace of operators,
+    each time that it decomposes a program: for all of them at once is enough. Takes a fifth off an export."""
+    from torch._export import utils
+
+    found: set[str] = set()
+
+    def find() -> None:
+        names = set(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+        if not names <= found:  # or there are new ones
+            find_all()
+            found.update(names)
+
+    with _patching:
+        find_all = utils._materialize_cpp_cia_ops
+        utils._materialize_cpp_cia_ops = find
+        try:
+            yield
+        finally:
+            utils._materialize_cpp_cia_ops = find_all
