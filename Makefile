@@ -9,7 +9,8 @@ DOCS_INSTALLED := $(VENV)/docs_installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Files of tests side by side: each keeps what its tests share in its own process.
 # (In their order: by default those with few tests, which here are the slow ones, would all come last.)
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Bytecode is kept, whatever the environment says: tests start many processes, and rewriting what they assert takes long.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 KERNELS := src/mlframework/quantization/kernels
 WITHOUT_AVX512 := $(VENV)/without_avx512.so
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)

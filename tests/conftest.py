@@ -17,8 +17,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from torch._dynamo.utils import counters
-
 from mlframework.quantization import kernels
 
 # Where there are none, it warns once, which would be the error of whichever test comes first.
@@ -33,6 +31,11 @@ _NEEDS_GPU = Path(__file__).with_name("gpu")
 
 # On tensors this small, threads only wait for one another.
 torch.set_num_threads(1)
+
+# Where there are no such devices, each of these keeps a traceback to seed them by later, which takes a millisecond.
+if not torch.cuda.is_available():
+    for devices in (torch.cuda, torch.xpu, torch.mtia):
+        devices.manual_seed_all = lambda seed: None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -49,17 +52,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    if torch.cuda.is_available():
-        torch.manual_seed(0)
-    else:
-        # Without devices, the other function keeps a traceback for each kind of them, which takes a millisecond.
-        torch.default_generator.manual_seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """A compiler that knows nothing of other tests, and that nothing of this one is left in; its counters start at
     zero."""
+    from torch._dynamo.utils import counters  # the compiler takes long to import
+
     torch.compiler.reset()
     counters.clear()
     yield

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import mlframework.quantization as quantization
+from docs.snippets import snippets
 from example_models import EXAMPLES, train_briefly
 from ranks import process_group
 
@@ -25,6 +26,21 @@ Names = dict[str, Any]
 def set_up(page: str) -> AbstractContextManager[Names]:
     """The names that a page's blocks begin with; none for a page whose blocks make all that they use."""
     return _SETUPS[page]() if page in _SETUPS else nullcontext({})
+
+
+def run_blocks(page: str) -> None:
+    """Runs the blocks of a page one after the other, in the present folder; skips the test where some cannot run."""
+    left_out = []
+    with set_up(page) as names:
+        namespace: Names = {"__name__": "__main__", **names}
+        for snippet in snippets(page):
+            if snippet.missing:
+                left_out.append(f"line {snippet.line} needs {', '.join(snippet.missing)}")
+            elif snippet.kind != "before":
+                own_names = {"__name__": "__main__"} if snippet.kind == "file" else namespace
+                exec(compile(snippet.tree, f"docs/{page}", "exec"), own_names)
+    if left_out:
+        pytest.skip(f"{page}: {'; '.join(left_out)} (all else ran)")
 
 
 def _public() -> Names:

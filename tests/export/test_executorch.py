@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from docs.page_setups import run_blocks
 from mlframework.quantization import (
     ComparisonReport,
     NotExportableError,
@@ -65,17 +66,19 @@ def test_one_dimension(tmp_path: Path) -> None:
     assert report.layers[-1].exported is not None
 
 
-def verified_linear(tmp_path: Path) -> tuple[nn.Module, Path]:
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """Two layers, and their file for batches of four."""
     torch.manual_seed(3)
     prepared = prepared_for_executorch(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), 6)
-    path = tmp_path / "model.pte"
+    path = tmp_path_factory.mktemp("linear") / "model.pte"
     export(prepared, (torch.randn(4, 6),), path)
     return prepared, path
 
 
-def test_linear_layers_batches_and_a_file_in_another_process(tmp_path: Path) -> None:
+def test_linear_layers_batches_and_a_file_in_another_process(linear: tuple[nn.Module, Path]) -> None:
     """The file takes its example's batch; larger ones are verified in parts. Nothing of this library runs it."""
-    prepared, path = verified_linear(tmp_path)
+    prepared, path = linear
     verify(prepared, [torch.randn(4, 6), torch.randn(12, 6)], path=path)
     for wrong in (torch.randn(6, 6), torch.randn(2, 6)):
         with pytest.raises(ValueError, match=r"batches must have the shapes that the file at path takes, \[\(4, 6\)\]"):
@@ -85,9 +88,8 @@ def test_linear_layers_batches_and_a_file_in_another_process(tmp_path: Path) -> 
     x = torch.randn(4, 6)
     code = (
         "import json, sys, torch\n"
-        "from executorch.runtime import Runtime\n"
-        "program = Runtime.get().load_program(sys.argv[1])\n"
-        "outputs = program.load_method('forward').execute([torch.tensor(json.loads(sys.argv[2]))])\n"
+        "from executorch.extension.pybindings import _C\n"  # its executorch.runtime imports the lowering, too
+        "outputs = _C._load_for_executorch(sys.argv[1])([torch.tensor(json.loads(sys.argv[2]))])\n"
         "print(json.dumps(outputs[0].tolist()), any(name.startswith('mlframework') for name in sys.modules))\n"
     )
     command = [sys.executable, "-c", code, str(path), json.dumps(x.tolist())]
@@ -146,9 +148,10 @@ def test_numbers_among_arguments_and_results(tmp_path: Path) -> None:
     assert [layer.name for layer in report.layers[-2:]] == ["output 0", "output 1"]
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    prepared, path = verified_linear(tmp_path)
-    path.write_bytes(path.read_bytes()[:1000])
+def test_a_damaged_file_is_refused(linear: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    prepared, whole = linear
+    path = tmp_path / "model.pte"
+    path.write_bytes(whole.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"path must be a program that ExecuTorch loads"):
         verify(prepared, [torch.randn(4, 6)], path=path)
 
@@ -207,6 +210,12 @@ def test_models_for_other_engines_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"target must be one that reads \.onnx files .*'executorch', which reads \.pte"
     ):
         export_onnx(ours, (torch.randn(1, 3, 4, 4),), tmp_path / "model.onnx", "executorch")
+
+
+def test_the_page_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks run here, because ExecuTorch takes ten seconds to import."""
+    monkeypatch.chdir(tmp_path)
+    run_blocks("how-to/executorch.md")
 
 
 def test_without_executorch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

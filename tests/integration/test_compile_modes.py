@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from example_models import EXAMPLES
+from example_models import EXAMPLES, Example
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, convert, prepare
 from ranks import RANKS, process_group, run_ranks
 
@@ -30,8 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default"), pytest.ma
 Batches = list[tuple[Tensor, ...]]
 
 
-def _prepared(name: str, learnable: bool = False) -> nn.Module:
-    example = EXAMPLES[name]
+def _prepared(example: Example, learnable: bool = False) -> nn.Module:
     model = prepare(example.make(), QATConfig(learnable=learnable), example.inputs())
     for _ in range(2):
         model(*example.inputs())
@@ -59,7 +58,7 @@ def _train(
 
 def test_batches_of_all_sizes_share_a_graph() -> None:
     """Also where the gradient of a learned scale is scaled by the number of elements."""
-    model = _prepared("transformer", learnable=True)
+    model = _prepared(EXAMPLES["transformer"], learnable=True)
     eager = copy.deepcopy(model)
     batches = [EXAMPLES["transformer"].inputs(size) for size in (16, 12, 9)]
     compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
@@ -74,7 +73,7 @@ def test_batches_of_all_sizes_share_a_graph() -> None:
     ("name", "learnable"), [("resnet", True), pytest.param("transformer", False, marks=pytest.mark.long)]
 )
 def test_training_under_autocast(name: str, learnable: bool) -> None:
-    model = _prepared(name, learnable)
+    model = _prepared(EXAMPLES[name], learnable)
     eager, batches = copy.deepcopy(model), [EXAMPLES[name].inputs(8) for _ in range(3)]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -84,13 +83,22 @@ def test_training_under_autocast(name: str, learnable: bool) -> None:
     torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+# By whether scales are learned.
+ON_RANKS = {
+    False: Example(
+        lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)), (8,)
+    ),
+    True: EXAMPLES["transformer"],
+}
+
+
 def _on_half_of_the_batches(rank: int, folder: str) -> None:
     with process_group(rank, folder):
         dist._DEFAULT_FIRST_BUCKET_BYTES = 512  # which no other bucket may fall below
-        for learnable in (False, True):
+        for learnable, example in ON_RANKS.items():
             torch.manual_seed(0)
-            model = _prepared("transformer", learnable)
-            batches = [(batch.chunk(RANKS)[rank],) for (batch,) in (EXAMPLES["transformer"].inputs(16),) * 3]
+            model = _prepared(example, learnable)
+            batches = [(batch.chunk(RANKS)[rank],) for (batch,) in (example.inputs(16),) * 3]
             states = []
             for compiles in (False, True):
                 wrapped = DistributedDataParallel(copy.deepcopy(model), bucket_cap_mb=0.0005)
@@ -103,7 +111,7 @@ def _on_half_of_the_batches(rank: int, folder: str) -> None:
 def test_training_on_two_ranks(tmp_path: Path) -> None:
     """DDPOptimizer splits the graph where a bucket of gradients is complete: these are of half a kilobyte."""
     run_ranks(_on_half_of_the_batches, str(tmp_path))
-    for learnable in (False, True):
+    for learnable in ON_RANKS:
         states = [torch.load(tmp_path / f"{rank}_{learnable}.pt") for rank in range(RANKS)]
         for eager, compiled in states:
             # Buckets may be summed in another order.
@@ -161,8 +169,14 @@ def test_checkpoints_inside_are_refused(fullgraph: bool) -> None:
         compiled(torch.randn(shape)).sum().backward()
 
 
-@pytest.mark.parametrize("is_compiled_before", [False, True])
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("use_reentrant", "is_compiled_before"),
+    [
+        (False, True),
+        (True, False),
+        *(pytest.param(each, each, marks=pytest.mark.long) for each in (False, True)),
+    ],
+)
 def test_a_checkpoint_around_a_compiled_model_is_refused(use_reentrant: bool, is_compiled_before: bool) -> None:
     """Also of one that is not compiled again for it."""
     model = prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), QATConfig(), (torch.randn(8, 6),))

@@ -1,10 +1,7 @@
-"""What DistributedDataParallel offers beside the plain loop, on two gloo processes; four under ``torchrun``."""
+"""What DistributedDataParallel offers beside the plain loop, on two gloo processes; four under torchrun's agent."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -19,7 +16,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scale import size_of
@@ -301,17 +300,23 @@ def test_data_parallel_training(tmp_path: Path) -> None:
     run_ranks(_worker, str(tmp_path))
 
 
-def test_four_ranks_under_torchrun() -> None:
-    root = Path(__file__).resolve().parents[2]
-    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", __file__]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "4 ranks agree" in done.stdout
+def test_four_ranks_under_the_agent_of_torchrun(tmp_path: Path) -> None:
+    """Which sets the environment of each rank; they are forked from a process that has imported everything."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=4,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="forkserver",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(str(tmp_path)),
+    )
+    assert elastic_launch(config, _ranks_that_agree)() == dict.fromkeys(range(4), 4)
 
 
-def main() -> None:
+def _ranks_that_agree() -> int:
     """What ``torchrun`` starts."""
     torch.set_num_threads(1)
     alone = _alone()
@@ -319,10 +324,6 @@ def main() -> None:
     for check in CHECKS_ON_MORE_RANKS:
         check(dist.get_rank(), alone)
     dist.barrier()
-    if dist.get_rank() == 0:
-        print(f"{dist.get_world_size()} ranks agree")
+    ranks = dist.get_world_size()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return ranks

@@ -100,6 +100,10 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 EVERY_EFFECT = pytest.mark.parametrize("effect", EFFECTS)
+EVERY_OTHER_EFFECT = pytest.mark.parametrize(
+    "effect",
+    [pytest.param(effect, marks=pytest.mark.long if index % 2 else ()) for index, effect in enumerate(EFFECTS)],
+)
 
 
 @EVERY_EFFECT
@@ -107,7 +111,7 @@ def test_what_code_does_beside_computing_values_it_still_does(effect: str) -> No
     check(Model([Block(EFFECTS[effect])]))
 
 
-@EVERY_EFFECT
+@EVERY_OTHER_EFFECT
 def test_it_does_so_under_autocast(effect: str) -> None:
     model = Model([Block(EFFECTS[effect])])
     prepared = disable(prepare(model, QATConfig(), (torch.randn(4, WIDTH),)))
@@ -152,7 +156,7 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(models())
 def test_random_models(model: Model) -> None:
     check(model)

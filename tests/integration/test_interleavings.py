@@ -410,8 +410,8 @@ def run(examples: int) -> None:
     )
 
 
-def test_200_interleavings() -> None:
-    run(200)
+def test_100_interleavings() -> None:
+    run(100)
 
 
 @pytest.mark.long

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from example_models import EXAMPLES, train_briefly
@@ -19,11 +18,21 @@ LEARNABLE = pytest.mark.parametrize("learnable", [False, True])
 LAYERS = {"transformer": ["qkv", "projection", "up", "down"], "resnet": ["stem", "conv1", "conv2"]}
 
 
-def adapters(name: str) -> LoraConfig:
+def get_peft_model(model: nn.Module, config: Any) -> Any:
+    import peft  # takes seconds, in every process that collects tests
+
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def adapters(name: str) -> Any:
+    from peft import LoraConfig
+
     return LoraConfig(r=2, target_modules=LAYERS[name], init_lora_weights=False)
 
 
-def adapters_of_weights() -> LoraConfig:
+def adapters_of_weights() -> Any:
+    from peft import LoraConfig
+
     return LoraConfig(r=2, target_parameters=[f"{layer}.weight" for layer in LAYERS["transformer"]])
 
 

@@ -17,10 +17,9 @@ from zoo import NETWORKS, logits_of, roughen_batch_norms, train_steps, zero_some
 
 pytestmark = pytest.mark.slow
 
-EVERY_NETWORK = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if "_mobilenet" in name else ()) for name in NETWORKS]
-)
-TRANSFORMERS = [name for name in NETWORKS if name.startswith("transformers_")]
+NAMES = {name: pytest.param(name, marks=pytest.mark.long if "_mobilenet" in name else ()) for name in NETWORKS}
+EVERY_NETWORK = pytest.mark.parametrize("name", NAMES.values())
+TRANSFORMERS = [NAMES[name] for name in NETWORKS if name.startswith("transformers_")]
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 
 
@@ -97,7 +96,7 @@ def test_every_layer_with_weights_is_quantized(name: str) -> None:
     assert not kinds & {"BatchNorm1d", "BatchNorm2d"}
 
 
-@pytest.mark.parametrize("name", [name for name, network in NETWORKS.items() if network.fully_integer])
+@pytest.mark.parametrize("name", [NAMES[name] for name, network in NETWORKS.items() if network.fully_integer])
 def test_fully_integer_network_keeps_nothing_in_float(name: str) -> None:
     outcome = outcome_of(name)
     assert not outcome.report.left_float

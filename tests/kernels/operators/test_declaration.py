@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,16 @@ OF_EACH_DTYPE_FIRST = pytest.mark.parametrize(
     ],
 )
 
+# A compiler calls all of an operator's samples alike; how it dispatches each dtype is tested apart.
+OF_EACH_OPERATOR_FIRST = pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        pytest.param(*sample, marks=[] if is_first else pytest.mark.long)
+        for _, of_one in itertools.groupby(one_of_each(kind_of), key=lambda sample: sample[0])
+        for is_first, sample in zip(itertools.chain([True], itertools.repeat(False)), of_one, strict=False)
+    ],
+)
+
 
 def test_every_operator_has_samples() -> None:
     assert {name for name, _ in LABELS} == set(DECLARED)
@@ -108,7 +119,7 @@ def test_the_reference_gives_the_same(name: str, label: str) -> None:
 
 @needs_kernels
 @pytest.mark.slow
-@OF_EACH_DTYPE_FIRST
+@OF_EACH_OPERATOR_FIRST
 def test_compiled_functions_call_it(name: str, label: str) -> None:
     torch.compiler.reset()  # or all these are one function that is compiled too often
     operator = DECLARED[name]

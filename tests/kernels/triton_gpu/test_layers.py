@@ -115,8 +115,9 @@ def test_transposed_convolutions(output_padding: tuple[int, int]) -> None:
             assert_same(IntegerLayer(product, epilogue)(codes), expected)
 
 
-@pytest.mark.parametrize(("code", "weight"), [(255, -127), (255, 127), (0, -128), (255, -128)])
-@pytest.mark.parametrize("zero_point", [0, 255])
+@pytest.mark.parametrize(
+    ("code", "weight", "zero_point"), [(255, -127, 0), (255, 127, 0), (255, -128, 0), (0, -128, 255)]
+)
 def test_the_largest_sums(code: int, weight: int, zero_point: int) -> None:
     """Odd sums beyond what float32 can count, and products that two of would saturate 16 bits."""
     length = 4099
@@ -132,7 +133,7 @@ def test_the_largest_sums(code: int, weight: int, zero_point: int) -> None:
     assert torch.equal(lowered, torch.arange(16, dtype=torch.uint8).expand(3, 16))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_random_convolutions(data: st.DataObject) -> None:
     def numbers(lowest: int, highest: int) -> tuple[int, int]:
