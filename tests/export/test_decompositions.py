@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from export.exported_file import ExportedFile, inputs_of, prepared_model
 from mlframework.quantization.export import decompositions, onnx_model, optimization
 from mlframework.quantization.export.optimization import (
+    with_kept_decompositions,
     with_kept_translations,
     with_operators_found_once,
     without_slow_rules,
@@ -176,6 +177,34 @@ def test_operators_that_are_declared_later_are_translated_too(monkeypatch: pytes
         for _ in range(2):
             ONNXRegistry.from_torchlib(opset_version=18)
         assert len(tables) == 2
+
+
+def test_decompositions_are_kept_until_there_are_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.exporter import _decomp
+
+    tables: list[set[Any]] = []
+    build = _decomp.create_onnx_friendly_decomposition_table
+
+    def counted(written: set[Any]) -> dict[Any, Any]:
+        tables.append(written)
+        return build(written)
+
+    written = {torch.ops.aten.silu.default}
+    expected = build(written)
+    assert torch.ops.aten.silu.default not in expected
+    monkeypatch.setattr(optimization, "_decompositions", {})
+    monkeypatch.setattr(_decomp, "create_onnx_friendly_decomposition_table", counted)
+    with with_kept_decompositions(), torch.library._scoped_library("declared_later", "DEF") as library:
+        for _ in range(2):
+            table = _decomp.create_onnx_friendly_decomposition_table(written)
+            assert table.keys() == expected.keys()
+            table.clear()  # is the caller's own
+        assert len(tables) == 1
+        assert torch.ops.aten.silu.default in _decomp.create_onnx_friendly_decomposition_table(set())
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x.cos(), "CompositeImplicitAutograd")
+        assert torch.ops.declared_later.twice.default in _decomp.create_onnx_friendly_decomposition_table(written)
+    assert _decomp.create_onnx_friendly_decomposition_table is counted
 
 
 def test_operators_made_up_of_others_are_found_once_and_when_they_are_declared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from .decompositions import decompose_if_needed
-from .optimization import with_kept_translations, with_operators_found_once, without_slow_rules
+from .optimization import (
+    with_kept_decompositions,
+    with_kept_translations,
+    with_operators_found_once,
+    without_slow_rules,
+)
 from .program import NotExportableError, quiet
 from .qdq_operators import translations
 
@@ -65,7 +70,12 @@ def onnx_model(
     with torch.no_grad(), quiet():
         decompose_if_needed(program)
         try:
-            with without_slow_rules(), with_kept_translations(), with_operators_found_once():
+            with (
+                without_slow_rules(),
+                with_kept_translations(),
+                with_kept_decompositions(),
+                with_operators_found_once(),
+            ):
                 exported = torch.onnx.export(
                     program,
                     dynamo=True,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 _registries: dict[Any, Any] = {}
+_decompositions: dict[Any, dict[Any, Any]] = {}
 _patching = threading.RLock()
 
 
@@ -51,6 +52,28 @@ def with_kept_translations() -> Iterator[None]:
             yield
         finally:
             ONNXRegistry.from_torchlib = build  # type: ignore[method-assign]
+
+
+@contextmanager
+def with_kept_decompositions() -> Iterator[None]:
+    """Keeps the table of what operators without a form in ONNX are made up of, which torch.onnx builds anew for every
+    export: a tenth of its time for a small model."""
+    from torch.onnx._internal.exporter import _decomp
+
+    def kept(written: set[Any]) -> dict[Any, Any]:
+        declared = len(torch._C._dispatch_get_all_op_names()), len(torch._decomp.decomposition_table)
+        key = *declared, frozenset(written)
+        if key not in _decompositions:
+            _decompositions[key] = build(written)
+        return dict(_decompositions[key])
+
+    with _patching:
+        build = _decomp.create_onnx_friendly_decomposition_table
+        _decomp.create_onnx_friendly_decomposition_table = kept  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            _decomp.create_onnx_friendly_decomposition_table = build
 
 
 @contextmanager
