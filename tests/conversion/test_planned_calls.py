@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from example_architectures import SmallResNet
 from example_models import EVERY_EXAMPLE, EXAMPLES, Example, all_equal, results, train_briefly
+from example_networks import EVERY_NETWORK
 from mlframework.quantization import QATConfig, convert, kernels, prepare
 from mlframework.quantization.int8.layers import Int8Layer
 from mlframework.quantization.int8.operations import Quantize
@@ -26,10 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:no data reached spare"),
     pytest.mark.skipif(kernels.active_path() != "native", reason="programs need the compiled integer layers"),
 ]
-
-EVERY_NETWORK = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if "_mobilenet" in name else ()) for name in NETWORKS]
-)
 
 
 def converted_example(example: Example = EXAMPLES["resnet"]) -> nn.Module:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from example_networks import OF_SAME_BLOCKS
 from export.exported_file import session_of
 from mlframework.quantization import (
     QATConfig,
@@ -32,15 +33,7 @@ from zoo import FULL_SIZE, NETWORKS, Network, resnet18, roughen_batch_norms, tra
 pytestmark = pytest.mark.slow
 
 # Built of the blocks of another one, or long to run: in the long tests.
-LIKE_OTHERS = {
-    "resnet18",
-    "transformers_resnet",
-    "transformers_mobilenet_v2",
-    "gpt",
-    "transformers_vit",
-    "transformers_gpt2",
-    "transformers_convnext",
-}
+LIKE_OTHERS = OF_SAME_BLOCKS | {"transformers_gpt2", "transformers_convnext"}
 
 
 def networks(fully_integer: bool) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import example_networks
 from zoo import (
     FULL_SIZE,
     GPT,
@@ -110,7 +111,7 @@ def test_inputs_are_realistic(name: str) -> None:
 
 
 @pytest.mark.slow
-@EVERY_NETWORK
+@example_networks.EVERY_NETWORK
 def test_learns(name: str) -> None:
     network = NETWORKS[name]
     losses = train_steps(network.make(), network, steps=20)
