@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -300,6 +301,17 @@ def test_data_parallel_training(tmp_path: Path) -> None:
     run_ranks(_worker, str(tmp_path))
 
 
+@pytest.fixture
+def signals_kept() -> Iterator[None]:
+    """The handlers of signals are as before afterwards: torchrun's agent, meant to own its process, sets some."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_kept")
 def test_four_ranks_under_the_agent_of_torchrun(tmp_path: Path) -> None:
     """Which sets the environment of each rank; they are forked from a process that has imported everything."""
     config = LaunchConfig(
