@@ -146,3 +146,27 @@ class Everything(nn.Module):
         x = self.mix(torch.cat([x[:, :, :8, 2:10], y[:, :, :8, :8]], 1))
         x = F.avg_pool2d(x * torch.sigmoid(self.gate(x)), 2)
         return self.head(x.mean((2, 3)))
+
+
+class CalledTwice(nn.Module):
+    """A layer that the code of its module calls twice, with a count that a trace would lose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return self.head(torch.relu(self.body(torch.relu(self.body(x)))))
+
+
+class NumbersToo(nn.Module):
+    """Numbers among arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor, flag: bool = True) -> tuple[Tensor, int, None, Tensor]:
+        return self.body(x), x.shape[1], None, x

@@ -25,7 +25,7 @@ from mlframework.quantization import (
     verify,
 )
 
-from .small_networks import Everything
+from .small_networks import CalledTwice, Everything, NumbersToo
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("executorch")
@@ -102,18 +102,8 @@ def test_linear_layers_batches_and_a_file_in_another_process(linear: tuple[nn.Mo
 def test_a_layer_called_twice_by_the_code_of_its_module(tmp_path: Path) -> None:
     """It has one bias in the file, and a ReLU between two grids is not fused over the first of them."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
-            self.calls = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls = self.calls + 1  # what a trace would lose
-            return self.head(torch.relu(self.body(torch.relu(self.body(x)))))
-
     torch.manual_seed(4)
-    verified(prepared_for_executorch(Model(), 8), tmp_path, 8)
+    verified(prepared_for_executorch(CalledTwice(), 8), tmp_path, 8)
 
 
 def test_a_batch_of_any_size_up_to_the_largest(tmp_path: Path) -> None:
@@ -136,15 +126,7 @@ def test_an_operator_that_executorch_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_numbers_among_arguments_and_results(tmp_path: Path) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(4, 6)
-
-        def forward(self, x: Tensor, flag: bool = True) -> tuple[Tensor, int, None, Tensor]:
-            return self.body(x), x.shape[1], None, x
-
-    report = verified(prepared_for_executorch(Model(), 4), tmp_path, 4)
+    report = verified(prepared_for_executorch(NumbersToo(), 4), tmp_path, 4)
     assert [layer.name for layer in report.layers[-2:]] == ["output 0", "output 1"]
 
 

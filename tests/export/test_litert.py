@@ -24,7 +24,7 @@ from mlframework.quantization import (
     verify,
 )
 
-from .small_networks import Everything
+from .small_networks import CalledTwice, Everything, NumbersToo
 
 pytestmark = pytest.mark.slow
 interpreters = pytest.importorskip("ai_edge_litert.interpreter")
@@ -196,30 +196,12 @@ def test_a_model_prepared_for_executorch(tmp_path: Path) -> None:
 
 
 def test_a_layer_called_twice_by_the_code_of_its_module(tmp_path: Path) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
-            self.calls = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls = self.calls + 1  # what a trace would lose
-            return self.head(torch.relu(self.body(torch.relu(self.body(x)))))
-
     torch.manual_seed(4)
-    verified(prepared_for_litert(Model(), 8), tmp_path, 8)
+    verified(prepared_for_litert(CalledTwice(), 8), tmp_path, 8)
 
 
 def test_numbers_among_arguments_and_results(tmp_path: Path) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(4, 6)
-
-        def forward(self, x: Tensor, flag: bool = True) -> tuple[Tensor, int, None, Tensor]:
-            return self.body(x), x.shape[1], None, x
-
-    report = verified(prepared_for_litert(Model(), 4), tmp_path, 4)
+    report = verified(prepared_for_litert(NumbersToo(), 4), tmp_path, 4)
     assert [layer.name for layer in report.layers[-2:]] == ["output 0", "output 1"]
 
 

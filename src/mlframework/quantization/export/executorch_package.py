@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from .engine_extra import needs_extra
 from .program import quiet
 
 
@@ -17,7 +18,7 @@ def import_lowering() -> tuple[Any, Any]:
     Raises:
         ImportError: executorch is not installed; the message says which extra has it.
     """
-    with _named_extra(), quiet_executorch():
+    with needs_extra("ExecuTorch", "executorch", "executorch"), quiet_executorch():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
     return to_edge_transform_and_lower, XnnpackPartitioner
@@ -29,7 +30,7 @@ def import_runtime() -> Any:
     Raises:
         ImportError: executorch is not installed; the message says which extra has it.
     """
-    with _named_extra(), quiet_executorch():
+    with needs_extra("ExecuTorch", "executorch", "executorch"), quiet_executorch():
         from executorch.runtime import Runtime
 
         Runtime.get()  # imports what is experimental, and says so
@@ -61,13 +62,3 @@ def quiet_executorch() -> Iterator[None]:
     finally:
         for logger, level in loggers:
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _named_extra() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(
-            f"files for ExecuTorch need executorch ({error}): pip install 'mlframework-quantization[executorch]'"
-        ) from error

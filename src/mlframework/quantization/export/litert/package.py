@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
+
+from ..engine_extra import needs_extra
 
 
 def import_schema() -> Any:
@@ -13,7 +13,7 @@ def import_schema() -> Any:
     Raises:
         ImportError: ai-edge-litert is not installed; the message says which extra has it.
     """
-    with _named_extra():
+    with needs_extra("LiteRT", "ai-edge-litert", "litert"):
         from ai_edge_litert import schema_py_generated
     return schema_py_generated
 
@@ -24,7 +24,7 @@ def import_builder() -> Any:
     Raises:
         ImportError: flatbuffers, which ai-edge-litert brings, is not installed.
     """
-    with _named_extra():
+    with needs_extra("LiteRT", "ai-edge-litert", "litert"):
         from flatbuffers import Builder  # type: ignore[import-untyped]
     return Builder
 
@@ -35,16 +35,6 @@ def import_interpreter() -> Any:
     Raises:
         ImportError: ai-edge-litert is not installed; the message says which extra has it.
     """
-    with _named_extra():
+    with needs_extra("LiteRT", "ai-edge-litert", "litert"):
         from ai_edge_litert.interpreter import Interpreter
     return Interpreter
-
-
-@contextlib.contextmanager
-def _named_extra() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(
-            f"files for LiteRT need ai-edge-litert ({error}): pip install 'mlframework-quantization[litert]'"
-        ) from error
