@@ -290,6 +290,10 @@ _REFUSED: dict[str, tuple[list[Any], str]] = {
         ],
         r"must dequantize codes before anything reads them, got Clip 'clip' on the codes 'codes'.*'onnxruntime'",
     ),
+    "codes that are returned": (
+        [helper.make_node("Abs", ["x"], ["size"]), helper.make_node("QuantizeLinear", ["size", "s1", "zero"], ["y"])],
+        "must dequantize codes before it returns them, got the codes 'y'",
+    ),
     "codes of another grid": (
         [
             helper.make_node("QuantizeLinear", ["x", "s1", "zero"], ["codes"]),

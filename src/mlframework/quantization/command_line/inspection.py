@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..export.float_form import layer_of_scale
-from ..export.onnx_graph import consumers_of
 from .files import loaded
 
 _PREFIX = "mlframework.quantization."
@@ -127,7 +126,10 @@ class _Graph:
         self.graph = model.graph
         self.constants = {value.name: value for value in self.graph.initializer}
         self.makers = {output: node for node in self.graph.node for output in node.output}
-        self.readers = consumers_of(self.graph)
+        self.readers: dict[str, list[tuple[Any, int]]] = defaultdict(list)  # with the positions
+        for node in self.graph.node:
+            for position, name in enumerate(node.input):
+                self.readers[name].append((node, position))
         self.sizes_of_one: list[str] = []
         self.values = self._values(model)
 

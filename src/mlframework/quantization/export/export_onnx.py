@@ -126,6 +126,7 @@ def qdq_model(
         NotExportableError: an operation has no ONNX counterpart.
     """
     import onnx
+    import onnx_ir
 
     names = [
         name
@@ -134,21 +135,22 @@ def qdq_model(
     ]
     program, example = program_of(converted, args, kwargs, conventions, dynamic_batch, dynamic_shapes)
     axes = None if dynamic_shapes is None else symbol_names(program, example, dynamic_shapes)
-    proto = onnx_model(program, example.input_names, example.output_names, axes, opset)
-    engine_passes.remove_idle_pairs(proto.graph)
-    onnx_graph.name_values_after_modules(proto.graph, names)
-    engine_passes.give_consumers_their_own_dequantize(proto.graph)
-    engine_passes.fold_padding_into_convolutions(proto.graph)
+    model = onnx_model(program, example.input_names, example.output_names, axes, opset)
+    engine_passes.remove_idle_pairs(model)
+    onnx_graph.name_values_after_modules(model, names)
+    engine_passes.give_consumers_their_own_dequantize(model)
+    engine_passes.fold_padding_into_convolutions(model)
     if conventions.exact:
-        engine_passes.keep_floats_float(proto.graph, names)
+        engine_passes.keep_floats_float(model, names)
     if conventions.own_nodes_for_sums:
-        engine_passes.give_sums_their_own_quantize(proto.graph)
+        engine_passes.give_sums_their_own_quantize(model)
     if conventions.unsigned_concatenations:
-        engine_passes.make_concatenations_unsigned(proto.graph)
-    engine_passes.give_weights_their_own_initializers(proto.graph)
-    onnx_graph.remove_notes(proto)
-    proto.producer_name = "mlframework-quantization"
-    proto.producer_version = importlib.metadata.version("mlframework-quantization")
+        engine_passes.make_concatenations_unsigned(model)
+    engine_passes.give_weights_their_own_initializers(model)
+    onnx_graph.remove_notes(model)
+    model.producer_name = "mlframework-quantization"
+    model.producer_version = importlib.metadata.version("mlframework-quantization")
+    proto = onnx_ir.to_proto(model)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

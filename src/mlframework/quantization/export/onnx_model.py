@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from .optimization import (
 )
 from .program import NotExportableError, quiet
 from .qdq_operators import translations
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # The operators' version that is written by default: torch.onnx's own, and the first with Gelu.
 OPSET = 20
@@ -54,8 +57,8 @@ def onnx_model(
     output_names: Sequence[str],
     axis_names: Mapping[str, str] | None = None,
     opset: int = OPSET,
-) -> Any:
-    """The ``onnx.ModelProto`` of a program.
+) -> ir.Model:
+    """A program's model, as torch.onnx holds it.
 
     Args:
         program: what to write; it may change.
@@ -88,11 +91,11 @@ def onnx_model(
         except Exception as error:  # whatever it is, it came from an operation
             raise NotExportableError(_untranslated(error)) from error
     assert exported is not None
-    proto = exported.model_proto
-    proto.ir_version = min(proto.ir_version, _IR_VERSION)
-    _check_axes(proto.graph, shapes)
-    _name_axes(proto.graph, axis_names)
-    return proto
+    model = exported.model
+    model.ir_version = min(model.ir_version, _IR_VERSION)
+    _check_axes(model.graph, shapes)
+    _name_axes(model.graph, axis_names)
+    return model
 
 
 def _shapes(program: torch.export.ExportedProgram) -> list[list[int | None]]:
@@ -104,10 +107,10 @@ def _shapes(program: torch.export.ExportedProgram) -> list[list[int | None]]:
     return [[size if isinstance(size, int) else None for size in tensor.shape] for tensor in tensors]
 
 
-def _check_axes(graph: Any, shapes: list[list[int | None]]) -> None:
+def _check_axes(graph: ir.Graph, shapes: list[list[int | None]]) -> None:
     """Refuses a graph in which torch.onnx has fixed what was open, or opened what was fixed."""
-    for value, shape in zip([*graph.input, *graph.output], shapes, strict=False):
-        written = [axis.dim_value if axis.HasField("dim_value") else None for axis in value.type.tensor_type.shape.dim]
+    for value, shape in zip([*graph.inputs, *graph.outputs], shapes, strict=False):
+        written = [axis if isinstance(axis, int) else None for axis in value.shape or ()]
         if written != shape:
             raise NotExportableError(
                 f"torch.onnx does not write the model for open sizes: {value.name!r} should be {shape}, is {written}"
@@ -131,11 +134,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _name_axes(graph: Any, names: Mapping[str, str] | None) -> None:
+def _name_axes(graph: ir.Graph, names: Mapping[str, str] | None) -> None:
     """Gives sizes names, where torch.onnx has symbols with numbers."""
-    values = [*graph.input, *graph.output]
-    axes = [axis for value in values for axis in value.type.tensor_type.shape.dim if axis.dim_param]
+    from onnx_ir import Shape
+
+    shapes = {value: value.shape for value in (*graph.inputs, *graph.outputs) if value.shape is not None}
     if names is None:
-        names = {axis.dim_param: "batch" for axis in axes if axis.dim_param.isidentifier()}
-    for axis in axes:
-        axis.dim_param = re.sub(r"\w+", lambda match: names.get(match[0], match[0]), axis.dim_param)
+        symbols = [axis.value for shape in shapes.values() for axis in shape if not isinstance(axis, int)]
+        names = {symbol: "batch" for symbol in symbols if symbol is not None and symbol.isidentifier()}
+    for value, shape in shapes.items():
+        value.shape = Shape(axis if isinstance(axis, int) else _named(axis.value, names) for axis in shape)
+
+
+def _named(size: str | None, names: Mapping[str, str]) -> str | None:
+    """A size that is a symbol, or an expression of symbols."""
+    return size and re.sub(r"\w+", lambda match: names.get(match[0], match[0]), size)
