@@ -114,6 +114,23 @@ def test_one_dimension(tmp_path: Path) -> None:
     assert names.count("RESHAPE") <= 4
 
 
+class Views(nn.Module):
+    """Codes that are read as floats in two orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.head(F.hardswish(x) + F.hardswish(x.transpose(2, 3)))
+
+
+def test_one_tensor_in_two_orders(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    verified(prepared_for_litert(Views(), 3, 8, 8), tmp_path, 3, 8, 8)
+
+
 class Attention(nn.Module):
     """Tokens, a mask and layers left in floats."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -14,15 +15,20 @@ from mlframework.quantization.export.litert.program_file import file_of
 
 interpreters = pytest.importorskip("ai_edge_litert.interpreter")
 
+
+def ramp(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+
+
 IMAGE = (2, 3, 6, 8)
-WEIGHT = torch.linspace(-1, 1, 4 * 3 * 3 * 3).reshape(4, 3, 3, 3)
+WEIGHT = ramp(4, 3, 3, 3)
 SLOPES = torch.tensor([0.1, -0.2, 0.3])
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "convolution": lambda x: F.conv2d(x, WEIGHT, padding=1),
     "convolution without bias, strided": lambda x: F.conv2d(x, WEIGHT, stride=2, padding=1),
     "transposed convolution": lambda x: F.conv_transpose2d(x, WEIGHT.transpose(0, 1), stride=2),
-    "linear over the last axis": lambda x: F.linear(x, torch.linspace(-1, 1, 40).reshape(5, 8), torch.ones(5)),
+    "linear over the last axis": lambda x: F.linear(x, ramp(5, 8), torch.ones(5)),
     "linear over channels": lambda x: F.linear(x.permute(0, 2, 3, 1), torch.ones(2, 3)),
     "batch norm": lambda x: F.batch_norm(x, SLOPES, SLOPES.abs(), SLOPES, SLOPES),
     "layer norm": lambda x: F.layer_norm(x, (6, 8), eps=1e-5),
@@ -65,6 +71,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "bilinear from corner to corner": lambda x: F.interpolate(x, (9, 11), mode="bilinear", align_corners=True),
     "views": lambda x: F.conv2d(x, WEIGHT).flatten(1).unflatten(1, (4, -1)).unsqueeze(2).squeeze(0),
     "permutations": lambda x: F.conv2d(x, WEIGHT).permute(3, 1, 0, 2).transpose(0, 2),
+    "two orders of one tensor": lambda x: (
+        (y := F.conv2d(x[..., :6], WEIGHT, padding=1)).flatten(1) - y.transpose(2, 3).flatten(1)
+    ),
+    "lengths for channels": lambda x: F.conv1d(F.conv1d(x[:, 0], ramp(8, 6, 1)).mT, ramp(4, 8, 3)),
+    "lengths read as channels": lambda x: F.conv1d(F.conv1d(x[:, 0], ramp(4, 6, 1)).mT.reshape(2, 4, 8), ramp(4, 4, 3)),
     "concatenation of two orders": lambda x: torch.cat([F.conv2d(x, WEIGHT, padding=1), x * 2], 1),
     "stack": lambda x: torch.stack([x, x + 1], 2),
     "slices": lambda x: x[:, 1:, ::2, -3:],

@@ -9,7 +9,18 @@ import torch
 from torch import fx
 
 from .fused_output import FusedOutput, finished, fused_output, output_of
-from .values import Value, Values, arguments, channels_last, constant, constant_like, in_order, integers, sizes_of
+from .values import (
+    Value,
+    Values,
+    arguments,
+    channels_last,
+    constant,
+    constant_like,
+    in_order,
+    integers,
+    sizes_of,
+    without,
+)
 
 _IMAGE = 4  # dimensions of what LiteRT's convolutions take
 
@@ -187,7 +198,7 @@ def _as_image(values: Values, value: Value) -> Value:
     if value.data is not None:
         return constant_like(value, value.data.reshape(shape))
     known = values.reshaped_from(value)
-    if known is not None and known.shape == shape:
+    if known is not None and known.shape == shape and without(known.axes, 2) == value.axes:
         return known
     value = values.arranged(value, channels_last(_IMAGE - 1))
     return values.reshape(value, values.like(value, shape, channels_last(_IMAGE)))

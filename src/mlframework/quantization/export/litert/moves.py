@@ -11,7 +11,19 @@ import torch
 from torch import fx
 
 from .layers import padded
-from .values import Axes, Value, Values, arguments, channels_last, constant, constant_like, in_order, integers, sizes_of
+from .values import (
+    Axes,
+    Value,
+    Values,
+    arguments,
+    channels_last,
+    constant,
+    constant_like,
+    in_order,
+    integers,
+    sizes_of,
+    without,
+)
 
 
 def reshape(values: Values, node: fx.Node) -> Value:
@@ -62,8 +74,7 @@ def select(values: Values, node: fx.Node) -> Value:
     dim = given["dim"] % len(value.shape)
     start = given["index"] % value.shape[dim]
     part = _strided(values, value, dim, start, start + 1)
-    axes = tuple(axis - (axis > dim) for axis in part.axes if axis != dim)
-    return values.reshape(part, values.like(part, sizes_of(node), axes))
+    return values.reshape(part, values.like(part, sizes_of(node), without(part.axes, dim)))
 
 
 def split(values: Values, node: fx.Node) -> list[Value]:

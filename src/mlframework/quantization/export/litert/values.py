@@ -54,6 +54,11 @@ def channels_last(rank: int) -> Axes:
     return (0, *range(2, rank), 1)
 
 
+def without(axes: Axes, dim: int) -> Axes:
+    """The order of the others where one axis goes."""
+    return tuple(axis - (axis > dim) for axis in axes if axis != dim)
+
+
 def constant(data: Tensor, grid: Grid | None = None) -> Value:
     """A value that is known when the file is written."""
     return Value(tuple(data.shape), data.dtype, in_order(data.dim()), data=data, grid=grid)
@@ -75,11 +80,12 @@ class Values:
         self.model = model
         self.parts: dict[fx.Node, list[Value]] = {}  # of nodes with several results
         self._of: dict[fx.Node, Value] = {}
-        self._arranged: dict[tuple[int, Axes], Value] = {}  # by tensor
+        # By tensor, and never by value: one tensor is several values where a permutation is pending.
+        self._arranged: dict[tuple[int, Axes], int] = {}  # and the order that its axes are brought to
+        self._floats: dict[int, int] = {}
+        self._reshaped: dict[int, Value] = {}
         self._written: dict[tuple[int, Axes, Grid | None], Value] = {}  # by the constant's address
         self._kept: list[Tensor] = []  # whose addresses are not to be used again
-        self._floats: dict[int, Value] = {}
-        self._reshaped: dict[int, Value] = {}
         self.node: fx.Node | None = None  # the one that is being written
 
     def __contains__(self, node: object) -> bool:
@@ -115,13 +121,12 @@ class Values:
         if value.tensor is None:
             assert value.data is not None
             return constant(_dequantized(value.data, value.grid))
-        found = self._floats.get(value.tensor)
-        if found is None:
-            found = dataclasses.replace(value, dtype=torch.float32, grid=None)
-            found = self._add(found, "dequantized")
-            self.operator("DEQUANTIZE", [value], found)
-            self._floats[value.tensor] = found
-        return found
+        floats = dataclasses.replace(value, dtype=torch.float32, grid=None)
+        if value.tensor in self._floats:
+            return dataclasses.replace(floats, tensor=self._floats[value.tensor])
+        floats = self._add(floats, "dequantized")
+        self._floats[value.tensor] = _number(floats)
+        return self.operator("DEQUANTIZE", [value], floats)
 
     def new(
         self,
@@ -156,16 +161,15 @@ class Values:
             return value
         if value.tensor is None:
             return dataclasses.replace(value, axes=axes)
-        found = self._arranged.get((value.tensor, axes))
-        if found is None:
-            found = self.like(value, axes=axes)
-            if _without_ones(value) == _without_ones(found):
-                self.reshape(value, found)
-            else:
-                order = [value.axes.index(axis) for axis in axes]
-                self.operator("TRANSPOSE", [value, integers(order)], found, self.model.options("TransposeOptions"))
-            self._arranged[value.tensor, axes] = found
-        return found
+        order = tuple(value.axes.index(axis) for axis in axes)
+        known = self._arranged.get((value.tensor, order))
+        if known is not None:
+            return dataclasses.replace(value, axes=axes, tensor=known)
+        arranged = self.like(value, axes=axes)
+        self._arranged[value.tensor, order] = _number(arranged)
+        if _without_ones(value) == _without_ones(arranged):
+            return self.reshape(value, arranged)
+        return self.operator("TRANSPOSE", [value, integers(order)], arranged, self.model.options("TransposeOptions"))
 
     def reshape(self, value: Value, output: Value) -> Value:
         """The same memory in another shape."""
@@ -176,7 +180,7 @@ class Values:
         return self.operator("RESHAPE", [value, integers(output.lies)], output, options)
 
     def reshaped_from(self, value: Value) -> Value | None:
-        """What a value was before it got its shape, if it got it by ``RESHAPE``."""
+        """What has the same memory in the shape that it had before ``RESHAPE``; its axes may lie in another order."""
         return None if value.tensor is None else self._reshaped.get(value.tensor)
 
     def written(self, value: Value) -> Value:
