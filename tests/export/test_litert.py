@@ -229,6 +229,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         verify(prepared, [torch.randn(4, 6)], path=path)
 
 
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 2)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.body(x)
+
+
 class Inverse(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.erfinv(x)
@@ -248,8 +260,9 @@ class Inverse(nn.Module):
             (4, 4, 4),
             r"aten\.convolution\.default in 1.*transposed convolutions have neither dilation nor groups",
         ),
+        (Counter(), (4,), "its forward changes .*calls, and its files keep nothing between calls"),
     ],
-    ids=["operator", "three dimensions", "groups"],
+    ids=["operator", "three dimensions", "groups", "state"],
 )
 def test_what_litert_has_not_is_named(model: nn.Module, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
     """What was at the path is left."""
@@ -259,6 +272,22 @@ def test_what_litert_has_not_is_named(model: nn.Module, shape: tuple[int, ...], 
         export(prepared_for_litert(model, *shape), (torch.randn(1, *shape),), path)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_argument_of_a_type_that_litert_has_not_is_named(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 2)
+
+        def forward(self, signal: Tensor) -> Tensor:
+            return self.body(signal.float())
+
+    signal = torch.randn(2, 4, dtype=torch.float64)
+    prepared = prepare(Model().eval(), QATConfig.for_target("litert"), (signal,))
+    calibrate(prepared, [signal])
+    with pytest.raises(NotExportableError, match=r"signal in the model: tensors of torch\.float64 have no form"):
+        export(prepared, (signal,), tmp_path / "model.tflite")
 
 
 def test_axes_of_any_size_are_refused(tmp_path: Path) -> None:

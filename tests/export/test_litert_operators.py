@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlframework.quantization import NotExportableError
 from mlframework.quantization.export.litert.flat_model import FlatModel
 from mlframework.quantization.export.litert.program_file import file_of
 
@@ -22,6 +23,8 @@ def ramp(*shape: int) -> Tensor:
 
 IMAGE = (2, 3, 6, 8)
 WEIGHT = ramp(4, 3, 3, 3)
+SQUARE = ramp(6, 6)
+TRANSPOSED = SQUARE.mT
 SLOPES = torch.tensor([0.1, -0.2, 0.3])
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,6 +69,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "average pooling": lambda x: F.avg_pool2d(x, 2),
     "average pooling with edges": lambda x: F.avg_pool2d(x, 3, stride=2, padding=1),
     "global average": lambda x: F.adaptive_avg_pool2d(x, 1),
+    "max pooling of lines": lambda x: F.max_pool1d(x[0], 3, 2, padding=1),
+    "edges cut off": lambda x: F.pad(x, (-1, 2, 1, -2)),
     "nearest": lambda x: F.interpolate(x, scale_factor=2),
     "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
     "bilinear from corner to corner": lambda x: F.interpolate(x, (9, 11), mode="bilinear", align_corners=True),
@@ -76,6 +81,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "lengths for channels": lambda x: F.conv1d(F.conv1d(x[:, 0], ramp(8, 6, 1)).mT, ramp(4, 8, 3)),
     "lengths read as channels": lambda x: F.conv1d(F.conv1d(x[:, 0], ramp(4, 6, 1)).mT.reshape(2, 4, 8), ramp(4, 4, 3)),
+    "a constant and its transpose": lambda x: x[..., :6] @ SQUARE - x[..., :6] @ TRANSPOSED,
+    "a number of float64": lambda x: x * torch.tensor(2.0, dtype=torch.float64),
+    "integers": lambda x: ((x * 4).long() * 2 + 1).sum(1).float(),
+    "integers and numbers": lambda x: (x * 4).int() * 0.5,
+    "rows of a computed table": lambda x: F.embedding(torch.tensor([2, 0]), x[0, 0].T),
     "concatenation of two orders": lambda x: torch.cat([F.conv2d(x, WEIGHT, padding=1), x * 2], 1),
     "stack": lambda x: torch.stack([x, x + 1], 2),
     "slices": lambda x: x[:, 1:, ::2, -3:],
@@ -89,6 +99,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "products of matrices": lambda x: x @ x.transpose(2, 3),
     "one product": lambda x: x[0, 0] @ x[0, 1].T,
     "mask": lambda x: x.masked_fill(torch.ones(6, 8).tril() == 0, 0.5),
+    "attention of masked rows": lambda x: F.scaled_dot_product_attention(
+        x, x, x, attn_mask=torch.ones(6, 6, dtype=torch.bool).tril(-1)
+    ),
     "causal attention": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
 }
 
@@ -118,6 +131,34 @@ def test_values_are_pytorchs(name: str) -> None:
     found = run(content, x)
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, rtol=1e-5, atol=2e-6), (found - expected).abs().max()
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "random": (lambda x: x + torch.randn(8), r"aten\.randn\.default in .*no operator"),
+    "mean in float64": (
+        lambda x: x.mean(1, dtype=torch.float64),
+        r"gives torch\.float32 .* PyTorch gives torch\.float64",
+    ),
+    "to float64": (lambda x: x.double(), r"_to_copy.* tensors of torch\.float64 have no form"),
+    "nearest by a fraction": (
+        lambda x: F.interpolate(x[..., :3], scale_factor=(2, 3.2)),
+        "quotients of the sizes alone",
+    ),
+    "bilinear by a fraction": (
+        lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"),
+        "quotients of the sizes alone",
+    ),
+    "indices of pooling": (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], "the first alone"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # PyTorch's own
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_has_no_form_of_is_named(name: str) -> None:
+    function, message = REFUSED[name]
+    with pytest.raises(NotExportableError, match=message):
+        file_of(torch.export.export(Function(function), (torch.randn(IMAGE),), strict=False))
 
 
 def test_constants_are_aligned_and_what_nobody_reads_is_not_there() -> None:

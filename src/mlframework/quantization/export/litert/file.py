@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -52,7 +53,7 @@ def write_litert(program: torch.export.ExportedProgram, path: str | os.PathLike[
     divide_what_is_quantized(program)
     with torch.no_grad():
         buffer, origins = file_of(program)
-    outside = list(_outside(_loaded(buffer), origins))
+    outside = list(_outside(_loaded(buffer, origins), origins))
     others = [origin for origin, name, on_codes in outside if on_codes and name not in _EXACT]
     if others:
         raise NotExportableError(f"XNNPACK does not take {'; '.join(others)}: LiteRT's own kernels round otherwise")
@@ -65,12 +66,14 @@ def write_litert(program: torch.export.ExportedProgram, path: str | os.PathLike[
         file.write(buffer)
 
 
-def _loaded(buffer: bytes) -> Any:
+def _loaded(buffer: bytes, origins: list[str]) -> Any:
     interpreter = import_interpreter()(model_content=buffer)
     try:
         interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as error:
-        raise NotExportableError(f"LiteRT does not load the model that was made for it: {error}") from error
+        found = re.search(r"Node number (\d+) \(", str(error))
+        place = f"{origins[int(found[1])]}: " if found is not None and int(found[1]) < len(origins) else ""
+        raise NotExportableError(f"LiteRT does not load the model that was made for it: {place}{error}") from error
     return interpreter
 
 

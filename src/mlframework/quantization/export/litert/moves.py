@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from .layers import padded
 from .values import (
@@ -50,8 +51,9 @@ def cat(values: Values, node: fx.Node) -> Value:
     """``cat``: on codes where all parts are of one grid."""
     given = arguments(node)
     parts = [values[part] for part in given["tensors"]]
-    if len({part.grid for part in parts}) > 1:
-        parts = [values.floats(part) for part in given["tensors"]]
+    if parts[0].grid is None or len({part.grid for part in parts}) > 1:
+        dtype = node.meta["val"].dtype
+        parts = [values.cast(values.floats(part), dtype) for part in given["tensors"]]
     axes = parts[0].axes
     arranged = [values.arranged(part, axes) for part in parts]
     options = values.model.options("ConcatenationOptions", axis=axes.index(given["dim"] % len(axes)))
@@ -94,6 +96,11 @@ def pad(values: Values, node: fx.Node) -> Value:
     given = arguments(node)
     value = values[given["self"]] if given["value"] == 0 else values.floats(given["self"])
     ends = _ends(value, given["pad"])
+    for dim, pair in enumerate(ends):
+        if min(pair) < 0:  # an edge is cut off
+            start, cut = (max(-end, 0) for end in pair)
+            value = _strided(values, value, dim, start, value.shape[dim] - cut)
+    ends = [(max(before, 0), max(behind, 0)) for before, behind in ends]
     if given["value"] == 0:
         return padded(values, value, ends)
     return padded(values, value, ends, "PADV2", values[given["value"]])
@@ -130,7 +137,7 @@ def max_pool(values: Values, node: fx.Node) -> Value:
     kernel, edges = as_pair(given["kernel_size"]), as_pair(given["padding"])
     stride = as_pair(given["stride"] or kernel)
     value = values.arranged(values[given["self"]], channels_last(4))
-    shape = sizes_of(node)
+    shape = tuple(tree_leaves(node.meta["val"])[0].shape)
     # What is added behind the image lets a last window begin within it, as ceil_mode does.
     ends = [
         (edge, max((count - 1) * step + width - size - edge, 0))
@@ -142,15 +149,32 @@ def max_pool(values: Values, node: fx.Node) -> Value:
     return values.operator("MAX_POOL_2D", [value], values.like(value, shape), window(values, kernel, stride))
 
 
+def max_pool_alone(values: Values, node: fx.Node) -> list[Value]:
+    """``max_pool2d_with_indices``, of which the indices have no form: what pooling of one dimension is made of."""
+    return [max_pool(values, node)]
+
+
 def nearest(values: Values, node: fx.Node) -> Value:
     """``upsample_nearest2d`` by a whole number: each value several times over."""
     value = values.arranged(values[node.args[0]], channels_last(4))
     shape = sizes_of(node)
+    check_factors(values, node)
     if any(size % length for size, length in zip(shape[2:], value.shape[2:], strict=True)):
         raise values.refusal("images become larger by a whole number of times alone")
     options = values.model.options("ResizeNearestNeighborOptions")
     output = values.like(value, shape)
     return values.operator("RESIZE_NEAREST_NEIGHBOR", [value, integers(shape[2:])], output, options)
+
+
+def check_factors(values: Values, node: fx.Node) -> None:
+    """Refuses to resize by factors that are not those of the sizes, which is what LiteRT goes by."""
+    given = arguments(node)
+    sizes = zip(sizes_of(node)[2:], values[given["input"]].shape[2:], strict=True)
+    factors = given["scale_factors"]
+    if factors is not None and any(
+        factor * length != size for factor, (size, length) in zip(factors, sizes, strict=True)
+    ):
+        raise values.refusal("it resizes by the quotients of the sizes alone (recompute_scale_factor=True)")
 
 
 def rows(values: Values, node: fx.Node) -> Value:
@@ -159,7 +183,7 @@ def rows(values: Values, node: fx.Node) -> Value:
     table, indices = values[given["weight"]], values[given["indices"]]
     if table.grid is not None and len(table.grid.scale) > 1:
         table = values.floats(given["weight"])
-    indices = values.arranged(indices, in_order(len(indices.shape)))
+    table, indices = (values.arranged(part, in_order(len(part.shape))) for part in (table, indices))
     options = values.model.options("GatherOptions", axis=0)
     return values.operator("GATHER", [table, indices], values.like(table, sizes_of(node)), options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from .fused_output import FusedOutput, finished, fused_output, output_of
 from .layers import padded
-from .moves import as_pair, window, with_rank
+from .moves import as_pair, check_factors, window, with_rank
 from .values import Value, Values, arguments, channels_last, constant, in_order, integers, sizes_of
 
 Emitter = Callable[[Values, fx.Node], Value]
@@ -28,10 +29,13 @@ def binary(name: str, options: str, on_codes: bool = False) -> Emitter:
     def emit(values: Values, node: fx.Node) -> Value:
         parts, factor = node.args[:2], arguments(node).get("alpha", 1)
         fused = fused_output(node) if on_codes and factor == 1 and _are_codes(values, parts) else None
-        first, second = (values[part] if fused is not None else values.floats(part) for part in parts)
-        if factor != 1:
-            second = _combined(values, "MUL", "MulOptions", second, values[factor])
-        return _combined(values, name, options, first, second, fused)
+        if fused is not None:
+            return _combined(values, name, options, values[parts[0]], values[parts[1]], fused)
+        dtype = node.meta["val"].dtype
+        first, second, factor = (values.cast(values.floats(part), dtype) for part in (*parts, factor))
+        if factor.data is None or factor.data != 1:
+            second = _combined(values, "MUL", "MulOptions", second, factor)
+        return _combined(values, name, options, first, second)
 
     return emit
 
@@ -98,21 +102,42 @@ def softmax(values: Values, node: fx.Node) -> Value:
     return values.operator("SOFTMAX", [value], values.like(value), values.model.options("SoftmaxOptions", beta=1.0))
 
 
+def safe_softmax(values: Values, node: fx.Node) -> Value:
+    """That of attention: zeros in rows of which all is masked, where a softmax has none."""
+    result = softmax(values, node)
+    if _leaves_a_score(values, node.args[0], arguments(node)["dim"]):
+        return result
+    scores = values.arranged(values.floats(node.args[0]), result.axes)
+    masked = values.new(scores.shape, scores.axes, dtype=torch.bool)
+    values.operator("EQUAL", [scores, constant(torch.tensor(-math.inf))], masked, values.model.options("EqualOptions"))
+    options = values.model.options("SelectV2Options")
+    return values.operator("SELECT_V2", [masked, constant(torch.zeros(())), result], values.like(result), options)
+
+
+def _leaves_a_score(values: Values, scores: Any, dim: int) -> bool:
+    """Whether no mask was added to the scores of attention, or a constant one that has more than ``-inf`` everywhere
+    along an axis."""
+    assert isinstance(scores, fx.Node)
+    if scores.target is not torch.ops.aten.add.Tensor:
+        return True
+    masks = [data for node in scores.all_input_nodes if (data := values.known(node)) is not None]
+    return any(bool((data.amax(dim) > -math.inf).all()) for data in masks)
+
+
 def cast(values: Values, node: fx.Node) -> Value:
     """To another dtype."""
-    value, dtype = values.floats(node.args[0]), node.meta["val"].dtype
-    if value.dtype is dtype:
-        return value
-    output = values.new(value.shape, value.axes, dtype=dtype)
-    return values.operator("CAST", [value], output)
+    return values.cast(values.floats(node.args[0]), node.meta["val"].dtype)
 
 
 def where(values: Values, node: fx.Node) -> Value:
     """Of two tensors, by a third of booleans, with broadcasting."""
-    parts = [values.floats(part) for part in node.args]
+    dtype = node.meta["val"].dtype
+    condition, *others = (values.floats(part) for part in node.args)
+    parts = [condition, *(values.cast(part, dtype) for part in others)]
     rank = max(len(part.shape) for part in parts)
     ranked = [values.arranged(with_rank(values, part, rank), in_order(rank)) for part in parts]
-    return values.operator("SELECT_V2", ranked, values.new(sizes_of(node)), values.model.options("SelectV2Options"))
+    output = values.new(sizes_of(node), dtype=dtype)
+    return values.operator("SELECT_V2", ranked, output, values.model.options("SelectV2Options"))
 
 
 def reduction(name: str) -> Emitter:
@@ -146,6 +171,8 @@ def bilinear(values: Values, node: fx.Node) -> Value:
     """``upsample_bilinear2d``, with its corners on the corners or its pixels in their middles."""
     value = values.arranged(values.floats(node.args[0]), channels_last(4))
     aligned = bool(arguments(node)["align_corners"])
+    if not aligned:
+        check_factors(values, node)
     options = values.model.options("ResizeBilinearOptions", alignCorners=aligned, halfPixelCenters=not aligned)
     shape = sizes_of(node)
     return values.operator("RESIZE_BILINEAR", [value, integers(shape[2:])], values.like(value, shape), options)
@@ -217,7 +244,7 @@ def _combined(
     ]
     if fused is None:
         made = None if options is None else values.model.options(options)
-        return values.operator(name, arranged, values.new(shape, axes), made)
+        return values.operator(name, arranged, values.new(shape, axes, dtype=first.dtype), made)
     output, activation = output_of(values, shape, axes, fused)
     assert options is not None
     made = values.model.options(options, fusedActivationFunction=activation)
@@ -232,7 +259,7 @@ def _reduced(values: Values, name: str, value: Value, dims: Sequence[int], keeps
         axes = tuple(left.index(axis) for axis in value.axes if axis in left)
         shape = tuple(value.shape[axis] for axis in left)
     options = values.model.options("ReducerOptions", keepDims=keeps)
-    return values.operator(name, [value, places], values.new(shape, axes), options)
+    return values.operator(name, [value, places], values.new(shape, axes, dtype=value.dtype), options)
 
 
 def _are_codes(values: Values, parts: Sequence[Any]) -> bool:

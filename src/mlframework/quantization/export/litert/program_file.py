@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export.graph_signature import OutputKind
+from torch.utils._pytree import tree_leaves
 
 from ..program import quiet
 from ..qdq_program import constant_of
 from . import layers, moves, operations
 from .flat_model import FlatModel
 from .fused_output import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, channel_grid_of, grid_of
-from .values import Value, Values, constant, in_order
+from .values import Value, Values, constant, in_order, sizes_of
 
 _aten: Any = torch.ops.aten
 _Emitter = Callable[[Values, fx.Node], Value | list[Value]]
@@ -51,7 +53,7 @@ _EMITTERS: dict[Any, _Emitter] = {
     _aten.sin.default: operations.unary("SIN"),
     _aten._prelu_kernel.default: operations.prelu,
     _aten._softmax.default: operations.softmax,
-    _aten._safe_softmax.default: operations.softmax,
+    _aten._safe_softmax.default: operations.safe_softmax,
     _aten.where.self: operations.where,
     _aten.mean.dim: operations.reduction("MEAN"),
     _aten.sum.dim_IntList: operations.reduction("SUM"),
@@ -78,6 +80,7 @@ _EMITTERS: dict[Any, _Emitter] = {
     _aten.reflection_pad2d.default: moves.mirror,
     _aten.expand.default: moves.expand,
     _aten.max_pool2d.default: moves.max_pool,
+    _aten.max_pool2d_with_indices.default: moves.max_pool_alone,
     _aten.upsample_nearest2d.vec: moves.nearest,
     _aten.embedding.default: moves.rows,
     _aten._to_copy.default: operations.cast,
@@ -112,13 +115,13 @@ def file_of(program: torch.export.ExportedProgram) -> tuple[bytes, list[str]]:
     inputs: dict[str, int] = {}
     arguments = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:
+        values.node = node
         if node.op == "placeholder":
             if node.name in arguments:
                 _add_input(values, node, inputs)
             elif (data := constant_of(program, node)) is not None:
                 values[node] = constant(data.detach())
         elif node.op == "call_function" and node not in values:
-            values.node = node
             _add(program, values, node)
     buffer = values.model.to_bytes(inputs, _outputs(program, values))
     return buffer, values.model.origins
@@ -134,13 +137,12 @@ def _decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
 
 def _add_input(values: Values, node: fx.Node, inputs: dict[str, int]) -> None:
-    value = node.meta["val"]
-    if not isinstance(value, Tensor):
+    if not isinstance(node.meta["val"], Tensor):
         return  # a number or None, which the program has as a constant
-    shape = tuple(int(size) for size in value.shape)
-    tensor = values.model.tensor(node.name, shape, value.dtype)
-    inputs[node.name] = tensor
-    values[node] = Value(shape, value.dtype, in_order(len(shape)), tensor)
+    value = values.new(sizes_of(node), dtype=node.meta["val"].dtype)
+    assert value.tensor is not None
+    inputs[node.name] = value.tensor
+    values[node] = value
 
 
 def _add(program: torch.export.ExportedProgram, values: Values, node: fx.Node) -> None:
@@ -172,6 +174,19 @@ def _add(program: torch.export.ExportedProgram, values: Values, node: fx.Node) -
             values.parts[node] = made
         else:
             values[node] = made
+        for value, result in zip(
+            made if isinstance(made, list) else [made], tree_leaves(node.meta["val"]), strict=False
+        ):
+            _check(values, value, result)
+
+
+def _check(values: Values, value: Value, result: Tensor) -> None:
+    """Refuses what would be computed in another shape or dtype than the program's."""
+    dtype = value.dtype if value.grid is None else torch.float32
+    if (value.shape, dtype) != (tuple(result.shape), result.dtype):
+        raise values.refusal(
+            f"it gives {dtype} of shape {list(value.shape)} where PyTorch gives {result.dtype} of {list(result.shape)}"
+        )
 
 
 def _known(values: Values, node: fx.Node) -> Tensor | None:
@@ -182,12 +197,16 @@ def _known(values: Values, node: fx.Node) -> Tensor | None:
         if data is None:
             return None
         found[source] = data
-    if not isinstance(node.meta.get("val"), Tensor):
+    if not isinstance(node.meta.get("val"), Tensor) or torch.Tag.nondeterministic_seeded in _tags_of(node):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
     computed = node.target(*args, **kwargs)  # type: ignore[operator]
     assert isinstance(computed, Tensor)
     return computed.contiguous()
+
+
+def _tags_of(node: fx.Node) -> Collection[torch.Tag]:
+    return node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
 
 
 def _quantized(values: Values, node: fx.Node) -> Value:
@@ -211,8 +230,12 @@ def _on_grid(values: Values, node: fx.Node) -> Value:
 
 def _outputs(program: torch.export.ExportedProgram, values: Values) -> dict[str, int]:
     outputs: dict[str, int] = {}
+    signature = program.graph_signature
+    for buffer in signature.buffers_to_mutate.values():
+        raise values.refusal(f"its forward changes {buffer}, and its files keep nothing between calls")
     results: Any = program.graph.output_node().args[0]
-    for index, result in enumerate(results):
+    own = [r for r, spec in zip(results, signature.output_specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+    for index, result in enumerate(own):
         if not isinstance(result, fx.Node):
             continue
         value = values.floats(result)

@@ -84,7 +84,7 @@ class Values:
         self._arranged: dict[tuple[int, Axes], int] = {}  # and the order that its axes are brought to
         self._floats: dict[int, int] = {}
         self._reshaped: dict[int, Value] = {}
-        self._written: dict[tuple[int, Axes, Grid | None], Value] = {}  # by the constant's address
+        self._written: dict[tuple[object, ...], Value] = {}  # by the constant's address and form
         self._kept: list[Tensor] = []  # whose addresses are not to be used again
         self.node: fx.Node | None = None  # the one that is being written
 
@@ -155,6 +155,14 @@ class Values:
         self.model.operator(name, [_number(value) for value in written], [output.tensor], options, origin)
         return output
 
+    def cast(self, value: Value, dtype: torch.dtype) -> Value:
+        """The value in another dtype."""
+        if value.dtype is dtype:
+            return value
+        if value.data is not None:
+            return constant(value.data.to(dtype))
+        return self.operator("CAST", [value], self.new(value.shape, value.axes, dtype=dtype))
+
     def arranged(self, value: Value, axes: Axes) -> Value:
         """The value with its axes in this order in memory."""
         if value.axes == axes:
@@ -188,9 +196,9 @@ class Values:
         if value.tensor is not None:
             return value
         assert value.data is not None
-        key = value.data.data_ptr(), value.axes, value.grid
+        key = value.data.data_ptr(), value.data.stride(), value.shape, value.dtype, value.axes, value.grid
         known = self._written.get(key) if value.data.numel() else None
-        if known is not None and known.shape == value.shape and known.dtype == value.dtype:
+        if known is not None:
             return known
         grid = value.grid
         if grid is not None:
@@ -198,21 +206,24 @@ class Values:
         name = self.node.name if self.node is not None else "constant"
         data = value.data.permute(value.axes)
         self._kept.append(value.data)
-        tensor = self.model.tensor(f"{name}_constant", value.lies, value.dtype, grid, data)
+        tensor = self._tensor(f"{name}_constant", value, grid, data)
         self._written[key] = dataclasses.replace(value, tensor=tensor)
         return self._written[key]
 
     def refusal(self, reason: str) -> NotExportableError:
-        """An error that names the operation that is being written."""
-        place = place_of(self.node) if self.node is not None else "an input"
+        """An error that names the node that is being written."""
+        place = place_of(self.node) if self.node is not None else "the model"
         return NotExportableError(f"LiteRT has no form of {place}: {reason}")
 
     def _add(self, value: Value, name: str) -> Value:
         grid = value.grid
         if grid is not None and len(grid.scale) > 1:
             grid = grid._replace(axis=value.axes.index(grid.axis))
+        return dataclasses.replace(value, tensor=self._tensor(name, value, grid))
+
+    def _tensor(self, name: str, value: Value, grid: Grid | None, data: Tensor | None = None) -> int:
         try:
-            return dataclasses.replace(value, tensor=self.model.tensor(name, value.lies, value.dtype, grid))
+            return self.model.tensor(name, value.lies, value.dtype, grid, data)
         except KeyError:
             raise self.refusal(f"tensors of {value.dtype} have no form in its files") from None
 
