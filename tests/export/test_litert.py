@@ -24,7 +24,7 @@ from mlframework.quantization import (
     verify,
 )
 
-from .small_networks import CalledTwice, Everything, NumbersToo
+from .small_networks import CalledTwice, Everything
 
 pytestmark = pytest.mark.slow
 interpreters = pytest.importorskip("ai_edge_litert.interpreter")
@@ -218,8 +218,16 @@ def test_a_layer_called_twice_by_the_code_of_its_module(tmp_path: Path) -> None:
 
 
 def test_numbers_among_arguments_and_results(tmp_path: Path) -> None:
-    report = verified(prepared_for_litert(NumbersToo(), 4), tmp_path, 4)
-    assert [layer.name for layer in report.layers[-2:]] == ["output 0", "output 1"]
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor, flag: bool = True) -> tuple[Tensor, int, None, Tensor, Tensor]:
+            return self.body(x), x.shape[1], None, x, x.amax((0, 1))
+
+    report = verified(prepared_for_litert(Model(), 4), tmp_path, 4, batch=1)
+    assert [layer.name for layer in report.layers[-3:]] == ["output 0", "output 1", "output 2"]
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

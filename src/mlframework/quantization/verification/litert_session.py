@@ -57,7 +57,8 @@ class LiteRTSession:
         except ValueError as error:
             raise RuntimeError(str(error)) from error
         self._interpreter.invoke()
-        return [torch.from_numpy(self._interpreter.get_tensor(details["index"])) for details in self._outputs]
+        # Of no axes they are NumPy's scalars.
+        return [torch.as_tensor(self._interpreter.get_tensor(details["index"])) for details in self._outputs]
 
 
 def is_litert_file(path: str | os.PathLike[str]) -> bool:

@@ -18,17 +18,25 @@ from .package import import_interpreter
 from .program_file import file_of
 
 _DELEGATE = "DELEGATE"
-# What LiteRT's own kernels only move, compare or convert.
-_EXACT = {"CAST", "CONCATENATION", "GATHER", "MAX_POOL_2D", "MIRROR_PAD", "PAD", "PADV2", "RELU", "RESHAPE", "SLICE"}
-_EXACT |= {
+# What LiteRT's own kernels compute on codes as XNNPACK does: they move, compare or convert.
+_EXACT = {
+    "BROADCAST_TO",
+    "CAST",
+    "CONCATENATION",
+    "GATHER",
+    "MAXIMUM",
+    "MAX_POOL_2D",
+    "MINIMUM",
+    "MIRROR_PAD",
+    "PAD",
+    "PADV2",
+    "QUANTIZE",
+    "RELU",
+    "RESHAPE",
     "RESIZE_NEAREST_NEIGHBOR",
+    "SLICE",
     "STRIDED_SLICE",
     "TRANSPOSE",
-    "BROADCAST_TO",
-    "QUANTIZE",
-    "DEQUANTIZE",
-    "MAXIMUM",
-    "MINIMUM",
 }
 
 

@@ -50,10 +50,13 @@ def permute(values: Values, node: fx.Node) -> Value:
 def cat(values: Values, node: fx.Node) -> Value:
     """``cat``: on codes where all parts are of one grid."""
     given = arguments(node)
-    parts = [values[part] for part in given["tensors"]]
+    tensors = [part for part in given["tensors"] if values[part].shape != (0,)]  # which PyTorch passes over
+    if not tensors:
+        raise values.refusal("there is nothing in it")
+    parts = [values[part] for part in tensors]
     if parts[0].grid is None or len({part.grid for part in parts}) > 1:
         dtype = node.meta["val"].dtype
-        parts = [values.cast(values.floats(part), dtype) for part in given["tensors"]]
+        parts = [values.cast(values.floats(part), dtype) for part in tensors]
     axes = parts[0].axes
     arranged = [values.arranged(part, axes) for part in parts]
     options = values.model.options("ConcatenationOptions", axis=axes.index(given["dim"] % len(axes)))
@@ -136,8 +139,9 @@ def max_pool(values: Values, node: fx.Node) -> Value:
         raise values.refusal("its pooling has no dilation")
     kernel, edges = as_pair(given["kernel_size"]), as_pair(given["padding"])
     stride = as_pair(given["stride"] or kernel)
-    value = values.arranged(values[given["self"]], channels_last(4))
-    shape = tuple(tree_leaves(node.meta["val"])[0].shape)
+    value = as_images(values, values[given["self"]])
+    result = tuple(tree_leaves(node.meta["val"])[0].shape)
+    shape = (*value.shape[:2], *result[-2:])
     # What is added behind the image lets a last window begin within it, as ceil_mode does.
     ends = [
         (edge, max((count - 1) * step + width - size - edge, 0))
@@ -146,7 +150,8 @@ def max_pool(values: Values, node: fx.Node) -> Value:
     if any(map(any, ends)):
         lowest = torch.tensor(-128, dtype=torch.int8) if value.grid is not None else torch.tensor(-math.inf)
         value = padded(values, value, [(0, 0), (0, 0), *ends], "PADV2", constant(lowest, value.grid))
-    return values.operator("MAX_POOL_2D", [value], values.like(value, shape), window(values, kernel, stride))
+    output = values.operator("MAX_POOL_2D", [value], values.like(value, shape), window(values, kernel, stride))
+    return from_images(values, output, result)
 
 
 def max_pool_alone(values: Values, node: fx.Node) -> list[Value]:
@@ -203,6 +208,18 @@ def with_rank(values: Values, value: Value, rank: int) -> Value:
         return constant_like(value, value.data.reshape(shape))
     axes: Axes = (*range(more), *(axis + more for axis in value.axes))
     return values.reshape(value, values.like(value, shape, axes))
+
+
+def as_images(values: Values, value: Value) -> Value:
+    """(N, C, H, W), or (C, H, W) without a batch, with channels last."""
+    return values.arranged(with_rank(values, value, 4), channels_last(4))
+
+
+def from_images(values: Values, value: Value, shape: tuple[int, ...]) -> Value:
+    """(N, C, H, W) without the batch where ``shape`` has none."""
+    if value.shape == shape:
+        return value
+    return values.reshape(value, values.like(value, shape, without(value.axes, 0)))
 
 
 def window(values: Values, kernel: tuple[int, int], stride: tuple[int, int]) -> Any:

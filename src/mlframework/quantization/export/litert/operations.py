@@ -11,7 +11,7 @@ from torch import fx
 
 from .fused_output import FusedOutput, finished, fused_output, output_of
 from .layers import padded
-from .moves import as_pair, check_factors, window, with_rank
+from .moves import as_images, as_pair, check_factors, from_images, window, with_rank
 from .values import Value, Values, arguments, channels_last, constant, in_order, integers, sizes_of
 
 Emitter = Callable[[Values, fx.Node], Value]
@@ -160,11 +160,13 @@ def average_pool(values: Values, node: fx.Node) -> Value:
     skips = any(edges) and not given["count_include_pad"]
     if skips or given["ceil_mode"] or given["divisor_override"] is not None:
         raise values.refusal("its averages divide by the size of the window")
-    value = values.arranged(values.floats(given["self"]), channels_last(4))
+    value = as_images(values, values.floats(given["self"]))
     if any(edges):
         value = padded(values, value, [(0, 0), (0, 0), *((edge, edge) for edge in edges)])
-    output = values.like(value, sizes_of(node))
-    return values.operator("AVERAGE_POOL_2D", [value], output, window(values, kernel, stride))
+    result = sizes_of(node)
+    output = values.like(value, (*value.shape[:2], *result[-2:]))
+    values.operator("AVERAGE_POOL_2D", [value], output, window(values, kernel, stride))
+    return from_images(values, output, result)
 
 
 def bilinear(values: Values, node: fx.Node) -> Value:
