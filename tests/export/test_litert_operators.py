@@ -150,6 +150,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"),
         "quotients of the sizes alone",
     ),
+    "batch norm by a computed weight": (
+        lambda x: F.batch_norm(x, SLOPES, SLOPES.abs(), x[0, :, 0, 0]),
+        "weight and bias are to be constants",
+    ),
     "indices of pooling": (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], "the first alone"),
 }
 

@@ -184,12 +184,12 @@ def batch_norm(values: Values, node: fx.Node) -> list[Value]:
     """In evaluation mode: ``x * a + b`` for each channel, as PyTorch's kernel has it."""
     given = arguments(node)
     value = values.floats(given["input"])
-    weight, bias, mean, variance = (
-        None if given[name] is None else values.floats(given[name]).data
-        for name in ("weight", "bias", "running_mean", "running_var")
-    )
-    assert mean is not None
-    assert variance is not None
+    names = [name for name in ("weight", "bias", "running_mean", "running_var") if given[name] is not None]
+    parts = {name: data for name in names if (data := values.floats(given[name]).data) is not None}
+    if len(parts) < len(names):
+        raise values.refusal("its statistics, weight and bias are to be constants")
+    mean, variance = parts["running_mean"], parts["running_var"]
+    weight, bias = parts.get("weight"), parts.get("bias")
     factor = 1 / torch.sqrt(variance + given["eps"])
     if weight is not None:
         factor = factor * weight
