@@ -249,6 +249,11 @@ class Counter(nn.Module):
         return self.body(x)
 
 
+class Levels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.long().clamp(max=3)
+
+
 class Inverse(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.erfinv(x)
@@ -268,9 +273,14 @@ class Inverse(nn.Module):
             (4, 4, 4),
             r"aten\.convolution\.default in 1.*transposed convolutions have neither dilation nor groups",
         ),
+        (
+            nn.Sequential(nn.Linear(4, 4), Levels()),
+            (4,),
+            r"does not load the model that was made for it: aten\.clamp\.default in 1",
+        ),
         (Counter(), (4,), "its forward changes .*calls, and its files keep nothing between calls"),
     ],
-    ids=["operator", "three dimensions", "groups", "state"],
+    ids=["operator", "three dimensions", "groups", "dtypes", "state"],
 )
 def test_what_litert_has_not_is_named(model: nn.Module, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
     """What was at the path is left."""
