@@ -75,6 +75,14 @@ def test_xnnpack_runs_all_of_it(tmp_path: Path) -> None:
     assert interpreter.get_input_details()[0]["index"] in delegate["inputs"]
 
 
+def test_floats_that_xnnpack_does_not_make_are_named(tmp_path: Path) -> None:
+    """It takes six axes. LiteRT's own kernel dequantizes an ulp apart."""
+    shape = (2, 1, 2, 1, 2, 8)
+    prepared = prepared_for_litert(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), *shape)
+    with pytest.warns(UserWarning, match="outside of XNNPACK, by LiteRT's own kernels, run output in the model"):
+        export(prepared, (torch.randn(1, *shape),), tmp_path / "model.tflite")
+
+
 class Images(nn.Module):
     """Strides and paddings that LiteRT's two ways of padding do not have, and edges cut off a larger image."""
 
