@@ -154,6 +154,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda x: F.batch_norm(x, SLOPES, SLOPES.abs(), x[0, :, 0, 0]),
         "weight and bias are to be constants",
     ),
+    "nothing": (lambda x: x[:0], "its tensors have elements"),
     "indices of pooling": (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], "the first alone"),
 }
 

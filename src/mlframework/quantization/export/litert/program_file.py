@@ -174,14 +174,15 @@ def _add(program: torch.export.ExportedProgram, values: Values, node: fx.Node) -
             values.parts[node] = made
         else:
             values[node] = made
-        for value, result in zip(
-            made if isinstance(made, list) else [made], tree_leaves(node.meta["val"]), strict=False
-        ):
+            made = [made]
+        for value, result in zip(made, tree_leaves(node.meta["val"]), strict=False):  # of some, the first alone
             _check(values, value, result)
 
 
 def _check(values: Values, value: Value, result: Tensor) -> None:
-    """Refuses what would be computed in another shape or dtype than the program's."""
+    """Refuses what would be computed in another shape or dtype than the program's, and what has no elements."""
+    if result.numel() == 0:
+        raise values.refusal("its tensors have elements")  # a slice of none takes all
     dtype = value.dtype if value.grid is None else torch.float32
     if (value.shape, dtype) != (tuple(result.shape), result.dtype):
         raise values.refusal(
@@ -234,7 +235,8 @@ def _outputs(program: torch.export.ExportedProgram, values: Values) -> dict[str,
     for buffer in signature.buffers_to_mutate.values():
         raise values.refusal(f"its forward changes {buffer}, and its files keep nothing between calls")
     results: Any = program.graph.output_node().args[0]
-    own = [r for r, spec in zip(results, signature.output_specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+    specs = zip(results, signature.output_specs, strict=True)
+    own = [result for result, spec in specs if spec.kind is OutputKind.USER_OUTPUT]
     for index, result in enumerate(own):
         if not isinstance(result, fx.Node):
             continue
