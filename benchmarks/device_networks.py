@@ -91,7 +91,10 @@ def table(results: dict[str, Result], others: Sequence[str]) -> list[str]:
         found = f"{result.differing}" + (f", by {result.steps:.0f} step" if result.differing else "")
         lines.append(
             f"| {CASES[name].title} | {result.inputs:,} | {result.codes:,} | {found} | {times[OURS]:.2f} | "
-            + " | ".join(f"{times[other]:.2f} ({times[OURS] / times[other]:.2f})" for other in others)
+            + " | ".join(
+                f"{times[other]:.2f} ({times[OURS] / times[other]:.2f})" if other in times else "does not convert"
+                for other in others
+            )
             + f" | {result.bytes[OURS] // 1000:,} of {result.bytes[FLOAT] // 1000:,} |"
         )
     return lines

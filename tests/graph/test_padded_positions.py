@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlframework.quantization import QATConfig, calibrate, compare_outputs, export_onnx, prepare
+from mlframework.quantization import QATConfig, calibrate, compare_outputs, convert, export_onnx, prepare
 from mlframework.quantization.graph.padded_positions import compute_padded_positions
 
 
@@ -84,3 +84,16 @@ def test_prepared_converted_and_exported_agree(kind: type[nn.Module], tmp_path: 
     assert all(layer.exported.largest <= 1 for layer in report.layers if layer.exported is not None)
     assert report.layers[-1].exported is not None
     assert report.layers[-1].exported.largest < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the weights")
+def test_a_layer_by_itself_does_not_go_past_its_layers() -> None:
+    """It runs by its own code, which in evaluation computes with the float weights of layers that let it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+    prepared = prepare(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), QATConfig(), (x,))
+    calibrate(prepared, [x])
+    converted = convert(prepared)
+    assert torch.equal(converted(x), prepared(x))
+    with torch.no_grad():
+        assert torch.equal(converted(x), prepared(x))

@@ -214,6 +214,10 @@ class Int8Operation(PackedModule[_OperationPlan]):
         return f"{self.operation} -> {self.output_scheme}{clip}"
 
 
+class _Dequantized(Tensor):
+    """Values of codes."""
+
+
 class Int8WithFloatEdges(nn.Module):
     """An integer layer between floats: quantizes what comes in and dequantizes what goes out.
 
@@ -249,6 +253,16 @@ class Int8WithFloatEdges(nn.Module):
         layer: Any = self.layer
         scale = arithmetic.along_axis(layer.weight_scale, layer.weight.dim(), self.weight_axis)
         return (layer.weight * scale).to(layer.float_dtype)  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> Tensor:
+        """The float values that the bias stands for, of a class of their own: PyTorch's encoder layers go past the
+        calls of layers whose tensors are plain ones, and compute with them in floats."""
+        layer: Any = self.layer
+        if "bias" not in layer._buffers:
+            raise AttributeError(f"{type(layer).__name__} has no bias")
+        values: Tensor = (layer.bias * (layer.input_scale * layer.weight_scale)).to(layer.float_dtype)
+        return values.as_subclass(_Dequantized)
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self.layer(input if self.quantize is None else self.quantize(input))
