@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from results_file import write_section
+from rich.console import Console
+from rich.progress import track
 from timing import Timing
 from torch import Tensor, nn
 
@@ -67,6 +73,23 @@ class Result(NamedTuple):
     bytes: dict[str, int]
 
 
+def differing_codes(
+    case: Case, converted: nn.Module, run: Callable[[Tensor], Tensor], inputs: int
+) -> tuple[int, int, float]:
+    """Of the results for so many inputs, one at a time: how many codes, how many of them differ, by how many steps."""
+    codes = differing = 0
+    largest = 0.0
+    with torch.no_grad():
+        step = float(torch.unique(converted(case.batch(8, 99))).diff().min())
+        for seed in track(range(inputs), f"{case.title}: codes"):
+            x = case.batch(1, 1000 + seed)
+            difference = (run(x) - converted(x)).abs()
+            codes += difference.numel()
+            differing += int((difference > 0).sum())
+            largest = max(largest, float(difference.max()))
+    return codes, differing, largest / step
+
+
 def network_of(case: Case) -> nn.Module:
     """Random weights, with batch norms whose statistics are those of its data."""
     torch.manual_seed(0)
@@ -98,3 +121,37 @@ def table(results: dict[str, Result], others: Sequence[str]) -> list[str]:
             + f" | {result.bytes[OURS] // 1000:,} of {result.bytes[FLOAT] // 1000:,} |"
         )
     return lines
+
+
+def run_benchmark(
+    description: str | None,
+    measure: Callable[[Case, int, int], Result],
+    others: Sequence[str],
+    section: Callable[[int], Sequence[str]],
+    name: str,
+    arguments: Sequence[str] | None,
+) -> None:
+    """A benchmark of one engine's files, from its command line.
+
+    Args:
+        description: for its help.
+        measure: a network, how many inputs, and how many rounds.
+        others: the contenders beside ours.
+        section: the heading and what is said before the table, for a number of rounds.
+        name: of its section in RESULTS.md.
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
+    parser.add_argument("--inputs", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--write", action="store_true", help="write the section of RESULTS.md")
+    options = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    results = {network: measure(CASES[network], options.inputs, options.rounds) for network in options.networks}
+    lines = table(results, others)
+    Console().print("\n".join(lines), soft_wrap=True)
+    if options.write:
+        heading, *said = section(options.rounds)
+        write_section(name, "\n".join((f"## {heading}", "", *said, "", *lines)))

@@ -9,8 +9,6 @@ ExecuTorch's runtime, in turns, in one process.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -19,10 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_networks import CALIBRATION_BATCH, CALIBRATION_BATCHES, CASES, FLOAT, OURS, Case, Result, network_of, table
-from results_file import environment, write_section
-from rich.console import Console
-from rich.progress import track
+from device_networks import (
+    CALIBRATION_BATCH,
+    CALIBRATION_BATCHES,
+    FLOAT,
+    OURS,
+    Case,
+    Result,
+    differing_codes,
+    network_of,
+    run_benchmark,
+)
+from results_file import environment
 from timing import time_in_turns
 from torch import Tensor, nn
 
@@ -84,42 +90,26 @@ def measure(case: Case, inputs: int, rounds: int) -> Result:
         sizes = {name: path.stat().st_size for name, path in paths.items()}
         programs = {name: Runtime.get().load_program(path.read_bytes()) for name, path in paths.items()}
     methods: dict[str, Any] = {name: program.load_method("forward") for name, program in programs.items()}
-    codes = differing = 0
-    largest = 0.0
-    with torch.no_grad():
-        step = float(torch.unique(converted(case.batch(8, 99))).diff().min())
-        for seed in track(range(inputs), f"{case.title}: codes"):
-            x = case.batch(1, 1000 + seed)
-            difference = (methods[OURS].execute([x])[0] - converted(x)).abs()
-            codes += difference.numel()
-            differing += int((difference > 0).sum())
-            largest = max(largest, float(difference.max()))
+    found = differing_codes(case, converted, lambda x: methods[OURS].execute([x])[0], inputs)
     x = case.batch(1, 0)
     times = time_in_turns({name: lambda method=method: method.execute([x]) for name, method in methods.items()}, rounds)
-    return Result(inputs, codes, differing, largest / step, times, sizes)
+    return Result(inputs, *found, times, sizes)
+
+
+def section(rounds: int) -> tuple[str, ...]:
+    """Heading, and what is said before the table."""
+    return (
+        "Files for ExecuTorch",
+        "`python benchmarks/executorch_files.py --write`: one input a call, random weights, calibrated on the same",
+        "32 inputs. Codes are those of the model's result, in ExecuTorch against the converted model; milliseconds",
+        f"are medians of {rounds} rounds taken in turn, all in ExecuTorch's runtime.",
+        f"{environment()} ExecuTorch {version('executorch')}, torchao {version('torchao')}.",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
-    parser.add_argument("--inputs", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--write", action="store_true", help="write the section of RESULTS.md")
-    options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    results = {name: measure(CASES[name], options.inputs, options.rounds) for name in options.networks}
-    lines = table(results, (FLOAT, PT2E))
-    Console().print("\n".join(lines), soft_wrap=True)
-    if options.write:
-        head = (
-            "`python benchmarks/executorch_files.py --write`: one input a call, random weights, calibrated on the same",
-            "32 inputs. Codes are those of the model's result, in ExecuTorch against the converted model; milliseconds",
-            f"are medians of {options.rounds} rounds taken in turn, all in ExecuTorch's runtime.",
-            f"{environment()} ExecuTorch {version('executorch')}, torchao {version('torchao')}.",
-        )
-        write_section("executorch", "\n".join(("## Files for ExecuTorch", "", *head, "", *lines)))
+    run_benchmark(__doc__, measure, (FLOAT, PT2E), section, "executorch", arguments)
 
 
 if __name__ == "__main__":

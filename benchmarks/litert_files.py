@@ -10,8 +10,6 @@ in turns, in one process. litert-torch brings two gigabytes (JAX among them), so
 
 from __future__ import annotations
 
-import argparse
-import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -20,10 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_networks import CALIBRATION_BATCH, CALIBRATION_BATCHES, CASES, FLOAT, OURS, Case, Result, network_of, table
-from results_file import environment, write_section
-from rich.console import Console
-from rich.progress import track
+from device_networks import (
+    CALIBRATION_BATCH,
+    CALIBRATION_BATCHES,
+    FLOAT,
+    OURS,
+    Case,
+    Result,
+    differing_codes,
+    network_of,
+    run_benchmark,
+)
+from results_file import environment
 from timing import time_in_turns
 from torch import Tensor, nn
 
@@ -101,45 +107,29 @@ def measure(case: Case, inputs: int, rounds: int) -> Result:
         converted, paths = files_of(case, Path(folder))
         sizes = {name: path.stat().st_size for name, path in paths.items()}
         runners = {name: Runner(path) for name, path in paths.items()}
-    codes = differing = 0
-    largest = 0.0
-    with torch.no_grad():
-        step = float(torch.unique(converted(case.batch(8, 99))).diff().min())
-        for seed in track(range(inputs), f"{case.title}: codes"):
-            x = case.batch(1, 1000 + seed)
-            difference = (runners[OURS](x.numpy()) - converted(x)).abs()
-            codes += difference.numel()
-            differing += int((difference > 0).sum())
-            largest = max(largest, float(difference.max()))
+    found = differing_codes(case, converted, lambda x: runners[OURS](x.numpy()), inputs)
     x = case.batch(1, 0)
     values = {name: run.as_read(x) for name, run in runners.items()}
     calls = {name: lambda run=run, value=values[name]: run(value) for name, run in runners.items()}
     times = time_in_turns(calls, rounds)
-    return Result(inputs, codes, differing, largest / step, times, sizes)
+    return Result(inputs, *found, times, sizes)
+
+
+def section(rounds: int) -> tuple[str, ...]:
+    """Heading, and what is said before the table."""
+    return (
+        "Files for LiteRT",
+        "`python benchmarks/litert_files.py --write`: one input a call, random weights, calibrated on the same 32",
+        "inputs. Codes are those of the model's result, in LiteRT against the converted model; milliseconds are",
+        f"medians of {rounds} rounds taken in turn, all in LiteRT's interpreter with XNNPACK, on {THREADS}",
+        "threads. litert-torch's quantized files take int8 codes and return them; the others floats.",
+        f"{environment()} LiteRT {version('ai-edge-litert')}, litert-torch {version('litert-torch')}.",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
-    parser.add_argument("--inputs", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--write", action="store_true", help="write the section of RESULTS.md")
-    options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    results = {name: measure(CASES[name], options.inputs, options.rounds) for name in options.networks}
-    lines = table(results, (FLOAT, PT2E))
-    Console().print("\n".join(lines), soft_wrap=True)
-    if options.write:
-        head = (
-            "`python benchmarks/litert_files.py --write`: one input a call, random weights, calibrated on the same 32",
-            "inputs. Codes are those of the model's result, in LiteRT against the converted model; milliseconds are",
-            f"medians of {options.rounds} rounds taken in turn, all in LiteRT's interpreter with XNNPACK, on {THREADS}",
-            "threads. litert-torch's quantized files take int8 codes and return them; the others floats.",
-            f"{environment()} LiteRT {version('ai-edge-litert')}, litert-torch {version('litert-torch')}.",
-        )
-        write_section("litert", "\n".join(("## Files for LiteRT", "", *head, "", *lines)))
+    run_benchmark(__doc__, measure, (FLOAT, PT2E), section, "litert", arguments)
 
 
 if __name__ == "__main__":

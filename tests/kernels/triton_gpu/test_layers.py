@@ -133,7 +133,7 @@ def test_the_largest_sums(code: int, weight: int, zero_point: int) -> None:
     assert torch.equal(lowered, torch.arange(16, dtype=torch.uint8).expand(3, 16))
 
 
-@settings(max_examples=15)
+@settings(max_examples=25)
 @given(st.data())
 def test_random_convolutions(data: st.DataObject) -> None:
     def numbers(lowest: int, highest: int) -> tuple[int, int]:

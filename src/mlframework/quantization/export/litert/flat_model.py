@@ -170,19 +170,19 @@ class FlatModel:
             kept.update(operator.inputs, operator.outputs)
         numbers = {old: new for new, old in enumerate(sorted(kept))}
         self._tensors = [self._tensors[old] for old in numbers]
-        held = sorted({tensor.buffer for tensor in self._tensors} | {0})
+        held = {old: new for new, old in enumerate(sorted({0, *(tensor.buffer for tensor in self._tensors)}))}
         self._buffers = [self._buffers[old] for old in held]
         for tensor in self._tensors:
-            tensor.buffer = held.index(tensor.buffer)
+            tensor.buffer = held[tensor.buffer]
+        used = {old: new for new, old in enumerate(sorted({operator.opcodeIndex for operator in self._operators}))}
+        names = list(self._codes)
+        self._codes = {names[old]: new for old, new in used.items()}
         for operator in self._operators:
+            operator.opcodeIndex = used[operator.opcodeIndex]
             operator.inputs = [numbers[old] for old in operator.inputs]
             operator.outputs = [numbers[old] for old in operator.outputs]
-        codes = sorted({operator.opcodeIndex for operator in self._operators})
-        names = list(self._codes)
-        self._codes = {names[old]: new for new, old in enumerate(codes)}
-        for operator in self._operators:
-            operator.opcodeIndex = codes.index(operator.opcodeIndex)
-        return ({name: numbers[old] for name, old in part.items()} for part in (inputs, outputs))  # type: ignore[return-value]
+        first, second = ({name: numbers[old] for name, old in part.items()} for part in (inputs, outputs))
+        return first, second
 
     def _names(self, tensors: Mapping[str, int]) -> list[Any]:
         maps = []

@@ -146,7 +146,7 @@ def reduction(name: str) -> Emitter:
     def emit(values: Values, node: fx.Node) -> Value:
         value, given = values.floats(node.args[0]), arguments(node)
         rank = len(value.shape)
-        dims = [dim % rank for dim in as_list(given["dim"]) or range(rank)]
+        dims = [dim % rank for dim in _as_list(given["dim"]) or range(rank)]
         return _reduced(values, name, value, dims, given["keepdim"])
 
     return emit
@@ -226,11 +226,6 @@ def product(values: Values, node: fx.Node) -> Value:
     return values.operator("BATCH_MATMUL", operands, values.new(sizes_of(node)), options)
 
 
-def as_list(numbers: Any) -> list[int]:
-    """One number as a list of it, and none as an empty one."""
-    return [] if numbers is None else [numbers] if isinstance(numbers, int) else list(numbers)
-
-
 def _combined(
     values: Values, name: str, options: str | None, first: Value, second: Value, fused: FusedOutput | None = None
 ) -> Value:
@@ -262,6 +257,11 @@ def _reduced(values: Values, name: str, value: Value, dims: Sequence[int], keeps
         shape = tuple(value.shape[axis] for axis in left)
     options = values.model.options("ReducerOptions", keepDims=keeps)
     return values.operator(name, [value, places], values.new(shape, axes, dtype=value.dtype), options)
+
+
+def _as_list(numbers: Any) -> list[int]:
+    """One number as a list of it, and none as an empty one."""
+    return [] if numbers is None else [numbers] if isinstance(numbers, int) else list(numbers)
 
 
 def _are_codes(values: Values, parts: Sequence[Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -246,11 +245,6 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def sizes_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of what a node computes."""
     return tuple(int(size) for size in node.meta["val"].shape)
-
-
-def count_of(sizes: Sequence[int]) -> int:
-    """Of elements."""
-    return math.prod(sizes)
 
 
 def _number(value: Value) -> int:
