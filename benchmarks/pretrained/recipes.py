@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from mlframework.quantization import (
     PercentileObserver,
     QATConfig,
     Recipe,
+    analyze_sensitivity,
     calibrate,
     distillation_loss,
     finetune,
@@ -39,6 +41,20 @@ def post_training(
     config = QATConfig(weight_bits=weight_bits, activation_bits=activation_bits, activation_observer=observer)
     prepared = prepare(task.study.model(), config, task.study.example_inputs)
     calibrate(prepared, task.study.calibration_batches(), method=method)
+    return prepared.eval()
+
+
+def one_layer_float(task: Task) -> nn.Module:
+    """Weights rounded, and the layer in float that the outputs gain most by: ``all_but`` of the sensitivity."""
+    study, (weight_bits, activation_bits) = task.study, task.width
+    batches = study.calibration_batches()
+    sensitivity = analyze_sensitivity(
+        post_training(task), batches[:SENSITIVITY_BATCHES], (weight_bits,), activations=False
+    )
+    worst = max(sensitivity.layers, key=lambda layer: layer.all_but.snr)
+    config = QATConfig(weight_bits=weight_bits, activation_bits=activation_bits, skip=(glob.escape(worst.name),))
+    prepared = prepare(study.model(), config, study.example_inputs)
+    calibrate(prepared, batches, method=("round_weights",))
     return prepared.eval()
 
 
@@ -89,6 +105,7 @@ def _distance(teacher: nn.Module, model: nn.Module, batches: Sequence[Inputs]) -
         return sum(distillation_loss(model(*inputs), teacher(*inputs)).item() for inputs in batches)
 
 
+SENSITIVITY_BATCHES = 2
 ALSO_CALIBRATED_ON = 12  # batches to train on
 COMPARED_ON = 4  # of the same
 TRIALS = (8, 16)  # steps, which tell what a step costs and what comes before the first
@@ -105,5 +122,6 @@ RECIPES: dict[str, Method] = {
     "smoothing": _ours(partial(post_training, method=("smooth_activations",))),
     "bias correction": _ours(partial(post_training, method=("correct_bias",))),
     "rounding": _ours(partial(post_training, method=("round_weights",))),
+    "one layer float": _ours(one_layer_float),
     "recommended recipe": _ours(recommended, trains=True),
 }

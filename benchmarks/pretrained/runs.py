@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from mlframework.quantization import convert, preparation_report
 from mlframework.quantization.kernels import instruction_set
+from mlframework.quantization.preparation.report import SKIPPED
 
 from . import study
 from .fingerprints import fingerprint
@@ -122,8 +123,15 @@ def execute(run: Run, width: Width | None, method: Method | None, threads: int =
     exact = share = None
     if method.package == OURS:
         assert isinstance(model, nn.Module)
-        exact, share = converts_exactly(model, network), preparation_report(model).multiply_adds.fraction
+        exact, share = converts_exactly(model, network), integer_share(model)
     return Result(run, library, metrics, task.notes, seconds, exact, share, code=code)
+
+
+def integer_share(prepared: nn.Module) -> float:
+    """Of all multiply-adds; the report's own share does not count what a configuration leaves float."""
+    report = preparation_report(prepared)
+    left_out = sum(entry.multiply_adds for entry in report.left_float if entry.detail.startswith(SKIPPED))
+    return report.multiply_adds.quantized / (report.multiply_adds.total + left_out)
 
 
 def converts_exactly(prepared: nn.Module, network: Study) -> bool:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from benchmarks.pretrained import SIGNAL_TO_NOISE, execution, fingerprints, runs, study, summary
 from benchmarks.pretrained.best import best_of
 from benchmarks.pretrained.methods import OURS, Method, Width
 from benchmarks.pretrained.recipes import RECIPES
 from benchmarks.pretrained.runs import Result, Run
+from mlframework.quantization import QATConfig, prepare
 
 needs_pnet = pytest.mark.skipif(
     find_spec("facenet_pytorch") is None or find_spec("skimage") is None,
@@ -72,6 +74,12 @@ def test_a_later_result_replaces_an_earlier_one(tmp_path: Path) -> None:
     for score in (0.1, 0.2):
         runs.append(Result(run, OURS, {"F1 of face cells": score, SIGNAL_TO_NOISE: 1.0}), path)
     assert runs.read(path)[run].metrics["F1 of face cells"] == 0.2
+
+
+def test_the_share_in_integers_counts_what_the_configuration_skips() -> None:
+    model = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 4), nn.Linear(4, 8))
+    prepared = prepare(model, QATConfig(skip=("1",)), (torch.randn(2, 4),))
+    assert runs.integer_share(prepared) == (4 * 12 + 4 * 8) / (4 * 12 + 12 * 4 + 4 * 8)
 
 
 def test_what_is_planned() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from example_architectures import SmallResNet
@@ -66,6 +67,25 @@ def codes_of(model: nn.Module) -> dict[str, Tensor]:
         for name, wrapper in model.named_modules()
         if hasattr(wrapper, "weight_fake_quantize")
     }
+
+
+def test_biases_keep_the_mean_output_over_batches_of_several_sizes() -> None:
+    """Each batch counts as much as another, as in bias correction."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1))
+    batches = [torch.randn(count, 3, size, size) + count / 4 for count, size in ((4, 8), (2, 13), (6, 8))]
+    prepared = prepare(model, QATConfig(weight_bits=2), (batches[0],))
+    calibrate(prepared, batches)
+    round_weights(prepared, batches)
+    (layer,) = quantized_layers(prepared, batches[0])
+
+    def mean_output(conv: Any, quantize: Any) -> Tensor:
+        outputs = [F.conv2d(quantize(batch), conv.weight, conv.bias, 2, 1) for batch in batches]
+        return torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+
+    with torch.no_grad():
+        input_node = layer.wrapper.input_source
+        torch.testing.assert_close(mean_output(layer.layer, input_node), mean_output(model[0], nn.Identity()))
 
 
 @pytest.mark.parametrize("learnable", [False, True], ids=["observed", "learnable"])

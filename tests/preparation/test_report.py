@@ -102,6 +102,14 @@ def test_it_prints_as_a_table() -> None:
     assert shares == "58.3% of the weights and 100.0% of the multiply-adds are quantized"
 
 
+def test_the_shares_say_that_they_do_not_count_what_is_skipped() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    report = preparation_report(prepare(model, QATConfig(skip=("0",)), (torch.randn(2, 3),)))
+    assert str(report).endswith(
+        "100.0% of the weights and 100.0% of the multiply-adds are quantized, not counting what the configuration skips"
+    )
+
+
 def test_only_a_prepared_model_has_one() -> None:
     with pytest.raises(TypeError, match="model must be a prepared model, got SmallResNet"):
         preparation_report(SmallResNet())

@@ -123,15 +123,33 @@ class _Inputs:
 
     Attributes:
         rows: (groups, rows, inputs of an output), of some positions.
-        means: of every call, over samples; of all positions (:meth:`QuantizedLayer.mean_input`).
+        mean: over samples and calls; of all positions (:meth:`QuantizedLayer.mean_input`).
     """
 
     rows: Tensor
-    means: list[Tensor]
+    mean: _MeanInput
 
     def mean_output(self, layer: QuantizedLayer) -> Tensor:
         """The mean of each output channel, with the weight that the layer has now and without its bias."""
-        return torch.stack([layer.mean_output(mean, layer.float_weight) for mean in self.means]).mean(0)
+        parts = [count * layer.mean_output(total / count, layer.float_weight) for total, count in self.mean.sums]
+        return torch.stack(parts).sum(0) / sum(count for _, count in self.mean.sums)
+
+
+class _MeanInput:
+    """The mean of what a layer is called with: a sum for each shape, since the layer is linear."""
+
+    def __init__(self) -> None:
+        self._sums: dict[torch.Size, tuple[Tensor, int]] = {}
+
+    @property
+    def sums(self) -> list[tuple[Tensor, int]]:
+        """Of every shape, and how many calls had it."""
+        return list(self._sums.values())
+
+    def add(self, mean: Tensor) -> None:
+        """Of one call."""
+        total, count = self._sums.get(mean.shape, (0, 0))
+        self._sums[mean.shape] = total + mean, count + 1
 
 
 def _inputs(
@@ -139,14 +157,14 @@ def _inputs(
 ) -> dict[QuantizedLayer, _Inputs]:
     """Of each of the layers that the present model calls."""
     found: dict[QuantizedLayer, list[Tensor]] = {layer: [] for layer in layers}
-    means: dict[QuantizedLayer, list[Tensor]] = {layer: [] for layer in layers}
+    means = {layer: _MeanInput() for layer in layers}
     waiting: list[QuantizedLayer] = []
 
     def watch(layer: QuantizedLayer, input: Tensor) -> None:
         most = max(1, _rows_for(layer) // len(batches))
         rows = rows_of(layer.layer, input.detach().to(layer.float_weight.dtype), most)
         found[layer].append(rows.clone())
-        means[layer].append(layer.mean_input(input))
+        means[layer].add(layer.mean_input(input))
         if layer in waiting:
             waiting.remove(layer)
         if not waiting:

@@ -53,7 +53,8 @@ class PreparationReport:
         entries: layers and operations, in the order of the graph.
         target: the engine that the model was prepared for.
         weights: how many elements of its weights are quantized, of all but those that the configuration skips.
-        multiply_adds: how many of those that the model does on the example are of integers.
+        multiply_adds: how many of those that the model does on the example are of integers, of all but those that the
+            configuration skips.
     """
 
     entries: tuple[ReportEntry, ...]
@@ -84,9 +85,10 @@ class PreparationReport:
 
     @property
     def _summary(self) -> list[str]:
+        skipped = any(entry.detail.startswith(SKIPPED) for entry in self.left_float)
         return [
             f"{len(self.quantized)} quantized, {len(self.left_float)} float",
-            f"{self.shares} are quantized",
+            f"{self.shares} are quantized{', not counting what the configuration skips' if skipped else ''}",
         ]
 
     def __str__(self) -> str:
