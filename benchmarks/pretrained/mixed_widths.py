@@ -3,7 +3,7 @@
 python benchmarks/mixed_widths.py --network minilm
 
 Activations have 8 bits. Nothing is trained; weights are rounded to the nearest, and by ``round_weights``. The
-sensitivity is measured on the calibration batches.
+sensitivity of weights is measured on the calibration batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlframework.quantization import QATConfig, analyze_sensitivity, assign_bits
 from . import SIGNAL_TO_NOISE, STUDIES, Study, study
 from .runs import converts_exactly
 
-WIDTHS = (8, 6, 5, 4, 3)
+WIDTHS = (8, 7, 6, 5, 4, 3)
 AVERAGE_BITS = 5
 UNIFORM_BITS = 6
 
@@ -48,7 +48,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", choices=list(STUDIES), default=["efficientnet", "minilm"])
-    parser.add_argument("--batches", type=int, default=2, help="calibration batches to measure sensitivity on")
+    parser.add_argument("--batches", type=int, help="calibration batches to measure sensitivity on (default: all)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()

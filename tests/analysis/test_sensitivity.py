@@ -56,10 +56,11 @@ def symmetric_rows(weight: Tensor, bits: int) -> Tensor:
     return on_grid(weight, scale, torch.zeros(1), -highest, highest)
 
 
-def test_a_layer_alone_has_its_weight_and_its_input_on_grids_and_nothing_else() -> None:
+def test_a_layer_alone_has_its_weight_and_if_activations_count_its_input_on_grids_and_nothing_else() -> None:
     model, inputs = mlp(), torch.randn(32, 8)
     prepared = calibrated(model, inputs)
     report = analyze_sensitivity(prepared, [inputs[:16], inputs[16:]], bits=(8,))
+    of_weights = analyze_sensitivity(prepared, [inputs[:16], inputs[16:]], bits=(8,), activations=False)
     model = model.double()
     hidden = F.relu(model[0](inputs.double()))
     grid = prepared.get_submodule("0").output_fake_quantize
@@ -76,6 +77,9 @@ def test_a_layer_alone_has_its_weight_and_its_input_on_grids_and_nothing_else() 
     assert layer.split.weight == pytest.approx(error(by_weight, own), rel=1e-2)
     assert layer.split.rounded == pytest.approx(error(by_input, own), rel=1e-2)
     assert layer.split.clipped == layer.split.clipped_share == 0
+    weight_alone = model[4](F.relu(F.linear(hidden, weight, model[2].bias)))
+    assert of_weights.at(8)[1].alone.relative_error == pytest.approx(error(weight_alone, reference), rel=1e-2)
+    assert of_weights.at(8)[1].split == layer.split
 
 
 def test_what_lies_outside_of_the_grid_is_clipped_and_not_rounded() -> None:

@@ -149,7 +149,8 @@ def assign_bits(
     are measured.
 
     Args:
-        sensitivity: of :func:`analyze_sensitivity`.
+        sensitivity: of :func:`analyze_sensitivity`, best with ``activations=False``, so that costs are those of weights
+            alone, and on as many batches as there is time for.
         average_bits: at most so many bits to a weight, on average over all weights of the layers measured; float
             counts as 32.
         model_bytes: at most so many bytes for all parameters and buffers, as the target's file stores them; its
@@ -167,7 +168,7 @@ def assign_bits(
         >>> network = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> prepared = prepare(network, QATConfig(), (torch.randn(1, 8),))
         >>> calibrate(prepared, [torch.randn(64, 8)])
-        >>> sensitivity = analyze_sensitivity(prepared, [torch.randn(64, 8)], bits=(8, 4, 3, 2))
+        >>> sensitivity = analyze_sensitivity(prepared, [torch.randn(64, 8)], (8, 4, 3, 2), activations=False)
         >>> assignment = assign_bits(sensitivity, average_bits=5)
         >>> assignment.average_bits <= 5
         True

@@ -45,7 +45,10 @@ def analyze_sensitivity(
     as it was: modes, switches, buffers, parameters and the random state, also where an error or an interruption ends
     the analysis.
 
-    A layer's input has the grid that it was prepared with. Its weight has the node of the model where that has the
+    Without ``activations`` it is weights that are measured: where a layer alone is quantized, what enters it is float.
+    Rounding of activations, alike at every width, would be most of the error of many layers, and would hide what a
+    width costs: on few batches both errors are far from independent. With them a layer's input has the grid that it was
+    prepared with. Its weight has the node of the model where that has the
     width already, else a new one on the range that a configuration of that width gives the weight as it is now. So a
     model that was trained is measured as trained at its own width, and as rounded at others.
 
@@ -53,8 +56,8 @@ def analyze_sensitivity(
         model: prepared, and calibrated or trained.
         batches: as for :func:`calibrate`; kept in memory, with the reference's outputs.
         bits: widths of weights, each 2 to 8.
-        activations: measure activations, too. A layer counts what enters it; what it and other operations return, for
-            sums and tables that read it on integers, only activations count.
+        activations: measure activations, too. A layer then counts what enters it; what it and other operations return,
+            for sums and tables that read it on integers, only activations count.
         loss: called as ``loss(outputs, batch)``; a number, the lower the better.
         inputs: called with a batch, gives what the model takes of it (a batch of its own form, for a loss that needs
             labels: ``inputs=lambda batch: batch[0]``); the batch itself by default.
@@ -97,7 +100,7 @@ def analyze_sensitivity(
         "inputs": fingerprint_of_values(calls),
     }
     with in_analysis(model):
-        analysis = _Analysis(model, groups, kept, calls, loss)
+        analysis = _Analysis(model, groups, kept, calls, loss, activations)
         analysis.run_reference()
         # A name does not tell what a function computes; what it makes of the float outputs does.
         subject["loss"] = f"{qualified_name(loss)} {analysis.reference_loss:.5g}" if loss is not None else "none"
@@ -131,8 +134,10 @@ class _Analysis:
         batches: list[Any],
         calls: Calls,
         loss: Loss | None,
+        with_inputs: bool,
     ) -> None:
         self.model = model
+        self.with_inputs = with_inputs
         self.groups = groups
         self.batches = batches
         self.calls = calls
@@ -213,7 +218,8 @@ class _Analysis:
 
     def layer(self, group: LayerGroup, bits: int) -> LayerSensitivity:
         """One layer at one width."""
-        alone = self._kept(f"alone {bits} {group.name}", lambda: self._alone(group, bits))
+        subject = "alone" if self.with_inputs else "weight alone"
+        alone = self._kept(f"{subject} {bits} {group.name}", lambda: self._alone(group, bits))
         others = self._kept(f"all but {bits} {group.name}", lambda: self._all_but(group, bits))
         weights = {id(wrapper.weight_fake_quantize): name for name, wrapper in group.wrappers.items()}
         return LayerSensitivity(
@@ -236,19 +242,21 @@ class _Analysis:
         return known
 
     def _alone(self, group: LayerGroup, bits: int) -> dict[str, Any]:
-        """Everything else float. The input is put on its grid for this layer alone, whoever else reads it."""
+        """Everything else float. The input, if it counts, is put on its grid for this layer alone, whoever else reads
+        it."""
         energies = ErrorEnergies()
         switch(self.model, on=False)
         nodes = self._nodes_of(group, bits)
 
-        def quantize_input(wrapper: QATModuleWrapper, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def measure_input(wrapper: QATModuleWrapper, args: tuple[Any, ...]) -> tuple[Any, ...]:
             weight, bias = wrapper.parameters_of_call(*args[1:])
-            return (add_layer_error(energies, wrapper, args[0], weight, bias), *args[1:])
+            quantized = add_layer_error(energies, wrapper, args[0], weight, bias)
+            return (quantized if self.with_inputs else args[0], *args[1:])
 
         with with_weight_nodes(group.wrappers, nodes):
             for node in group.weight_nodes:
                 node.fake_quantize_enabled = True
-            hooks: list[Any] = [w.register_forward_pre_hook(quantize_input) for w in group.wrappers.values()]
+            hooks: list[Any] = [w.register_forward_pre_hook(measure_input) for w in group.wrappers.values()]
             try:
                 outputs = self._pass()
             finally:

@@ -27,7 +27,8 @@ class LayerSensitivity:
         bits: the width of its weight. The input has the grid that it was prepared with.
         weights: elements of its weights.
         scales: how many scales these have.
-        alone: the outputs where it alone is quantized (its weight and what enters it), and everything else is float.
+        alone: the outputs where it alone is quantized (its weight, and what enters it where activations were measured,
+            too), and everything else is float.
         all_but: the outputs where everything is quantized, with all weights at ``bits``, but its weight, and its input
             where nothing else reads that.
         split: the layer's own error at its output, by cause.
