@@ -176,7 +176,8 @@ def _inputs(
             with suppress(_Enough):
                 run(model, batch)
             waiting.clear()
-    return {layer: _Inputs(torch.cat(rows, dim=1), means[layer]) for layer, rows in found.items() if rows}
+    called = [layer for layer, rows in found.items() if rows]
+    return {layer: _Inputs(torch.cat(found.pop(layer), dim=1), means[layer]) for layer in called}  # no two copies
 
 
 def _rows_for(layer: QuantizedLayer) -> int:
