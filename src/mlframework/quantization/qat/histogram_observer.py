@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arithmetic, kernels
@@ -32,6 +33,9 @@ _SAMPLE = 2**17
 # Ends of a range that HistogramObserver tries: of the extremes, down to 1/4096; then about the best of those.
 _SHRUNK = torch.exp2(-torch.arange(37, dtype=torch.float64) / 3)
 _NEARBY = torch.exp2(torch.linspace(-1 / 3, 1 / 3, 17, dtype=torch.float64))
+# The bins that those need, from the largest magnitude counted: half a step of the finest grid is 2**-22 of the larger
+# extreme, and extremes that are averages may be less than what is counted.
+_NEEDED = 40 << 6
 
 
 class _DistributionObserver(ActivationObserver):
@@ -120,7 +124,7 @@ class HistogramObserver(_DistributionObserver):
 
     Minimizes :math:`\sum_i (x_i - \hat x_i)^2`, clipping and rounding together, over ranges inside the extremes: both
     ends shrunk together, then (on affine grids) each on its own, then refined. The error of a candidate is exact for
-    the histogram: prefix sums of its first three moments give every cell of the grid in constant time.
+    the histogram: sums over its bins, formed once, give what each level of the grid takes from it in constant time.
 
     Example:
         >>> observer = HistogramObserver()
@@ -132,13 +136,13 @@ class HistogramObserver(_DistributionObserver):
     def range(self, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
         minimum, maximum = arithmetic.finite_range(-self.extremes[0], self.extremes[1])
         minimum, maximum = minimum.clamp(max=0).double(), maximum.clamp(min=0).double()
-        moments = _moments(self.counts)
+        excesses = _Excesses(self.counts)
         shrunk, nearby = (shares.to(minimum.device) for shares in (_SHRUNK, _NEARBY))
 
         def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
             lows, highs = lows.clamp(min=minimum), highs.clamp(max=maximum)
             lows, highs = lows + 0 * highs, highs + 0 * lows  # to one shape
-            index = torch.argmin(_squared_errors(moments, lows, highs, scheme)).reshape(1)
+            index = torch.argmax(excesses.error_avoided(lows, highs, scheme)).reshape(1)
             return lows[index], highs[index]
 
         low, high = best(minimum * shrunk, maximum * shrunk)
@@ -174,52 +178,51 @@ def _bin_edges(device: torch.device) -> Tensor:
     return torch.cat([-positive.flip(0), positive[1:]])
 
 
-def _bin_of(values: Tensor) -> Tensor:
-    """The bin, in ascending order, that a float32 lies in; of infinity the last on its side."""
-    bits = values.view(torch.int32)
-    magnitude = (bits & 0x7FFFFFFF) >> _SHIFT
-    return torch.where(bits < 0, _FINITE - 1 - magnitude, _FINITE + magnitude).clamp_(0, _BINS - 1)
+def _magnitude(values: Tensor) -> Tensor:
+    """The bin, counted from zero outwards, that a float32 lies in; of infinity the last."""
+    return (values.abs().view(torch.int32) >> _SHIFT).clamp_(max=_FINITE - 1)
 
 
 def _prefix_sums(values: Tensor) -> Tensor:
     return torch.cat([values.new_zeros(1), values.cumsum(0)])
 
 
-def _moments(counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Edges, counts, and the prefix sums over bins of n, sum x and sum x squared (float64)."""
-    edges = _bin_edges(counts.device)
-    low, high, count = edges[:-1], edges[1:], counts.double()
-    first = count * (low + high) / 2
-    second = count * (low * low + low * high + high * high) / 3
-    return edges, count, _prefix_sums(count), _prefix_sums(first), _prefix_sums(second)
+class _Excesses:
+    r"""By how much, in sum, values lie beyond a limit, seen from zero: :math:`\sum_{|x| > t} (|x| - t)` on each side.
 
+    Within a bin that is a parabola in the distance of :math:`t` from the bin's end that is nearer to zero. Bins lie
+    here from the outside inwards, those of negative values first; the first on each side lies beyond all values.
+    """
 
-def _moments_below(
-    moments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], limits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """n, sum x and sum x squared over the values below each limit."""
-    edges, count, zeroth, first, second = moments
-    bin = _bin_of(limits.float())
-    low = edges[bin]
-    share = count[bin] * ((limits - low) / (edges[bin + 1] - low)).clamp(0, 1)
-    return (
-        zeroth[bin] + share,
-        first[bin] + share * (low + limits) / 2,
-        second[bin] + share * (low * low + low * limits + limits * limits) / 3,
-    )
+    def __init__(self, counts: Tensor) -> None:
+        sides = torch.stack([counts[:_FINITE], counts[_FINITE:].flip(0)])
+        places = torch.arange(_FINITE - 1, -1, -1, device=counts.device)
+        self.outermost = torch.where(sides.sum(0) > 0, places, 0).amax().reshape(1)
+        bins = (self.outermost - torch.arange(_NEEDED, device=counts.device)).clamp_(min=0)
+        edges = _bin_edges(counts.device)[_FINITE:]
+        inner = edges[bins]
+        width = edges[bins + 1] - inner
+        count = sides[:, _FINITE - 1 - bins].double()
+        number = count.cumsum(1)
+        beyond = (width * (number - count / 2)).cumsum(1)
+        self.coefficients = [
+            F.pad(each, (1, 0)).flatten() for each in (inner.expand(2, -1), beyond, number, count / (2 * width))
+        ]
 
+    def error_avoided(self, lows: Tensor, highs: Tensor, scheme: QuantizationScheme) -> Tensor:
+        r"""How much less the squared error of quantizing the histogram with each candidate range is than it would be
+        with all values at zero, shape of ``lows``.
 
-def _squared_errors(
-    moments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], lows: Tensor, highs: Tensor, scheme: QuantizationScheme
-) -> Tensor:
-    """The squared error of quantizing the histogram with each candidate range, shape of ``lows``."""
-    scale, zero_point = arithmetic.range_to_scale_and_zero_point(lows.float(), highs.float(), scheme)
-    codes = torch.arange(scheme.quant_min, scheme.quant_max + 1, device=lows.device)
-    levels = (codes - zero_point[:, None]).double() * scale[:, None].double()
-    limits = (levels[:, :-1] + levels[:, 1:]) / 2
-    cells = []
-    for below, prefix in zip(_moments_below(moments, limits), moments[2:], strict=True):
-        ends = prefix[:: len(prefix) - 1].expand(len(lows), 2)
-        cells.append(torch.cat([ends[:, :1], below, ends[:, 1:]], dim=1).diff(dim=1))
-    count, first, second = cells
-    return (second - 2 * levels * first + levels * levels * count).sum(dim=1)
+        From a level to the next one outwards, a step :math:`s` away, the squared error of a value changes by
+        :math:`-2 s (|x| - t)`, where :math:`t` is the limit between them; those beyond it take the step.
+        """
+        scale, zero_point = arithmetic.range_to_scale_and_zero_point(lows.float(), highs.float(), scheme)
+        step = scale.double()[:, None]
+        codes = torch.arange(scheme.quant_min, scheme.quant_max, device=lows.device) + 0.5
+        limits = ((codes - zero_point[:, None]) * step).flatten()
+        place = (self.outermost + 1 - _magnitude(limits.float())).clamp_(0, _NEEDED)
+        place = torch.where(limits > 0, place + (_NEEDED + 1), place)
+        inner, beyond, number, curvature = (each.index_select(0, place) for each in self.coefficients)
+        distance = limits.abs_().sub_(inner)
+        excess = beyond.addcmul_(distance, curvature.mul_(distance).sub_(number))
+        return (2 * step * excess.view(len(lows), -1)).sum(dim=1)
