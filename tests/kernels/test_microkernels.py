@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,10 @@ FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 
 COMPILER, CROSS_COMPILER, EMULATOR = "c++", "aarch64-linux-gnu-g++", "qemu-aarch64"
 
+# Where setup.py leaves what it compiles, if the library was installed from here.
+BUILT = Path(__file__).parents[2] / "build" / f"kernels-torch-{version('torch')}"
+BUILT /= "src/mlframework/quantization/kernels/csrc"
+
 
 def needs_torch(source: Path) -> bool:
     """Whether a file includes a header of PyTorch's, or one of ours that does."""
@@ -37,7 +42,8 @@ def needs_torch(source: Path) -> bool:
 
 
 def build(compiler: str, directory: Path, *options: str) -> Path:
-    """The driver with all kernels that need no PyTorch."""
+    """The driver with all kernels that need no PyTorch; for this processor, as the library has them where it was built
+    here."""
     sources = [DRIVER, *(source for source in sorted(KERNELS.rglob("*.cpp")) if not needs_torch(source))]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(partial(compile_source, compiler, directory), sources))
@@ -47,9 +53,22 @@ def build(compiler: str, directory: Path, *options: str) -> Path:
 
 
 def compile_source(compiler: str, directory: Path, source: Path) -> Path:
+    if compiler == COMPILER and source != DRIVER and is_current(built := built_from(source)):
+        return built
     result = directory / f"{source.stem}.o"
     run(compiler, *FLAGS, "-c", str(source), "-o", str(result))
     return result
+
+
+def built_from(source: Path) -> Path:
+    return (BUILT / source.relative_to(KERNELS)).with_suffix(".o")
+
+
+def is_current(built: Path) -> bool:
+    """Whether it is newer than all that it may have been compiled from."""
+    return built.exists() and all(
+        file.stat().st_mtime <= built.stat().st_mtime for file in KERNELS.rglob("*") if file.is_file()
+    )
 
 
 def run(*command: str) -> str:
