@@ -194,10 +194,13 @@ def test_models_for_other_engines_are_refused(tmp_path: Path) -> None:
         export_onnx(ours, (torch.randn(1, 3, 4, 4),), tmp_path / "model.onnx", "executorch")
 
 
-def test_the_page_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its blocks run here, because ExecuTorch takes ten seconds to import."""
+@pytest.mark.parametrize("page", ["how-to/executorch.md", "index.md"])
+# It is about the processor: this one's plain products saturate.
+@pytest.mark.filterwarnings("ignore:.*saturat:UserWarning")
+def test_pages_that_have_a_file_for_it(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their blocks run here, because ExecuTorch takes ten seconds to import."""
     monkeypatch.chdir(tmp_path)
-    run_blocks("how-to/executorch.md")
+    run_blocks(page)
 
 
 def test_without_executorch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
