@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from combinations import half_of_all
 from example_architectures import BranchNeverTaken, SmallResNet
 from example_models import EVERY_EXAMPLE, EXAMPLES, Example, all_equal, results, train_briefly
 from mlframework.quantization import (
@@ -120,9 +121,11 @@ def broken(error: BaseException) -> Iterator[Tensor]:
     raise error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt(), Stop()], ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("before", ["nothing", "calibration", "training"])
-@pytest.mark.parametrize("learnable", [False, True], ids=["observed", "learnable"])
+@half_of_all(
+    error={type(error).__name__: error for error in (RuntimeError("disk"), KeyboardInterrupt(), Stop())},
+    before={before: before for before in ("nothing", "calibration", "training")},
+    learnable={"observed": False, "learnable": True},
+)
 def test_an_interruption_leaves_everything_as_it_was(error: BaseException, before: str, learnable: bool) -> None:
     prepared = prepared_resnet(learnable=learnable)
     if before == "calibration":

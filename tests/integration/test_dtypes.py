@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from combinations import half_of_all
 from example_models import EXAMPLES
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, convert, prepare
 
@@ -36,10 +37,12 @@ def state_dtypes(model: nn.Module) -> set[torch.dtype]:
     return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
-@pytest.mark.parametrize("when", ["before prepare", "after training"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["resnet", "transformer"])
+@half_of_all(
+    name={name: name for name in ("resnet", "transformer")},
+    dtype={str(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float64)},
+    config=CONFIGS,
+    when={when: when for when in ("before prepare", "after training")},
+)
 def test_a_model_in_a_dtype_trains_and_converts(name: str, dtype: torch.dtype, config: QATConfig, when: str) -> None:
     """To what it evaluates to, bit for bit; where the dtype cannot hold a grid, converting says so."""
     (inputs,) = EXAMPLES[name].inputs(8)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from combinations import half_of_all
 from mlframework.quantization import QATConfig, QATModuleWrapper, convert, prepare, quantize
 from mlframework.quantization.parameters import QuantizationParameters
 from mlframework.quantization.qat.fake_quantize_layer import FakeQuantizeLayer
@@ -88,6 +89,7 @@ WAYS = {
 }
 EVERY_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 WHEN = pytest.mark.parametrize("when", ["before", "after"])
+EVERY_WAY_ONCE = half_of_all(way=WAYS, when={when: when for when in ("before", "after")})
 
 
 class Network(nn.Module):
@@ -165,8 +167,7 @@ def test_the_computed_weight_is_trained_evaluated_and_converted(way: Way, when: 
     assert not [key for key, value in state.items() if value.is_floating_point() and value.numel() > 8]
 
 
-@EVERY_WAY
-@WHEN
+@EVERY_WAY_ONCE
 def test_switched_off_it_is_the_network_bit_for_bit(way: Way, when: str) -> None:
     """In training too, where a spectral norm takes one step of its power iteration a call."""
     inputs = torch.randn(8, 3, 10, 10)
@@ -196,8 +197,7 @@ def evaluated_network(way: Way, when: str) -> tuple[nn.Module, Tensor, Tensor]:
         return prepared, inputs, prepared(inputs)
 
 
-@EVERY_WAY
-@WHEN
+@EVERY_WAY_ONCE
 def test_it_is_taken_off_again(way: Way, when: str) -> None:
     prepared, inputs, expected = evaluated_network(way, when)
     for name in LAYERS:
@@ -210,8 +210,7 @@ def test_it_is_taken_off_again(way: Way, when: str) -> None:
     assert prepared.conv.weight.grad is not None
 
 
-@EVERY_WAY
-@WHEN
+@EVERY_WAY_ONCE
 def test_copies_compute_the_same(way: Way, when: str) -> None:
     prepared, inputs, expected = evaluated_network(way, when)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from combinations import half_of_all
 from mlframework.quantization import FakeQuantizeLayer, HistogramObserver, QATConfig, QATSchedule, prepare
 from mlframework.quantization.kernels import reference_kernels
 from mlframework.quantization.qat.recomputation import ForwardHistory, is_recomputing
@@ -73,6 +74,10 @@ def part(run: Run, config: QATConfig) -> nn.Module:
     return prepare(network, config, (torch.randn(SHAPE),))
 
 
+MAKES = {"whole": whole, "part": part}
+RUNS = {"reentrant": reentrant, "recording": recording}
+
+
 class Calls(nn.Module):
     def __init__(self, run: Run, model: nn.Module) -> None:
         super().__init__()
@@ -116,9 +121,7 @@ def assert_same(make: Any, run: Run, config: QATConfig, forwards: int = 1, toget
     assert all(torch.equal(value, state[name]) for name, value in actual_state.items())
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("run", [reentrant, recording])
-@pytest.mark.parametrize("make", [whole, part])
+@half_of_all(make=MAKES, run=RUNS, config=CONFIGS)
 def test_steps_are_those_without_checkpoints(make: Any, run: Run, config: QATConfig) -> None:
     assert_same(make, run, config)
 
@@ -130,9 +133,11 @@ def test_without_compiled_kernels(make: Any, run: Run) -> None:
         assert_same(make, run, QATConfig())
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["one backward", "a backward each"])
-@pytest.mark.parametrize("run", [reentrant, recording, nested(reentrant), nested(recording)])
-@pytest.mark.parametrize("make", [whole, part])
+@half_of_all(
+    make=MAKES,
+    run={**RUNS, "nested reentrant": nested(reentrant), "nested recording": nested(recording)},
+    together={"one backward": True, "a backward each": False},
+)
 def test_each_forward_is_recomputed_with_the_scales_it_had(make: Any, run: Run, together: bool) -> None:
     assert_same(make, run, QATConfig(), forwards=3, together=together)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from combinations import half_of_all
 from mlframework.quantization import (
     QATConfig,
     QATModuleWrapper,
@@ -125,8 +126,7 @@ CHANGES: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@half_of_all(change=CHANGES, per_channel={"per channel": True, "per tensor": False})
 def test_a_changed_weight_brings_its_range(change: Callable[[Tensor], object], per_channel: bool) -> None:
     if not per_channel and change is CHANGES["zero"]:
         change = CHANGES["mul_"]

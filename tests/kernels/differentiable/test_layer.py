@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from combinations import half_of_all
 from example_codes import UNSIGNED, random_codes
 from example_operators import assert_same, observer
 from mlframework.quantization import QuantizationScheme, arithmetic, kernels
@@ -224,8 +225,7 @@ def test_under_autocast_the_gradients_are_of_lower_precision() -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(not is_interpreter(), reason="needs Triton's interpreter")
-@pytest.mark.parametrize("under_autocast", [False, True])
-@EVERY_CASE
+@half_of_all(under_autocast={"": False, "autocast": True}, case=CASES)
 def test_kernels_for_gpus_return_the_dtype_of_a_float_layer(case: Any, under_autocast: bool) -> None:
     """Autocast's, else that of the input; rounded once, and computed again the same."""
     whole, layer = Layer(case, 0), Layer(case, 0)
