@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,17 @@ def dtypes_entering_layers(model: nn.Module, *inputs: Tensor) -> dict[str, torch
     return entered
 
 
+@cache
+def prepared_and_converted(example: Example) -> tuple[nn.Module, nn.Module]:
+    prepared = trained(example)
+    return prepared, convert(prepared)
+
+
 @EVERY_EXAMPLE
 def test_weights_are_int8(example: Example) -> None:
-    prepared = trained(example)
+    prepared, converted = prepared_and_converted(example)
     quantized = [module for module in prepared.modules() if isinstance(module, QATModuleWrapper)]
-    layers = [module for module in convert(prepared).modules() if isinstance(module, (Int8Layer, Int8Embedding))]
+    layers = [module for module in converted.modules() if isinstance(module, (Int8Layer, Int8Embedding))]
     assert len(layers) == len(quantized) > 0
     assert all(layer.weight.dtype is torch.int8 for layer in layers)
 
@@ -68,7 +75,7 @@ def test_weights_are_int8(example: Example) -> None:
 @pytest.mark.parametrize("name", ALL_INTEGER)
 def test_no_float_copy_of_a_quantized_weight_stays(name: str) -> None:
     """What is left in floating point are scales: one per tensor or per channel."""
-    converted = convert(trained(EXAMPLES[name]))
+    _, converted = prepared_and_converted(EXAMPLES[name])
     assert not list(converted.parameters())
     floats = {key: value for key, value in converted.named_buffers() if value.is_floating_point()}
     assert all(key.rpartition(".")[2].endswith("scale") and value.dim() == 1 for key, value in floats.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,24 @@ TARGETS = ["onnxruntime", "tensorrt", "openvino"]
 NETWORKS = ("residual", "concat", "depthwise, grouped, dilated, strided", "linear layers", "transposed")
 
 
+Files = Callable[[str, str], ExportedFile]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """By target and network, each exported once."""
+
+    @cache
+    def file_of(target: str, name: str) -> ExportedFile:
+        return ExportedFile.of(make(INTEGER_NETWORKS[name]), SHAPE, tmp_path_factory.mktemp("export"), target)
+
+    return file_of
+
+
 @pytest.fixture(scope="module", params=[(target, name) for target in TARGETS for name in NETWORKS], ids=str)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ExportedFile]:
+def exported(request: pytest.FixtureRequest, files: Files) -> tuple[str, ExportedFile]:
     target, name = request.param
-    return target, ExportedFile.of(make(INTEGER_NETWORKS[name]), SHAPE, tmp_path_factory.mktemp("export"), target)
+    return target, files(target, name)
 
 
 def test_weights_are_int8_per_channel_and_biases_int32(exported: tuple[str, ExportedFile]) -> None:
@@ -101,8 +117,8 @@ def test_only_standard_operators(exported: tuple[str, ExportedFile]) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_sum_reads_a_quantize_node_of_its_own_for_tensorrt(target: str, tmp_path: Path) -> None:
-    file = ExportedFile.of(make(INTEGER_NETWORKS["residual"]), SHAPE, tmp_path, target)
+def test_a_sum_reads_a_quantize_node_of_its_own_for_tensorrt(target: str, files: Files) -> None:
+    file = files(target, "residual")
     shared = []
     for addition in file.nodes("Add"):
         for value in addition.input:
@@ -114,8 +130,8 @@ def test_a_sum_reads_a_quantize_node_of_its_own_for_tensorrt(target: str, tmp_pa
     assert (len(twins) < len(file.nodes("QuantizeLinear"))) == (target == "tensorrt")
 
 
-def test_concatenations_are_unsigned_for_openvino(tmp_path: Path) -> None:
-    file = ExportedFile.of(make(INTEGER_NETWORKS["concat"]), SHAPE, tmp_path, "openvino")
+def test_concatenations_are_unsigned_for_openvino(files: Files) -> None:
+    file = files("openvino", "concat")
     (concatenation,) = file.nodes("Concat")
     (quantize,) = file.readers(concatenation.output[0])
     (dequantize,) = file.readers(quantize.output[0])

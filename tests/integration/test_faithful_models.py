@@ -3,7 +3,9 @@ to the last bit."""
 
 from __future__ import annotations
 
+import copy
 import random
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -87,6 +89,12 @@ def check(model: nn.Module) -> nn.Module:
     return prepared
 
 
+@cache
+def _prepared(effect: str) -> nn.Module:
+    """Of a block with that effect; for tests that copy it, or leave it as it is."""
+    return prepare(Model([Block(EFFECTS[effect])]), QATConfig(), (torch.randn(4, WIDTH),))
+
+
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Buffers, and what blocks keep as attributes."""
     state: dict[str, Any] = {
@@ -126,7 +134,7 @@ def test_it_does_so_under_autocast(effect: str) -> None:
 @pytest.mark.filterwarnings("ignore:no data reached blocks.0")  # what the effect does not call
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_its_evaluation_is_what_is_converted(effect: str) -> None:
-    prepared = prepare(Model([Block(EFFECTS[effect])]), QATConfig(), (torch.randn(4, WIDTH),))
+    prepared = copy.deepcopy(_prepared(effect))
     calibrate(prepared, [torch.randn(8, WIDTH)])
     converted = convert(prepared)
     with torch.no_grad():
@@ -137,10 +145,8 @@ def test_its_evaluation_is_what_is_converted(effect: str) -> None:
 
 @EVERY_EFFECT
 def test_only_the_module_that_does_it_runs_its_own_code(effect: str) -> None:
+    alone = {entry.name for entry in preparation_report(_prepared(effect)).entries if "alone" in entry.detail}
     model, x = Model([Block(EFFECTS[effect])]), torch.randn(4, WIDTH)
-    alone = {
-        entry.name for entry in preparation_report(prepare(model, QATConfig(), (x,))).entries if "alone" in entry.detail
-    }
     called: set[str] = set()
     for name, module in model.named_modules():
         module.register_forward_hook(lambda module, args, output, name=name: called.add(name))

@@ -442,14 +442,13 @@ def run_without_vnni(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not onednn_is_exact(), reason="the instruction set can only be lowered from one that is exact")
-def test_probes_refuse_kernels_that_saturate() -> None:
-    program = "from mlframework.quantization.kernels import *; print(onednn_is_exact(), int_mm_is_exact('cpu'))"
-    result = run_without_vnni("-c", program)
-    assert result.stdout.split() == ["False", "False"], result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not onednn_is_exact(), reason="the instruction set can only be lowered from one that is exact")
-def test_sums_are_exact_without_vnni() -> None:
-    result = run_without_vnni("-m", "pytest", __file__, "-m", "not slow", "-p", "no:cacheprovider")
-    assert result.returncode == 0, result.stdout[-3000:]
+def test_without_vnni_probes_refuse_kernels_that_saturate_and_sums_are_exact() -> None:
+    program = (
+        "import sys, pytest\n"
+        "from mlframework.quantization.kernels import *\n"
+        "print(onednn_is_exact(), int_mm_is_exact('cpu'), flush=True)\n"
+        "sys.exit(pytest.main(sys.argv[1:]))\n"
+    )
+    result = run_without_vnni("-c", program, __file__, "-m", "not slow", "-p", "no:cacheprovider")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    assert result.stdout.splitlines()[0] == "False False"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
 
+from example_architectures import SmallResNet
 from mlframework.quantization import QATConfig, calibrate, convert, float_state_dict, load_float_state_dict, prepare
 from zoo.gpt import GPT
-from zoo.resnet import resnet20
 
 
 class HandedOver(nn.Module):
@@ -58,7 +58,7 @@ class Versioned(nn.Linear):
 NETWORKS = {
     "called twice": (CalledTwice, torch.randn(2, 4)),
     "checkpointed": (_checkpointed, torch.randn(2, 4)),
-    "convolutions": (lambda: resnet20(), torch.randn(2, 3, 16, 16)),
+    "convolutions": (SmallResNet, torch.randn(2, 3, 8, 8)),
     "tied": (lambda: GPT(12, 8, 16, 1, 2, tied=True), torch.zeros(2, 8, dtype=torch.long)),
     "one layer": (lambda: nn.Linear(4, 2), torch.randn(2, 4)),
     "parametrized": (lambda: nn.Sequential(weight_norm(nn.Linear(4, 2)), nn.ReLU()), torch.randn(2, 4)),

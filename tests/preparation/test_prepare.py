@@ -26,6 +26,12 @@ def prepared_from(example: Example, config: QATConfig | None = None) -> tuple[nn
     return model, prepare(model, config, example.inputs())
 
 
+@functools.cache
+def prepared_once(example: Example) -> tuple[nn.Module, nn.Module]:
+    """For tests that leave it as it is."""
+    return prepared_from(example)
+
+
 def disable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FakeQuantizeLayer):
@@ -53,7 +59,7 @@ def test_the_model_passed_in_is_not_changed(example: Example) -> None:
 
 @EVERY_EXAMPLE
 def test_parameters_are_shared_and_buffers_are_not(example: Example) -> None:
-    model, prepared = prepared_from(example)
+    model, prepared = prepared_once(example)
     theirs = dict(prepared.named_parameters())
     assert all(theirs[name] is parameter for name, parameter in model.named_parameters())
     assert {id(parameter) for parameter in prepared.parameters()} == {id(parameter) for parameter in model.parameters()}
@@ -63,7 +69,7 @@ def test_parameters_are_shared_and_buffers_are_not(example: Example) -> None:
 
 @EVERY_EXAMPLE
 def test_names_and_state_dict_keys_stay(example: Example) -> None:
-    model, prepared = prepared_from(example)
+    model, prepared = prepared_once(example)
     opaque = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     assert {name for name, _ in model.named_modules()} <= {name for name, _ in prepared.named_modules()}
     added = set(prepared.state_dict()) - set(model.state_dict())
