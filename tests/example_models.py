@@ -82,6 +82,14 @@ EXAMPLES: dict[str, Example] = {
 EVERY_EXAMPLE = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 SOME = ("resnet", "called twice", "branches inside", "text", "transformer", "single layer")
 SOME_EXAMPLES = pytest.mark.parametrize("example", [EXAMPLES[name] for name in SOME], ids=SOME)
+# For what depends on how a model is put together more than on the kinds of its layers: the others in the long tests.
+OTHERS_LONG = pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(example, id=name, marks=() if name in SOME else pytest.mark.long)
+        for name, example in EXAMPLES.items()
+    ],
+)
 
 
 def results(model: nn.Module, *inputs: Any, **options: Any) -> list[Tensor]:

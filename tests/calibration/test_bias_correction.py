@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from example_architectures import SmallResNet
-from example_models import EVERY_EXAMPLE, Example
+from example_models import OTHERS_LONG, Example
 from mlframework.quantization import QATConfig, calibrate, convert, correct_bias, prepare
 
 
@@ -80,7 +80,7 @@ def test_with_batch_norm_it_is_the_running_mean_that_moves() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no data reached:UserWarning")
-@EVERY_EXAMPLE
+@OTHERS_LONG
 def test_any_model_is_corrected_and_converts(example: Example) -> None:
     batches = [example.inputs(), example.inputs(3)]
     prepared = prepare(example.make(), QATConfig(weight_bits=4), batches[0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from example_models import EVERY_EXAMPLE, Example, all_equal, results
+from example_models import OTHERS_LONG, Example, all_equal, results
 from mlframework.quantization import FakeQuantizeLayer, MinMaxObserver, QATConfig, calibrate, convert, equalize, prepare
 
 IMAGES = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
@@ -113,7 +113,7 @@ def test_what_clips_is_left_out(activation: type[nn.Module]) -> None:
     assert list(report.left_out) == ["0", "4", "6"]
 
 
-@EVERY_EXAMPLE
+@OTHERS_LONG
 def test_any_model_keeps_its_function(example: Example) -> None:
     batches = [example.inputs(), example.inputs(3)]
     model = example.make().eval()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from example_architectures import SmallResNet
-from example_models import EVERY_EXAMPLE, Example, all_equal, results, train_briefly
+from example_models import OTHERS_LONG, Example, all_equal, results, train_briefly
 from mlframework.quantization import MinMaxObserver, QATConfig, calibrate, convert, prepare, round_weights
 from mlframework.quantization.calibration.layers import quantized_layers
 from mlframework.quantization.calibration.rounding import _rows_for
@@ -128,7 +128,7 @@ def test_it_is_deterministic_and_leaves_random_state_and_modes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no data reached:UserWarning")
-@EVERY_EXAMPLE
+@OTHERS_LONG
 def test_any_model_is_rounded_and_converts(example: Example) -> None:
     batches = [example.inputs(), example.inputs(3)]
     prepared = prepare(example.make(), QATConfig(weight_bits=4), batches[0])

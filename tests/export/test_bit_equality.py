@@ -14,6 +14,21 @@ from export.small_networks import INTEGER_NETWORKS, SHAPE, UNEVEN_POOLS, make
 from mlframework.quantization import FakeQuantizeLayer, QATConfig, QuantizationScheme, calibrate, prepare
 from mlframework.quantization.verification.saturation import plain_sessions_saturate
 
+# What is exported as another network is, which stays: a sum as in "residual", clipped as in "clipped sum"; tables of
+# values as for "gelu", whatever the function; windows and axes as in "average pool", "max pool", "concat" and "mean
+# over channels".
+LIKE_OTHERS = {
+    "sum",
+    "sum with relu6",
+    "concat along a line",
+    "hardswish",
+    "silu",
+    "tanh",
+    "even adaptive pool",
+    "mean over rows",
+    "adaptive max pool",
+}
+
 # Models whose code branches on values, which no graph can hold.
 BRANCHING = ("branches inside", "branches at root")
 
@@ -30,7 +45,10 @@ def test_an_mlp(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", INTEGER_NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS else ()) for name in INTEGER_NETWORKS],
+)
 def test_integer_networks(name: str, tmp_path: Path) -> None:
     file = ExportedFile.of(make(INTEGER_NETWORKS[name]), SHAPE, tmp_path)
     differing, compared = file.differences(inputs_of(SHAPE, 1000))

@@ -38,11 +38,11 @@ ONNX_TARGETS = [name for name, target in TARGETS.items() if target.file_format =
 OTHERS = [target for target in ONNX_TARGETS if target != "onnxruntime"]
 
 
-# Every eighth network for each of them (test_targets and test_openvino have others); all of them in the long tests.
+# Every sixteenth network for each of them (test_targets and test_openvino have others); all of them in the long tests.
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        pytest.param(name, target, marks=[] if index % 8 == 4 * place else pytest.mark.long)
+        pytest.param(name, target, marks=[] if index % 16 == 8 * place else pytest.mark.long)
         for index, name in enumerate(NETWORKS)
         for place, target in enumerate(OTHERS)
     ],

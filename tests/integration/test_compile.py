@@ -106,7 +106,8 @@ def test_evaluation_compiles_whole_to_the_same_integers(name: str) -> None:
 
 
 def test_a_schedule_recompiles_only_where_it_switches() -> None:
-    prepared = prepare(_model("mlp"), QATConfig(), (torch.randn(SHAPES["mlp"]),))
+    network = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    prepared = prepare(network, QATConfig(), (torch.randn(SHAPES["mlp"]),))
     schedule = QATSchedule(prepared, quantize_from=2, observe_until=5)
     compiled = torch.compile(prepared, fullgraph=True, backend="aot_eager")
     graphs = []

@@ -56,11 +56,12 @@ def _train(
     return outputs + [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def test_batches_of_all_sizes_share_a_graph() -> None:
+@pytest.mark.parametrize("name", ["mlp", pytest.param("transformer", marks=pytest.mark.long)])
+def test_batches_of_all_sizes_share_a_graph(name: str) -> None:
     """Also where the gradient of a learned scale is scaled by the number of elements."""
-    model = _prepared(EXAMPLES["transformer"], learnable=True)
+    model = _prepared(EXAMPLES[name], learnable=True)
     eager = copy.deepcopy(model)
-    batches = [EXAMPLES["transformer"].inputs(size) for size in (16, 12, 9)]
+    batches = [EXAMPLES[name].inputs(size) for size in (16, 12, 9)]
     compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
     # aot_eager calls the operators that eager code calls; sums of gradients may be in another order,
     # which moves what comes after by a few units in the last place.
@@ -179,7 +180,7 @@ def test_checkpoints_inside_are_refused(fullgraph: bool) -> None:
 )
 def test_a_checkpoint_around_a_compiled_model_is_refused(use_reentrant: bool, is_compiled_before: bool) -> None:
     """Also of one that is not compiled again for it."""
-    model = prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), QATConfig(), (torch.randn(8, 6),))
+    model = prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), QATConfig(), (torch.randn(8, 6),))
     model(torch.randn(8, 6))
     compiled = torch.compile(model, backend="aot_eager" if is_compiled_before else "eager")
     if is_compiled_before:
@@ -191,7 +192,7 @@ def test_a_checkpoint_around_a_compiled_model_is_refused(use_reentrant: bool, is
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoints_around_a_compiled_model_that_observes_nothing(use_reentrant: bool) -> None:
     """With learned scales nothing lands in between, and gradients are those of the plain model."""
-    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
     model = prepare(network, QATConfig(learnable=True), (torch.randn(8, 6),))
     model(torch.randn(8, 6))
     gradients = []

@@ -33,7 +33,7 @@ from zoo import FULL_SIZE, NETWORKS, Network, resnet18, roughen_batch_norms, tra
 pytestmark = pytest.mark.slow
 
 # Built of the blocks of another one, or long to run: in the long tests.
-LIKE_OTHERS = OF_SAME_BLOCKS | {"transformers_gpt2", "transformers_convnext"}
+LIKE_OTHERS = OF_SAME_BLOCKS | {"transformers_gpt2", "transformers_convnext", "transformers_bert"}
 
 
 def networks(fully_integer: bool) -> list[Any]:
@@ -45,7 +45,7 @@ def networks(fully_integer: bool) -> list[Any]:
 
 
 FULLY_INTEGER, PARTLY_FLOAT = networks(True), networks(False)
-SOME_NETWORKS = ("resnet20", "unet", "transformers_bert")  # for what every network is put to in the long tests
+SOME_NETWORKS = ("resnet20", "unet", "vit")  # for what every network is put to in the long tests
 BATCHES, BATCH_SIZE = 8, 128  # 1,024 inputs
 
 

@@ -410,8 +410,8 @@ def run(examples: int) -> None:
     )
 
 
-def test_100_interleavings() -> None:
-    run(100)
+def test_50_interleavings() -> None:
+    run(50)
 
 
 @pytest.mark.long

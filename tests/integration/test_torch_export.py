@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 LEARNED = pytest.mark.parametrize("learnable", [False, True], ids=["observed", "learned"])
 STRICT = pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-NAMED = pytest.mark.parametrize("name", ["resnet", "transformer"])
 BATCHES = (4, 7, 1)
 
 
@@ -78,8 +77,14 @@ def test_evaluation_exports_to_the_same_integers(name: str, learnable: bool, str
     _assert_equal_on_all_batches(program.module(), prepared, name)
 
 
-@NAMED
-@STRICT
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [
+        ("resnet", False),
+        ("transformer", True),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in (("resnet", True), ("transformer", False))),
+    ],
+)
 def test_a_converted_model_exports_saves_and_loads(name: str, strict: bool, tmp_path: Path) -> None:
     converted = convert(_prepared(name).eval())
     program = _exported(converted, name, strict)

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from example_effects import EFFECTS, WIDTH, Block, Model
-from example_models import EVERY_EXAMPLE, EXAMPLES, Example, all_equal, make_batch_norms_awkward, results, train_briefly
+from example_models import (
+    EVERY_EXAMPLE,
+    EXAMPLES,
+    OTHERS_LONG,
+    Example,
+    all_equal,
+    make_batch_norms_awkward,
+    results,
+    train_briefly,
+)
 from mlframework.quantization import (
     FakeQuantizeLayer,
     HistogramObserver,
@@ -77,7 +86,7 @@ def test_a_converted_model_computes_the_same_codes(example: Example, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no data reached spare")
-@EVERY_EXAMPLE
+@OTHERS_LONG
 def test_a_prepared_model_trains_on_as_if_it_had_not_been_saved(example: Example, tmp_path: Path) -> None:
     model = prepared(example)
     train_briefly(model, example.inputs(), steps=1)
@@ -134,13 +143,14 @@ def step_of(model: nn.Module, seed: int) -> float:
     return float(loss.detach())
 
 
+# Every second one in the long tests: to a file they are all the network's own code.
 OWN_CODE = (
     "freezes",
     "reverses",
     "drops_layers",
     "counts",
-    "sets_a_buffer",
     "checkpoints",
+    "sets_a_buffer",
     "passes_a_gate",
     "iterates",
 )
@@ -148,7 +158,10 @@ OWN_CODE = (
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no data reached")
-@pytest.mark.parametrize("effect", OWN_CODE)
+@pytest.mark.parametrize(
+    "effect",
+    [pytest.param(effect, marks=pytest.mark.long if index % 2 else ()) for index, effect in enumerate(OWN_CODE)],
+)
 def test_what_the_networks_own_code_does_is_kept(effect: str, tmp_path: Path) -> None:
     """It comes from the network, with the layers in it from the file."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from example_models import EXAMPLES, Example, train_briefly
+from example_models import EXAMPLES, OTHERS_LONG, Example, train_briefly
 from mlframework.quantization import (
     QATConfig,
     VerificationError,
@@ -21,8 +21,6 @@ from mlframework.quantization import (
     verify,
 )
 from mlframework.quantization.qat.qat_module_wrapper import QATModuleWrapper
-
-EVERY_EXAMPLE = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 
 
 def trained(example: Example, config: QATConfig | None = None) -> nn.Module:
@@ -41,7 +39,7 @@ def tampered(prepared: nn.Module, layer: str) -> nn.Module:
     return converted
 
 
-@EVERY_EXAMPLE
+@OTHERS_LONG
 @pytest.mark.filterwarnings("ignore:no data reached")
 def test_every_quantized_layer_is_compared_and_agrees(example: Example) -> None:
     prepared = trained(example)

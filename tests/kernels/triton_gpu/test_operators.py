@@ -15,12 +15,16 @@ pytestmark = pytest.mark.interpreter
 # Of layers with rounded floats in the long tests: what they do with these is one line, which other operators share.
 # So is what a training layer is made of: those of whole ones stay.
 LAYERS = ("train_layer", "folded_layer")
-# And training layers of shapes that integer layers have, too.
-SHAPES = ("conv1d", "depthwise conv1d", "linear of a vector", "linear of an empty batch")
+# And training layers of shapes that integer layers have, too, and codes that lie otherwise, which one function reads
+# for all of them: integer layers have each.
+SHAPES = ("conv1d", "depthwise conv1d", "linear of a vector", "linear of an empty batch", "conv2d, uneven")
+LAYOUTS = ("expanded", "channels last", "half of the channels")
 
 
 def is_long(name: str, label: str) -> bool:
     if name == "train_layer" and label.startswith(SHAPES):
+        return True
+    if name in LAYERS and any(layout in label for layout in LAYOUTS):
         return True
     return name == "weighted_product" or (name in LAYERS and "in torch." in label)
 
