@@ -22,8 +22,17 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "benchmarks" / "gpu.py"
 
 # What takes seconds; and one of each kind, where what is left out differs in the network alone.
-QUICK = ("build", "environment", "models", "fake_quantize")
-ONE_OF_EACH = (*QUICK, "operators", "training", "resnet50_eager", "gpt_bytes_eager", "mlp_converted", "gpt_compiled")
+QUICK = ("build", "environment", "fake_quantize")
+ONE_OF_EACH = (
+    *QUICK,
+    "models",
+    "operators",
+    "training",
+    "resnet50_eager",
+    "gpt_bytes_eager",
+    "mlp_converted",
+    "gpt_compiled",
+)
 
 
 @pytest.fixture

@@ -29,7 +29,13 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("options", [[], ["--bits", "4", "--learnable"]], ids=["8 bits", "4 bits learnable"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="8 bits"),
+        pytest.param(["--bits", "4", "--learnable"], id="4 bits learnable", marks=pytest.mark.long),
+    ],
+)
 def test_the_whole_run(digits: ModuleType, options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     assert digits.main([*options, "--epochs", "1", "--seed", "3", "--output", str(folder)]) == 0

@@ -93,7 +93,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("model", [Attention, Residual])
+@pytest.mark.parametrize("model", [Attention, pytest.param(Residual, marks=pytest.mark.long)])
 def test_nothing_to_decompose(
     model: Callable[[], nn.Module], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,9 @@ def test_files_for_other_engines_load(name: str, target: str, tmp_path: Path) ->
         session_of(file.path.read_bytes(), exact)
 
 
-@pytest.mark.parametrize("target", ONNX_TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=pytest.mark.long if name == "openvino" else ()) for name in ONNX_TARGETS]
+)
 def test_a_layer_called_twice(target: str, tmp_path: Path) -> None:
     file = ExportedFile.of(make(calls_twice), SHAPE, tmp_path, target)
     session_of(file.path.read_bytes(), exact=False)

@@ -46,7 +46,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return file_of
 
 
-@pytest.fixture(scope="module", params=[(target, name) for target in TARGETS for name in NETWORKS], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[  # each network for one engine or two, each engine with two networks or three; all in the long tests
+        pytest.param((target, name), marks=pytest.mark.long if (row + column) % 2 else ())
+        for row, target in enumerate(TARGETS)
+        for column, name in enumerate(NETWORKS)
+    ],
+    ids=str,
+)
 def exported(request: pytest.FixtureRequest, files: Files) -> tuple[str, ExportedFile]:
     target, name = request.param
     return target, files(target, name)

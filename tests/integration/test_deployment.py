@@ -134,6 +134,7 @@ def test_networks_that_are_partly_float(name: str, folder: Path) -> None:
     assert all(entry.detail for entry in floats)
 
 
+@pytest.mark.long  # of a small network in export/test_file.py
 def test_the_files_of_resnet18_are_a_quarter(tmp_path: Path) -> None:
     """Of half its width, a quarter of its weights: what a file has beside these weighs more."""
     network = FULL_SIZE["resnet18_cifar"]

@@ -162,7 +162,7 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(models())
 def test_random_models(model: Model) -> None:
     check(model)
