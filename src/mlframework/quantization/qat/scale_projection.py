@@ -12,15 +12,16 @@ values. Otherwise it would choose a step by the losses of scales that the projec
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..arithmetic import LARGEST_SCALE, SMALLEST_SCALE
+from ..kernels.devices import PLAIN, is_traced
 from ..scheme import QuantizationScheme
 from .sharding import is_managed, is_sharded
 
@@ -42,9 +43,27 @@ _Trained = dict[LearnedGrid, tuple[Tensor, Tensor]]  # layers with their scales 
 _LARGEST_CHANGE = 2.0
 
 _learnable_layers: weakref.WeakSet[LearnedGrid] = weakref.WeakSet()
-_before_step: weakref.WeakKeyDictionary[LearnedGrid, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 _sharded: weakref.WeakKeyDictionary[LearnedGrid, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 _hooks_registered = False
+
+
+class _Bounded(NamedTuple):
+    """Scales, or zero points, that are taken together: each alone is too small for the operations that it takes.
+
+    Attributes:
+        parameters: by the layers that they are of.
+        old: their values before the step, one behind the other.
+        projected: new values within their bounds, of new and old ones.
+    """
+
+    parameters: dict[LearnedGrid, Tensor]
+    old: Tensor
+    projected: Callable[[Tensor, Tensor], Tensor]
+
+
+_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Bounded]] = (
+    weakref.WeakKeyDictionary()
+)  # that have begun
 
 
 def project_optimizer_steps(layer: LearnedGrid) -> None:
@@ -89,84 +108,106 @@ def _begin_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tup
     trained = _trained_by(optimizer)
     if not trained:
         return None
-    _remember(trained)
+    _steps[optimizer] = _remembered(trained)
     if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": _at_projected_values(kwargs["closure"], list(trained))}
+        return args, {**kwargs, "closure": _at_projected_values(kwargs["closure"], optimizer, trained)}
     if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
-        return (args[0], _at_projected_values(args[1], list(trained)), *args[2:]), kwargs
+        return (args[0], _at_projected_values(args[1], optimizer, trained), *args[2:]), kwargs
     return None
 
 
 def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    trained = {layer: own for layer, own in _trained_by(optimizer).items() if layer in _before_step}
-    _project(trained)
-    for layer in trained:
-        del _before_step[layer]
+    step = _steps.pop(optimizer, None)
+    if step is None:
+        return
+    _project(step)
+    # An optimizer that took this step within its own may put what it likes in the place of the results.
+    for other in list(_steps):
+        _steps[other] = _without(_layers_of(step), _steps[other])
 
 
-def _at_projected_values(closure: Callable[[], Any], layers: list[LearnedGrid]) -> Callable[[], Any]:
+def _at_projected_values(
+    closure: Callable[[], Any], optimizer: torch.optim.Optimizer, trained: Collection[LearnedGrid]
+) -> Callable[[], Any]:
     """The loss as a function of the values before projection: its gradient is zero where the projection moves them."""
 
     def projected_closure() -> Any:
-        remembered = {layer: _parameters_of(layer) for layer in layers if layer in _before_step}
-        parameters = [parameter for own in remembered.values() for parameter in own]
+        step = _steps.get(optimizer, [])
+        parameters = [parameter for bounded in step for parameter in bounded.parameters.values()]
         before = [parameter.detach().clone() for parameter in parameters]
-        _project(remembered)
+        _project(step)
         moved = [parameter.detach() != value for parameter, value in zip(parameters, before, strict=True)]
         loss = closure()
         for parameter, where in zip(parameters, moved, strict=True):
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(where, 0)
         # The closure's batch was their first.
-        _remember({layer: _parameters_of(layer) for layer in layers if layer not in _before_step})
+        known = _layers_of(step)
+        first = _remembered({layer: _parameters_of(layer) for layer in trained if layer not in known})
+        _steps[optimizer] = [*step, *first]
         return loss
 
     return projected_closure
 
 
 @torch.no_grad()
-def _remember(trained: _Trained) -> None:
-    for group in _by_device({layer: own for layer, own in trained.items() if layer.is_initialized}):
-        scales, zero_points = zip(*group.values(), strict=True)
-        _before_step.update(zip(group, zip(_copies(scales), _copies(zero_points), strict=True), strict=True))
+def _remembered(trained: _Trained) -> list[_Bounded]:
+    """The values of the layers that data has set."""
+    scales: dict[Any, dict[LearnedGrid, Tensor]] = {}
+    zero_points: dict[Any, dict[LearnedGrid, Tensor]] = {}
+    for layer, (scale, zero_point) in trained.items():
+        if not layer.is_initialized:
+            continue
+        together = scale.device if type(scale) in PLAIN else layer  # a shard, say, is taken alone
+        scales.setdefault(together, {})[layer] = scale
+        if zero_point.requires_grad:
+            ends = layer.scheme.quant_min, layer.scheme.quant_max
+            zero_points.setdefault((together, ends), {})[layer] = zero_point
+    step = [_Bounded(parameters, _joined(parameters.values()), _projected_scale) for parameters in scales.values()]
+    for (_, ends), parameters in zero_points.items():
+        step.append(_Bounded(parameters, _joined(parameters.values()), partial(_projected_zero_point, *ends)))
+    return step
 
 
-def _by_device(trained: _Trained) -> list[_Trained]:
-    """Layers to be taken together: each alone is too small for the operations that it takes."""
-    together: dict[Any, _Trained] = {}
-    for layer, own in trained.items():
-        is_plain = type(own[0].data) is Tensor  # and not, say, a shard
-        together.setdefault(own[0].device if is_plain else layer, {})[layer] = own
-    return list(together.values())
-
-
-def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if len(tensors) == 1:
-        return (tensors[0].detach().clone(),)
-    return torch.split(torch.cat(tensors), [tensor.numel() for tensor in tensors])
+def _layers_of(step: list[_Bounded]) -> set[LearnedGrid]:
+    return {layer for bounded in step for layer in bounded.parameters}
 
 
 @torch.no_grad()
-def _project(trained: _Trained) -> None:
-    for group in _by_device(trained):
-        before = [_before_step[layer] for layer in group]
-        _replace([scale for scale, _ in group.values()], [scale for scale, _ in before], _projected_scale)
-        ends: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for (layer, (_, zero_point)), (_, old) in zip(group.items(), before, strict=True):
-            if zero_point.requires_grad:
-                ends.setdefault((layer.scheme.quant_min, layer.scheme.quant_max), []).append((zero_point, old))
-        for (lowest, highest), pairs in ends.items():
-            zero_points, of_old = map(list, zip(*pairs, strict=True))
-            _replace(zero_points, of_old, partial(_projected_zero_point, lowest, highest))
+def _without(layers: set[LearnedGrid], step: list[_Bounded]) -> list[_Bounded]:
+    rest = []
+    for parameters, old, projected in step:
+        kept = {layer: parameter for layer, parameter in parameters.items() if layer not in layers}
+        if kept:
+            values = dict(zip(parameters, _apart(old, parameters.values()), strict=True))
+            rest.append(_Bounded(kept, _joined([values[layer] for layer in kept]), projected))
+    return rest
 
 
-def _replace(tensors: list[Tensor], old: list[Tensor], projected: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Puts what a function makes of new and old values in the place of the new ones."""
-    if len(tensors) == 1:
-        tensors[0].copy_(projected(tensors[0], old[0]))
-        return
-    parts = torch.split(projected(torch.cat(tensors), torch.cat(old)), [tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, list(parts))
+@torch.no_grad()
+def _project(step: list[_Bounded]) -> None:
+    for parameters, old, projected in step:
+        tensors = list(parameters.values())
+        values = _joined(tensors)
+        results = projected(values, old)
+        # Nearly always, nothing moves. Elsewhere than on the CPU, to ask would be to wait.
+        if type(values) is Tensor and values.is_cpu and not is_traced() and torch.equal(results, values):
+            continue
+        if len(tensors) == 1:
+            tensors[0].copy_(results)
+        else:
+            torch._foreach_copy_(tensors, list(_apart(results, tensors)))
+
+
+def _joined(tensors: Collection[Tensor]) -> Tensor:
+    """A copy of all values, one behind the other."""
+    first, *others = tensors
+    return torch.cat([first, *others]) if others else first.detach().clone()
+
+
+def _apart(joined: Tensor, tensors: Collection[Tensor]) -> Collection[Tensor]:
+    """What :func:`_joined` has joined, of tensors like these."""
+    return (joined,) if len(tensors) == 1 else torch.split(joined, [tensor.numel() for tensor in tensors])
 
 
 def _projected_scale(scale: Tensor, old: Tensor) -> Tensor:
