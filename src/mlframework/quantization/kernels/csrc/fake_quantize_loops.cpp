@@ -1,5 +1,7 @@
 #include "fake_quantize_loops.h"
 
+#include <limits>
+
 #include "lanes.h"
 
 namespace kernels {
