@@ -134,6 +134,38 @@ def test_a_layer_that_is_gone_is_no_longer_projected() -> None:
     assert scale.item() < 0
 
 
+def test_an_optimizer_around_another_leaves_what_it_likes_of_the_inner_ones_layers() -> None:
+    """As one does that averages its results with values of many steps ago; its own layers are held to bounds."""
+
+    class Around(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            inner.step()
+            with torch.no_grad():
+                for layer in (shared, own, other):
+                    layer.scale.mul_(5)
+                    layer.zero_point.fill_(-100)
+
+    shared, own, other = learnable_layer(), learnable_layer(), learnable_layer()
+    scales = [layer.scale.item() for layer in (shared, own, other)]
+    inner = SGD(shared.parameters(), lr=1.0)
+    Around([*shared.parameters(), *own.parameters(), *other.parameters()], lr=1.0).step()
+    assert [layer.scale.item() for layer in (shared, own, other)] == pytest.approx(
+        [5 * scales[0], 2 * scales[1], 2 * scales[2]]
+    )
+    assert [layer.zero_point.item() for layer in (shared, own, other)] == [-100, AFFINE.quant_min, AFFINE.quant_min]
+
+
+def test_one_scale_beyond_its_bounds_moves_no_other() -> None:
+    layers = [learnable_layer() for _ in range(3)]
+    optimizer = SGD([parameter for layer in layers for parameter in layer.parameters()], lr=1.0)
+    before = [layer.scale.item() for layer in layers]
+    for layer, gradient in zip(layers, (1e-3, 100.0, torch.nan), strict=True):
+        layer.scale.grad = torch.tensor([gradient])
+    optimizer.step()
+    first = torch.tensor(before[0]) - torch.tensor(1e-3)
+    assert [layer.scale.item() for layer in layers] == [first.item(), before[1] / 2, before[2]]
+
+
 # Closures
 
 
