@@ -194,6 +194,11 @@ TAMPERINGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "frequency must be of shape",
     ),
     "what is kept": (lambda state: state["backing_off"].pop("kept"), "backing_off must have the fields"),
+    "what it began with": (
+        lambda state: state["backing_off"]["start"].clear(),
+        "backing_off's tensors must have the fields",
+    ),
+    "a first loss": (lambda state: state["backing_off"].update(first=None), "first must be a float, got None"),
     "a kept loss": (lambda state: state["backing_off"]["kept"].update(loss=torch.nan), "loss must be a float, got nan"),
     "a kept tensor": (
         lambda state: state["backing_off"]["kept"]["tensors"].update({"2.bias": torch.ones(3)}),

@@ -121,8 +121,9 @@ def _diverging(student: nn.Module, teacher: nn.Module, batches: list[Tensor], fi
 
     def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         nonlocal steps
-        steps += module.training is False and torch.is_grad_enabled()
-        return output * 5 if first <= steps - 1 < last else output
+        is_step = module.training is False and torch.is_grad_enabled()
+        steps += is_step
+        return output * 5 if is_step and first <= steps - 1 < last else output
 
     handle = student.register_forward_hook(disturb)
     try:
@@ -175,6 +176,25 @@ def test_late_divergence_goes_back_to_the_least_loss() -> None:
     history = _diverging(student, teacher, batches, 60, 64)
     assert distance(student, teacher, batches) < before
     assert history.losses[-1] > 10 * history.losses[-5]
+
+
+@pytest.mark.parametrize(("steps", "learns"), [(2, False), (66, True)])
+def test_what_goes_wrong_in_the_last_step_is_put_right(steps: int, learns: bool) -> None:
+    """No window of steps shows it any more; the first state is at hand, and in a longer training a better one."""
+    student, teacher, batches = student_and_teacher(bits=8)
+    before, start = distance(student, teacher, batches), copy.deepcopy(student.state_dict())
+    loop = TrainingLoop(student, teacher, None, Recipe(), steps)
+
+    def spoil(*args: Any) -> None:
+        if loop.done == steps - 1:
+            student[-1].weight.detach().mul_(3)
+
+    loop.optimizer.register_step_post_hook(spoil)
+    loop.run(batches, progress=False)
+    assert loop.losses[-1] < 3 * before  # the spoilt weights come after it
+    assert (distance(student, teacher, batches) < before) is learns
+    if not learns:
+        assert all(torch.equal(tensor, start[name]) for name, tensor in student.state_dict().items())
 
 
 def test_where_a_rate_is_given_or_a_loss_nothing_starts_over() -> None:

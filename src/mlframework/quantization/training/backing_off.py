@@ -1,9 +1,10 @@
-"""Starting over where a training diverges, for a lower learning rate."""
+"""Starting over where a training diverges, for a lower learning rate, and ending no worse than it began."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class BackingOff:
 
     Losses are compared by their means over windows of a sixteenth of the steps, of 4 to 32 steps. What is kept is the
     state before the first step, for what diverges has done harm before it shows; in the second half of the steps, when
-    more would be lost than that, the state of the least loss.
+    more would be lost than that, the state of the least loss. What goes wrong in the last window, or little by little,
+    shows at the end, by the loss on the batches that told the first one.
 
     Args:
         model: what is trained.
@@ -42,12 +44,13 @@ class BackingOff:
         self._optimizer = optimizer
         self._freezer = freezer
         self._steps = steps
-        self._least = math.inf
+        self._least = self._first = math.inf
         self._kept = self._snapshot()
+        self._start: Mapping[str, Tensor] = self._kept["tensors"]
 
     def begin(self, loss: float) -> None:
         """Tells the loss before the first step, a mean over batches."""
-        self._least = self._kept["loss"] = loss
+        self._least = self._first = self._kept["loss"] = loss
 
     def goes_back(self, losses: list[Tensor]) -> bool:
         """Looks at the last window where one is full; on all ranks alike.
@@ -70,6 +73,25 @@ class BackingOff:
                 self._kept = self._snapshot()
         return False
 
+    def end(self, loss: Callable[[], float]) -> None:
+        """Leaves the model as it was at its best, of the end, what is kept, and the start; on all ranks alike.
+
+        Args:
+            loss: of the model as it is, on the batches that :meth:`begin` has it from.
+        """
+        least, best = loss(), {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        if self._kept["tensors"] is not self._start:
+            self._put(self._kept["tensors"])
+            kept = loss()
+            if not least <= kept:  # or not a number
+                least, best = kept, self._kept["tensors"]
+        self._put(best if least <= self._first else self._start)
+
+    @torch.no_grad()
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._tensors().items():
+            tensor.copy_(tensors[name])
+
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
 
@@ -82,22 +104,21 @@ class BackingOff:
             **copy.deepcopy({"optimizer": self._optimizer.state_dict(), "freezer": freezer}),
         }
 
-    @torch.no_grad()
     def _restore(self, steps_taken: int) -> None:
         self._least = self._kept["loss"]
-        for name, tensor in self._tensors().items():
-            tensor.copy_(self._kept["tensors"][name])
+        self._put(self._kept["tensors"])
         self._optimizer.load_state_dict(copy.deepcopy(self._kept["optimizer"]))
         if self._freezer is not None:
             self._freezer.load_state_dict({**copy.deepcopy(self._kept["freezer"]), "steps_taken": steps_taken})
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` goes on from."""
-        return {"least": self._least, "kept": self._kept}
+        return {"least": self._least, "first": self._first, "start": self._start, "kept": self._kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a saved state, which :meth:`require_fitting` lets pass."""
-        self._least, self._kept = state_dict["least"], state_dict["kept"]
+        self._least, self._first = state_dict["least"], state_dict["first"]
+        self._start, self._kept = state_dict["start"], state_dict["kept"]
 
     def require_fitting(self, state: Any) -> None:
         """Refuses the state of another training.
@@ -108,15 +129,19 @@ class BackingOff:
         require_fields(state, self.state_dict(), "backing_off")
         kept = state["kept"]
         require_fields(kept, self._kept, "backing_off's kept state")
-        for name, loss in (("least", state["least"]), ("loss", kept["loss"])):
+        for name, loss in (("least", state["least"]), ("first", state["first"]), ("loss", kept["loss"])):
             if not isinstance(loss, float) or math.isnan(loss):
                 raise ValueError(f"backing_off's {name} must be a float, got {loss!r}")
-        require_fields(kept["tensors"], self._kept["tensors"], "backing_off's tensors")
-        for name, own in self._kept["tensors"].items():
-            saved = kept["tensors"][name]
-            if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
-                got = (tuple(saved.shape), saved.dtype) if isinstance(saved, Tensor) else saved
-                raise ValueError(f"backing_off's {name} must be of {tuple(own.shape)} and {own.dtype}, got {got}")
+        for tensors in (kept["tensors"], state["start"]):
+            self._require_own(tensors)
         require_optimizer_state(self._optimizer, kept["optimizer"])
         if self._freezer is not None:
             require_freezer_state(self._freezer, kept["freezer"])
+
+    def _require_own(self, tensors: Any) -> None:
+        require_fields(tensors, dict(self._start), "backing_off's tensors")
+        for name, own in self._start.items():
+            saved = tensors[name]
+            if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                got = (tuple(saved.shape), saved.dtype) if isinstance(saved, Tensor) else saved
+                raise ValueError(f"backing_off's {name} must be of {tuple(own.shape)} and {own.dtype}, got {got}")

@@ -26,6 +26,7 @@ from .interruption import interrupted_at_end
 from .modes import in_fine_tuning, without_observers
 from .oscillation import OscillationFreezer, dampening_loss, require_freezer_state
 from .recipe import Recipe
+from .zero_point_trials import ZeroPointTrials
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -78,12 +79,15 @@ class TrainingLoop:
         self.optimizer = torch.optim.AdamW(groups)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._pace)
         self.nodes = [module for module in model.modules() if isinstance(module, FakeQuantizeLayer)]
+        # Without a teacher dropout makes a loss of its own of every pass, and none is to be compared with another.
+        self.trials = None if teacher is None else ZeroPointTrials(self.nodes)
         self.freezer = OscillationFreezer(model, steps=steps) if recipe.freeze_oscillations else None
         self.backing_off: BackingOff | None = None
         if recipe.lr is None and teacher is not None and loss is None:
             self.backing_off = BackingOff(model, self.optimizer, self.freezer, steps)
         self.losses: list[Tensor] = []
         self.learning_rates: list[float] = []
+        self._first_batches: list[Any] = []
         self._knows_features = False
 
     @property
@@ -122,21 +126,31 @@ class TrainingLoop:
             features = None
             if self.teacher is not None and self.recipe.features:
                 features = stack.enter_context(FeatureMatching(self.model, self.teacher, self.recipe.features))
-            stream: Iterator[Any] = (
-                islice(_repeated(batches), self.done, self.steps) if self.done < self.steps else iter(())
-            )
+            stream = self._stream(batches)
             if not self.done:
-                stream = self._begin(stream, features)
+                self._begin(features)
             for batch in stream:
                 with interrupted_at_end():
                     self._hold_ranges()
                     self._step(batch, features)
                 advance(f"loss {self.losses[-1].item():.4g}" if progress else "")
+            if self.backing_off is not None:
+                with interrupted_at_end():
+                    self.backing_off.end(lambda: self._mean_distance(self._first_batches, features))
         if batch_statistics:
             from ..calibration.batch_norm import reestimate_batch_norm
 
             several = [self._inputs(batch) for batch in islice(iterated(batches), _BATCHES_FOR_STATISTICS)]
             reestimate_batch_norm(self.model, several)
+
+    def _stream(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches of the steps that are left; the first of all are kept where distances on them count."""
+        stream = _repeated(batches)
+        if self.recipe.lr is None and self.teacher is not None and (not self.done or self.backing_off is not None):
+            self._first_batches = list(islice(stream, min(_FIRST_BATCHES, self.steps)))
+        if self.done == self.steps:
+            return iter(())
+        return islice(chain(self._first_batches, stream), self.done, self.steps)
 
     def _hold_ranges(self) -> None:
         """Switches the observers of activations off when it is time, but where they have seen nothing yet."""
@@ -156,7 +170,10 @@ class TrainingLoop:
         if self.recipe.max_gradient_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_gradient_norm)
         rate = self.optimizer.param_groups[0]["lr"]
+        codes = [] if self.trials is None else self.trials.codes()
         self.optimizer.step()
+        if self.trials is not None:
+            self.trials.take_back(codes, lambda: self._mean_distance([batch], features))
         if self.freezer is not None:
             self.freezer.step()
         self.scheduler.step()
@@ -189,11 +206,14 @@ class TrainingLoop:
         task = self.loss(outputs, batch[1]).sum()
         return task if distance is None else distance + task
 
-    def _begin(self, batches: Iterator[Any], features: FeatureMatching | None) -> Iterator[Any]:
-        """Sets the learning rates, which the distance of the first batches tells where the recipe does not.
+    def _mean_distance(self, batches: list[Any], features: FeatureMatching | None) -> float:
+        """From the teacher, over the batches of all ranks; no observer sees them."""
+        with torch.no_grad(), without_observers(self.nodes):
+            distances = [self._distance(batch, features)[1] for batch in batches]
+        return mean_over_ranks(torch.stack(distances).mean()).item()  # type: ignore[arg-type]
 
-        Returns:
-            All of the batches.
+    def _begin(self, features: FeatureMatching | None) -> None:
+        """Sets the learning rates, which the distance of the first batches tells where the recipe does not.
 
         Raises:
             ValueError: the distance is infinite or NaN.
@@ -202,11 +222,7 @@ class TrainingLoop:
         if rate is None and (self.teacher is None or not all(node.is_initialized for node in self.nodes)):
             rate, self.backing_off = _LR_OTHERWISE, None
         if rate is None:
-            first = list(islice(batches, _FIRST_BATCHES))
-            batches = chain(first, batches)
-            with torch.no_grad(), without_observers(self.nodes):
-                distances = [self._distance(batch, features)[1] for batch in first]
-            distance = mean_over_ranks(torch.stack(distances).mean()).item()  # type: ignore[arg-type]
+            distance = self._mean_distance(self._first_batches, features)
             if not math.isfinite(distance):
                 raise ValueError(f"batches must start with some whose outputs are finite, got a distance of {distance}")
             factor = _LR_AT_DISTANCE_ONE_WITH_A_LOSS
@@ -215,7 +231,6 @@ class TrainingLoop:
                 self.backing_off.begin(distance)
             rate = min(factor * math.sqrt(max(distance, 0.0)), _HIGHEST_LR)
         self._set_learning_rates([rate, rate * self.recipe.vector_lr_factor, *map(float, self.scheduler.base_lrs[2:])])
-        return batches
 
     def _set_learning_rates(self, rates: list[float]) -> None:
         """Of all groups, at the full pace."""
