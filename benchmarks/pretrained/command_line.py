@@ -41,7 +41,7 @@ def write(results: Iterable[Result]) -> None:
     every = list(rows(results))
     best = ColumnsByKind("pretrained-best", ("network", "width", "best of"))
     for row, is_ours, wins in best_of(every):
-        cell = f"{row.method}: {' / '.join(row.figures)} ({row.runs})"
+        cell = f"{row.method}: {' / '.join(row.figures)} ({row.runs}{row.share and f', {row.share}'})"
         side = (study(row.network).title, row.width, "this library" if is_ours else "others")
         best.set(side, f"**{cell}**" if wins else cell)
     best.write(
@@ -50,7 +50,7 @@ def write(results: Iterable[Result]) -> None:
             "From the table that follows: for every network and width the best method of this library and the best of",
             f"any other, by the headline metric, and where that is within {TIE:.1%} by the signal-to-noise ratio. Bold",
             "is the better of the two by the headline metric; both, where it is within as much. In parentheses: runs,",
-            "each with a seed of its own.",
+            "each with a seed of its own; and of this library how many of the multiply-adds are of integers.",
         ),
     )
     for row in every:

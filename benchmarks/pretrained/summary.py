@@ -17,7 +17,7 @@ class Row(NamedTuple):
     """A network at a width by one method, over the seeds that were run.
 
     ``means`` are of the study's metrics; ``figures`` show them, with the standard deviation
-    of seeds that differ; ``runs`` are how many there were.
+    of seeds that differ; ``runs`` are how many there were; ``share`` is that of integers, where it is known.
     """
 
     network: str
@@ -28,6 +28,7 @@ class Row(NamedTuple):
     figures: tuple[str, ...]
     remarks: str
     runs: int
+    share: str = ""
 
 
 def rows(results: Iterable[Result]) -> Iterator[Row]:
@@ -44,9 +45,9 @@ def rows(results: Iterable[Result]) -> Iterator[Row]:
         metrics = study(network).metrics
         values = [[result.metrics[metric] for result in done] for metric in metrics if done]
         means, figures = tuple(map(statistics.mean, values)), tuple(map(_figure, values))
-        yield Row(
-            network, width, method, group[0].package, means, figures, ", ".join(_remarks(group, seconds)), len(done)
-        )
+        share = _share(group)
+        remarks = ", ".join([*_remarks(group, seconds), *[share] * bool(share)])
+        yield Row(network, width, method, group[0].package, means, figures, remarks, len(done), share)
 
 
 def _figure(values: list[float]) -> str:
@@ -67,6 +68,8 @@ def _remarks(group: list[Result], seconds: float) -> Iterator[str]:
         yield f"{seconds:g} s" + (f", {min(steps)} steps or more" if steps else "")
     if any(result.exact is False for result in group):
         yield "prepared and converted differ"
+
+
+def _share(group: list[Result]) -> str:
     shares = {result.integer_share for result in group if result.integer_share is not None}
-    if shares:
-        yield f"{100 * min(shares):.1f}% in integers"
+    return f"{100 * min(shares):.1f}% in integers" if shares else ""
