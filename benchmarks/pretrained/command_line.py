@@ -41,7 +41,8 @@ def write(results: Iterable[Result]) -> None:
     every = list(rows(results))
     best = ColumnsByKind("pretrained-best", ("network", "width", "best of"))
     for row, is_ours, wins in best_of(every):
-        cell = f"{row.method}: {' / '.join(row.figures)} ({row.runs}{row.share and f', {row.share}'})"
+        remarks = f"{row.runs}, {row.share}" if row.share else str(row.runs)
+        cell = f"{row.method}: {' / '.join(row.figures)} ({remarks})"
         side = (study(row.network).title, row.width, "this library" if is_ours else "others")
         best.set(side, f"**{cell}**" if wins else cell)
     best.write(

@@ -46,7 +46,7 @@ def rows(results: Iterable[Result]) -> Iterator[Row]:
         values = [[result.metrics[metric] for result in done] for metric in metrics if done]
         means, figures = tuple(map(statistics.mean, values)), tuple(map(_figure, values))
         share = _share(group)
-        remarks = ", ".join([*_remarks(group, seconds), *[share] * bool(share)])
+        remarks = ", ".join(filter(None, [*_remarks(group, seconds), share]))
         yield Row(network, width, method, group[0].package, means, figures, remarks, len(done), share)
 
 

@@ -81,6 +81,8 @@ def test_a_layer_alone_has_its_weight_and_if_activations_count_its_input_on_grid
     weight_alone = model[4](F.relu(F.linear(hidden, weight, model[2].bias)))
     assert of_weights.at(8)[1].alone.relative_error == pytest.approx(error(weight_alone, reference), rel=1e-2)
     assert of_weights.at(8)[1].split == layer.split
+    assert "alone: the weight" in str(of_weights)
+    assert "alone: the weight" not in str(report)
 
 
 def test_what_lies_outside_of_the_grid_is_clipped_and_not_rounded() -> None:

@@ -196,9 +196,13 @@ TAMPERINGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "what is kept": (lambda state: state["backing_off"].pop("kept"), "backing_off must have the fields"),
     "what it began with": (
         lambda state: state["backing_off"]["start"].clear(),
+        "backing_off's start state must have the fields",
+    ),
+    "a tensor it began with": (
+        lambda state: state["backing_off"]["start"]["tensors"].pop("2.bias"),
         "backing_off's tensors must have the fields",
     ),
-    "a first loss": (lambda state: state["backing_off"].update(first=None), "first must be a float, got None"),
+    "the least loss": (lambda state: state["backing_off"].update(least=None), "least must be a float, got None"),
     "a kept loss": (lambda state: state["backing_off"]["kept"].update(loss=torch.nan), "loss must be a float, got nan"),
     "a kept tensor": (
         lambda state: state["backing_off"]["kept"]["tensors"].update({"2.bias": torch.ones(3)}),

@@ -197,6 +197,43 @@ def test_what_goes_wrong_in_the_last_step_is_put_right(steps: int, learns: bool)
         assert all(torch.equal(tensor, start[name]) for name, tensor in student.state_dict().items())
 
 
+def test_a_training_put_back_to_its_start_tells_of_no_frozen_weights() -> None:
+    student, teacher, batches = student_and_teacher(bits=3)
+    loop = TrainingLoop(student, teacher, None, Recipe(freeze_oscillations=True), 2)
+    freezer = loop.freezer
+    assert freezer is not None
+
+    def spoil(*args: Any) -> None:
+        if loop.done == 1:
+            student[-1].weight.detach().mul_(30)
+            for tracker in freezer._trackers.values():
+                tracker.is_frozen.fill_(True)
+
+    loop.optimizer.register_step_post_hook(spoil)
+    loop.run(batches, progress=False)
+    assert set(freezer.frozen().values()) == {0.0}
+
+
+def test_the_end_is_compared_with_the_start_on_the_same_batches() -> None:
+    """A loader that shuffles anew gives others than it began with to a training that is taken up again."""
+    student, teacher, batches = student_and_teacher(bits=8)
+    loop = TrainingLoop(student, teacher, None, Recipe(), 16)
+    handle = loop.optimizer.register_step_post_hook(lambda *args: _interrupt(loop.done == 8))
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(batches, progress=False)
+    handle.remove()
+    start, state = loop.backing_off._start["tensors"], copy.deepcopy(loop.state_dict())  # type: ignore[union-attr]
+    resumed = TrainingLoop(student, teacher, None, Recipe(), 16)
+    resumed.load_state_dict(state)
+    resumed.run([batch * 4 for batch in batches], progress=False)  # which saturate more than any state is worse
+    assert not torch.equal(student[-1].weight, start["5.weight"])
+
+
+def _interrupt(now: bool) -> None:
+    if now:
+        raise KeyboardInterrupt
+
+
 def test_where_a_rate_is_given_or_a_loss_nothing_starts_over() -> None:
     student, teacher, batches = student_and_teacher(bits=8)
     growing = [batch * 10**step for step, batch in enumerate(batches * 2)]  # which clip ever more

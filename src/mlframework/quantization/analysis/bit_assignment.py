@@ -75,7 +75,9 @@ class BitAssignment:
         Example:
             >>> prepared = prepare(nn.Linear(8, 2), QATConfig(), (torch.randn(1, 8),))
             >>> calibrate(prepared, [torch.randn(32, 8)])
-            >>> assignment = assign_bits(analyze_sensitivity(prepared, [torch.randn(8, 8)]), average_bits=4)
+            >>> assignment = assign_bits(
+            ...     analyze_sensitivity(prepared, [torch.randn(8, 8)], activations=False), average_bits=4
+            ... )
             >>> assignment.configured(QATConfig()).for_layer("", nn.Linear(8, 2)).weight_bits
             4
         """

@@ -45,12 +45,14 @@ def analyze_sensitivity(
     as it was: modes, switches, buffers, parameters and the random state, also where an error or an interruption ends
     the analysis.
 
-    Without ``activations`` it is weights that are measured: where a layer alone is quantized, what enters it is float.
-    Rounding of activations, alike at every width, would be most of the error of many layers, and would hide what a
-    width costs: on few batches both errors are far from independent. With them a layer's input has the grid that it was
-    prepared with. Its weight has the node of the model where that has the
-    width already, else a new one on the range that a configuration of that width gives the weight as it is now. So a
-    model that was trained is measured as trained at its own width, and as rounded at others.
+    Where a layer alone is quantized, its input has the grid that it was prepared with; without ``activations`` the
+    input is float, and ``alone`` tells of the weight. Rounding of activations, alike at every width, is most of the
+    error of many layers, and hides what a width costs: on few batches both errors are far from independent. All else in
+    the report counts activations in either case.
+
+    A weight has the node of the model where that has the width already, else a new one on the range that a
+    configuration of that width gives the weight as it is now. So a model that was trained is measured as trained at its
+    own width, and as rounded at others.
 
     Args:
         model: prepared, and calibrated or trained.

@@ -160,7 +160,8 @@ class SensitivityReport:
 
     @property
     def _notes(self) -> list[str]:
-        notes = [f"everything as prepared: {_in_words(self.prepared)}"]
+        notes = [] if self.activations else ["alone: the weight, on inputs in float"]
+        notes.append(f"everything as prepared: {_in_words(self.prepared)}")
         notes += [f"everything at {bits} bits: {_in_words(measure)}" for bits, measure in self.quantized.items()]
         if self.reference_loss is not None:
             notes.append(f"float: loss {self.reference_loss:.5g}")

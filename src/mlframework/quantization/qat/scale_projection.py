@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..arithmetic import LARGEST_SCALE, SMALLEST_SCALE
-from ..kernels.devices import PLAIN, is_traced
+from ..kernels.devices import PLAIN
 from ..scheme import QuantizationScheme
 from .sharding import is_managed, is_sharded
 
@@ -61,9 +61,8 @@ class _Bounded(NamedTuple):
     projected: Callable[[Tensor, Tensor], Tensor]
 
 
-_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Bounded]] = (
-    weakref.WeakKeyDictionary()
-)  # that have begun
+# Those that have begun.
+_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Bounded]] = weakref.WeakKeyDictionary()
 
 
 def project_optimizer_steps(layer: LearnedGrid) -> None:
@@ -105,6 +104,7 @@ def _trained_by(optimizer: torch.optim.Optimizer) -> _Trained:
 
 
 def _begin_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    _steps.pop(optimizer, None)  # of one that an error or an interruption ended
     trained = _trained_by(optimizer)
     if not trained:
         return None
@@ -188,11 +188,7 @@ def _without(layers: set[LearnedGrid], step: list[_Bounded]) -> list[_Bounded]:
 def _project(step: list[_Bounded]) -> None:
     for parameters, old, projected in step:
         tensors = list(parameters.values())
-        values = _joined(tensors)
-        results = projected(values, old)
-        # Nearly always, nothing moves. Elsewhere than on the CPU, to ask would be to wait.
-        if type(values) is Tensor and values.is_cpu and not is_traced() and torch.equal(results, values):
-            continue
+        results = projected(_joined(tensors), old)
         if len(tensors) == 1:
             tensors[0].copy_(results)
         else:

@@ -24,7 +24,7 @@ class BackingOff:
     Losses are compared by their means over windows of a sixteenth of the steps, of 4 to 32 steps. What is kept is the
     state before the first step, for what diverges has done harm before it shows; in the second half of the steps, when
     more would be lost than that, the state of the least loss. What goes wrong in the last window, or little by little,
-    shows at the end, by the loss on the batches that told the first one.
+    shows at the end, when the states are compared on the same batches: there are up to three of them in memory then.
 
     Args:
         model: what is trained.
@@ -44,13 +44,12 @@ class BackingOff:
         self._optimizer = optimizer
         self._freezer = freezer
         self._steps = steps
-        self._least = self._first = math.inf
-        self._kept = self._snapshot()
-        self._start: Mapping[str, Tensor] = self._kept["tensors"]
+        self._least = math.inf
+        self._start = self._kept = self._snapshot()
 
     def begin(self, loss: float) -> None:
         """Tells the loss before the first step, a mean over batches."""
-        self._least = self._first = self._kept["loss"] = loss
+        self._least = self._kept["loss"] = loss
 
     def goes_back(self, losses: list[Tensor]) -> bool:
         """Looks at the last window where one is full; on all ranks alike.
@@ -74,18 +73,21 @@ class BackingOff:
         return False
 
     def end(self, loss: Callable[[], float]) -> None:
-        """Leaves the model as it was at its best, of the end, what is kept, and the start; on all ranks alike.
+        """Leaves model and freezer as they were at their best, of the end, what is kept, and the start; on all ranks
+        alike.
 
         Args:
-            loss: of the model as it is, on the batches that :meth:`begin` has it from.
+            loss: of the model as it is; the same batches for each.
         """
-        least, best = loss(), {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
-        if self._kept["tensors"] is not self._start:
-            self._put(self._kept["tensors"])
-            kept = loss()
-            if not least <= kept:  # or not a number
-                least, best = kept, self._kept["tensors"]
-        self._put(best if least <= self._first else self._start)
+        least, best = math.inf, self._start  # where no loss is a number
+        for state in (self._snapshot(), self._kept, self._start):
+            self._put(state["tensors"])
+            found = loss()
+            if found < least:
+                least, best = found, state
+        self._put(best["tensors"])
+        if self._freezer is not None:
+            self._freezer.load_state_dict(copy.deepcopy(best["freezer"]))
 
     @torch.no_grad()
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
@@ -113,12 +115,11 @@ class BackingOff:
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` goes on from."""
-        return {"least": self._least, "first": self._first, "start": self._start, "kept": self._kept}
+        return {"least": self._least, "start": self._start, "kept": self._kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a saved state, which :meth:`require_fitting` lets pass."""
-        self._least, self._first = state_dict["least"], state_dict["first"]
-        self._start, self._kept = state_dict["start"], state_dict["kept"]
+        self._least, self._start, self._kept = (state_dict[name] for name in ("least", "start", "kept"))
 
     def require_fitting(self, state: Any) -> None:
         """Refuses the state of another training.
@@ -127,21 +128,24 @@ class BackingOff:
             ValueError: fields are missing, losses are not numbers, or tensors are those of another model.
         """
         require_fields(state, self.state_dict(), "backing_off")
-        kept = state["kept"]
-        require_fields(kept, self._kept, "backing_off's kept state")
-        for name, loss in (("least", state["least"]), ("first", state["first"]), ("loss", kept["loss"])):
-            if not isinstance(loss, float) or math.isnan(loss):
-                raise ValueError(f"backing_off's {name} must be a float, got {loss!r}")
-        for tensors in (kept["tensors"], state["start"]):
-            self._require_own(tensors)
-        require_optimizer_state(self._optimizer, kept["optimizer"])
-        if self._freezer is not None:
-            require_freezer_state(self._freezer, kept["freezer"])
+        _require_number("least", state["least"])
+        for name in ("start", "kept"):
+            self._require_snapshot(name, state[name])
 
-    def _require_own(self, tensors: Any) -> None:
-        require_fields(tensors, dict(self._start), "backing_off's tensors")
-        for name, own in self._start.items():
-            saved = tensors[name]
+    def _require_snapshot(self, which: str, state: Any) -> None:
+        require_fields(state, self._start, f"backing_off's {which} state")
+        _require_number("loss", state["loss"])
+        require_fields(state["tensors"], self._start["tensors"], "backing_off's tensors")
+        require_optimizer_state(self._optimizer, state["optimizer"])
+        if self._freezer is not None:
+            require_freezer_state(self._freezer, state["freezer"])
+        for name, own in self._start["tensors"].items():
+            saved = state["tensors"][name]
             if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
                 got = (tuple(saved.shape), saved.dtype) if isinstance(saved, Tensor) else saved
                 raise ValueError(f"backing_off's {name} must be of {tuple(own.shape)} and {own.dtype}, got {got}")
+
+
+def _require_number(name: str, loss: Any) -> None:
+    if not isinstance(loss, float) or math.isnan(loss):
+        raise ValueError(f"backing_off's {name} must be a float, got {loss!r}")

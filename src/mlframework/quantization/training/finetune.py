@@ -49,11 +49,14 @@ def finetune(
     """Trains a prepared model to compute what its teacher computes, in place.
 
     AdamW with the groups of :func:`parameter_groups`, a warm-up and a cosine, clipped gradients, and the schedule of
-    the recipe. Where the recipe gives no learning rate, a training that diverges starts over at a lower one, and the
-    model ends no further from the teacher than it began, on the first eight batches: it is put back to where it was
-    nearer. With a teacher no labels are needed, and the model computes as in evaluation, without dropout and stochastic
-    depth: they would be noise that the teacher does not have. A learned zero point of few bits jumps to another integer
-    only where that brings the model nearer to the teacher.
+    the recipe. With a teacher no labels are needed, and the model computes as in evaluation, without dropout and
+    stochastic depth: they would be noise that the teacher does not have. A learned zero point of few bits jumps to
+    another integer only where that brings the model nearer to the teacher.
+
+    Where a teacher alone tells a calibrated model what to compute, and the recipe gives no learning rate, a training
+    that diverges starts over at a lower one. The model then ends no further from the teacher than it began, on the
+    first eight batches: it is put back to where it was nearer (but with ``batch_norm="batch"``, where the statistics
+    are estimated after that).
 
     Args:
         model: from :func:`prepare`, and calibrated; otherwise the first batch sets the scales, and learned ones of
@@ -83,7 +86,7 @@ def finetune(
             ``checkpoint`` exists and is cut off, or of another model or recipe (nothing has changed then).
         TypeError: a batch does not fit the model's forward.
         ImportError: ``progress`` without rich.
-        KeyboardInterrupt: when interrupted; the model is as the last step left it, and usable.
+        KeyboardInterrupt: when interrupted; the model is as the last step, or what follows on it, left it, and usable.
 
     Warns:
         UserWarning: the first batch reaches only some of ``recipe.features``; the others are left out.

@@ -17,8 +17,9 @@ class Recipe:
         lr: AdamW's learning rate, at the end of the warm-up. None lets the training tell: it begins at ``5e-3`` times
             the square root of the first batches' distance from the teacher (:func:`.distillation_loss`, and that of the
             features), at most 1e-3, and where it diverges, starts over with the steps that are left: weights at a tenth
-            of the rate, all else at a third. With a loss of the user's beside the teacher, ``5e-4`` times that root,
-            and nothing starts over. 2e-5 without a teacher, or without a calibration.
+            of the rate, all else at a third; at the end the state nearest to the teacher is kept. With a loss of the
+            user's beside the teacher, ``5e-4`` times that root, and neither happens. 2e-5 without a teacher, or without
+            a calibration.
         vector_lr_factor: by which the learning rate of biases, normalization and other parameters of one axis is larger
             (``vector_learning_rate`` of :func:`parameter_groups`).
         quantization_lr: of learned scales and zero points, relative to each (:func:`parameter_groups`).

@@ -134,9 +134,11 @@ class TrainingLoop:
                     self._hold_ranges()
                     self._step(batch, features)
                 advance(f"loss {self.losses[-1].item():.4g}" if progress else "")
-            if self.backing_off is not None:
+            # Statistics of batches are not those that the model will have, which are estimated from what it is now.
+            if self.backing_off is not None and not batch_statistics:
+                activations = [node for node in self.nodes if node.reduces_over_ranks]  # scales of weights follow these
                 with interrupted_at_end():
-                    self.backing_off.end(lambda: self._mean_distance(self._first_batches, features))
+                    self.backing_off.end(lambda: self._mean_distance(self._first_batches, features, activations))
         if batch_statistics:
             from ..calibration.batch_norm import reestimate_batch_norm
 
@@ -172,10 +174,10 @@ class TrainingLoop:
         rate = self.optimizer.param_groups[0]["lr"]
         codes = [] if self.trials is None else self.trials.codes()
         self.optimizer.step()
-        if self.trials is not None:
-            self.trials.take_back(codes, lambda: self._mean_distance([batch], features))
         if self.freezer is not None:
             self.freezer.step()
+        if self.trials is not None:
+            self.trials.take_back(codes, lambda: self._mean_distance([batch], features, self.nodes))
         self.scheduler.step()
         self.losses.append(loss.detach().float())
         self.learning_rates.append(float(rate))
@@ -206,9 +208,11 @@ class TrainingLoop:
         task = self.loss(outputs, batch[1]).sum()
         return task if distance is None else distance + task
 
-    def _mean_distance(self, batches: list[Any], features: FeatureMatching | None) -> float:
-        """From the teacher, over the batches of all ranks; no observer sees them."""
-        with torch.no_grad(), without_observers(self.nodes):
+    def _mean_distance(
+        self, batches: list[Any], features: FeatureMatching | None, nodes: list[FakeQuantizeLayer]
+    ) -> float:
+        """From the teacher, over the batches of all ranks; observers of the nodes do not see them."""
+        with torch.no_grad(), without_observers(nodes):
             distances = [self._distance(batch, features)[1] for batch in batches]
         return mean_over_ranks(torch.stack(distances).mean()).item()  # type: ignore[arg-type]
 
@@ -222,7 +226,7 @@ class TrainingLoop:
         if rate is None and (self.teacher is None or not all(node.is_initialized for node in self.nodes)):
             rate, self.backing_off = _LR_OTHERWISE, None
         if rate is None:
-            distance = self._mean_distance(self._first_batches, features)
+            distance = self._mean_distance(self._first_batches, features, self.nodes)
             if not math.isfinite(distance):
                 raise ValueError(f"batches must start with some whose outputs are finite, got a distance of {distance}")
             factor = _LR_AT_DISTANCE_ONE_WITH_A_LOSS

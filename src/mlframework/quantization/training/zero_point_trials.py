@@ -15,7 +15,7 @@ _MOST_CODES_THAT_SHOW = 32
 
 
 class ZeroPointTrials:
-    """Takes back the jumps of zero points that make the loss greater.
+    """Takes back the jumps of zero points that do not make the loss less.
 
     The gradient of a zero point comes from the values that saturate. Those that its next integer would saturate at the
     other end have no part in it, so that it may lead to where the loss is a multiple: a GELU of 4 bits has one code
@@ -57,7 +57,7 @@ class ZeroPointTrials:
             jumped = node.zero_point.detach().clone()
             node.zero_point.copy_(before)
             without = loss()
-            if without < least or math.isnan(least):
+            if without <= least or math.isnan(least):
                 least = without
             else:
                 node.zero_point.copy_(jumped)
