@@ -23,6 +23,7 @@ MODULES = [
 WITH_EXAMPLES = [module for module in MODULES if ">>> " in inspect.getsource(module)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", WITH_EXAMPLES, ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module: ModuleType) -> None:
     names = {name: getattr(quantization, name) for name in quantization.__all__}

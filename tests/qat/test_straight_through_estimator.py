@@ -66,6 +66,7 @@ def losses_of_a_recurrent_network(estimator: StraightThroughEstimator, seed: int
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_training_explodes_without_clipping(seed: int) -> None:
     losses = losses_of_a_recurrent_network(StraightThroughEstimator("identity"), seed)
@@ -73,6 +74,7 @@ def test_training_explodes_without_clipping(seed: int) -> None:
     assert any(not math.isfinite(loss) or loss > 1e6 for loss in losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_clipping_the_gradient_lets_the_same_training_converge(seed: int) -> None:
     """Clipped gradients keep their size near the minimum, so the loss ends up wandering about a level that the clip
