@@ -238,6 +238,11 @@ def _mask_weight_gradient() -> Iterator[tuple[str, Arguments]]:
     other = torch.randn(shape[::-1]).permute(3, 2, 1, 0)
     yield "laid out otherwise", (other, weight, scale, zero_point, -7, 7, 0, False, 0.7)
     yield "all that saturated passes", (gradient, weight, scale, zero_point, -7, 7, 0, True, 0.7)
+    unbounded = torch.randn_like(weight).masked_fill_(weight > 1, torch.inf).masked_fill_(weight < -1, -torch.inf)
+    yield (
+        "infinities, whole vectors of which pass",
+        (unbounded, weight, scale * 100, zero_point, -127, 127, 0, False, None),
+    )
     yield "per tensor", (gradient, weight, scale[:1], zero_point[:1], -127, 127, -1, False, None)
 
 

@@ -74,6 +74,7 @@ def main() -> None:
         (
             "`python benchmarks/mixed_widths.py`: weights of the widths that `assign_bits` gives, beside one width for",
             "all; activations of 8 bits, not trained, prepared and converted bit for bit the same. A cell gives the",
-            "headline metric of the network and the signal-to-noise ratio of its outputs.",
+            "headline metric of the network and the signal-to-noise ratio of its outputs. The sensitivity of",
+            "EfficientNet-Lite0 was measured on one batch of 16, and that of MiniLM at 4 bits and more.",
         ),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,39 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mlframework.quantization import History, QATConfig, Recipe, calibrate, convert, finetune, prepare
+from mlframework.quantization import QATConfig, Recipe, convert, finetune, prepare
 from mlframework.quantization.qat.fake_quantize_layer import FakeQuantizeLayer
-from mlframework.quantization.training.training_loop import TrainingLoop
-
-
-def float_model() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(8 * 16, 4),
-    ).eval()
-
-
-def data(count: int = 4) -> list[Tensor]:
-    return [torch.randn(16, 2, 4, 4) for _ in range(count)]
-
-
-def student_and_teacher(bits: int = 3, **fields: Any) -> tuple[nn.Module, nn.Module, list[Tensor]]:
-    model, batches = float_model(), data()
-    teacher = copy.deepcopy(model)
-    prepared = prepare(model, QATConfig(weight_bits=bits, activation_bits=bits, **fields), (batches[0],))
-    calibrate(prepared, batches)
-    return prepared, teacher, batches
-
-
-@torch.no_grad()
-def distance(student: nn.Module, teacher: nn.Module, batches: list[Tensor]) -> float:
-    student.eval()
-    error = sum((student(batch) - teacher(batch)).square().sum() for batch in batches)
-    return (error / sum(teacher(batch).square().sum() for batch in batches)).item()
+from students import data, distance, expected_pace, float_model, student_and_teacher
 
 
 @pytest.mark.parametrize("learnable", [False, True])
@@ -65,7 +34,7 @@ def test_the_student_comes_closer_to_its_teacher(learnable: bool) -> None:
 def test_learning_rates_rise_and_fall() -> None:
     student, teacher, batches = student_and_teacher()
     rates = finetune(student, teacher, batches, steps=20, recipe=Recipe(lr=1e-3, warmup=0.2)).learning_rates
-    assert rates == pytest.approx([1e-3 * rate for rate in _expected_pace(20, 4)])
+    assert rates == pytest.approx([1e-3 * rate for rate in expected_pace(20, 4)])
 
 
 def test_the_first_distance_tells_the_learning_rate() -> None:
@@ -113,139 +82,6 @@ def test_what_tells_the_learning_rate_is_not_observed() -> None:
             [node.observer.batches.item() for node in student.modules() if isinstance(node, FakeQuantizeLayer)]
         )
     assert counts[0] == counts[1]
-
-
-def _diverging(student: nn.Module, teacher: nn.Module, batches: list[Tensor], first: int, last: int) -> History:
-    """A training whose outputs are far off in some of its 64 steps, as the first rate has it."""
-    steps = 0
-
-    def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        nonlocal steps
-        is_step = module.training is False and torch.is_grad_enabled()
-        steps += is_step
-        return output * 5 if is_step and first <= steps - 1 < last else output
-
-    handle = student.register_forward_hook(disturb)
-    try:
-        return finetune(student, teacher, batches, steps=64, recipe=Recipe(warmup=0.25))
-    finally:
-        handle.remove()
-
-
-def _pace(steps: int) -> list[float]:
-    return list(_expected_pace(steps, steps // 4))
-
-
-def test_a_training_that_diverges_starts_over_at_lower_rates() -> None:
-    """Weights at a tenth, all else at a third; with the steps that are left, from the state before the first."""
-    student, teacher, batches = student_and_teacher(bits=8)
-    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    rates = torch.tensor(_diverging(student, teacher, batches, 8, 12).learning_rates)
-    top = rates[0] / _pace(64)[0]
-    torch.testing.assert_close(rates[:12], top * torch.tensor(_pace(64)[:12]))
-    torch.testing.assert_close(rates[12:], top / 10 * torch.tensor(_pace(52)))
-
-    again = student_and_teacher(bits=8)[0]
-    again.load_state_dict(start)
-    batches = [batches[step % len(batches)] for step in range(12, 64)]
-    recipe = Recipe(lr=top.item() / 10, vector_lr_factor=10 / 3, warmup=0.25)
-    finetune(again, teacher, batches, steps=52, recipe=recipe)
-    for name, tensor in student.state_dict().items():
-        # A third of a rate is rounded one way or another.
-        torch.testing.assert_close(tensor, again.state_dict()[name], rtol=1e-4, atol=1e-7, msg=name)
-
-
-def test_a_training_that_starts_over_goes_on_freezing() -> None:
-    """A freezer counts the steps of the whole training, also where it knows no layer before the first."""
-    student, teacher, _ = student_and_teacher(bits=3)
-    loop = TrainingLoop(student, teacher, None, Recipe(freeze_oscillations=True), 64)
-    assert loop.freezer is not None
-    assert loop.backing_off is not None
-    for count in (1, 0):
-        loop.freezer.steps_taken = 7
-        if not count:
-            loop.backing_off._kept["freezer"]["layers"].clear()
-        loop.backing_off.require_fitting(loop.backing_off.state_dict())
-        assert loop.backing_off.goes_back([torch.tensor(torch.nan)] * 8)
-        assert loop.freezer.steps_taken == 8
-
-
-def test_late_divergence_goes_back_to_the_least_loss() -> None:
-    student, teacher, batches = student_and_teacher(bits=8)
-    before = distance(student, teacher, batches)
-    history = _diverging(student, teacher, batches, 60, 64)
-    assert distance(student, teacher, batches) < before
-    assert history.losses[-1] > 10 * history.losses[-5]
-
-
-@pytest.mark.parametrize(("steps", "learns"), [(2, False), (66, True)])
-def test_what_goes_wrong_in_the_last_step_is_put_right(steps: int, learns: bool) -> None:
-    """No window of steps shows it any more; the first state is at hand, and in a longer training a better one."""
-    student, teacher, batches = student_and_teacher(bits=8)
-    before, start = distance(student, teacher, batches), copy.deepcopy(student.state_dict())
-    loop = TrainingLoop(student, teacher, None, Recipe(), steps)
-
-    def spoil(*args: Any) -> None:
-        if loop.done == steps - 1:
-            student[-1].weight.detach().mul_(3)
-
-    loop.optimizer.register_step_post_hook(spoil)
-    loop.run(batches, progress=False)
-    assert loop.losses[-1] < 3 * before  # the spoilt weights come after it
-    assert (distance(student, teacher, batches) < before) is learns
-    if not learns:
-        assert all(torch.equal(tensor, start[name]) for name, tensor in student.state_dict().items())
-
-
-def test_a_training_put_back_to_its_start_tells_of_no_frozen_weights() -> None:
-    student, teacher, batches = student_and_teacher(bits=3)
-    loop = TrainingLoop(student, teacher, None, Recipe(freeze_oscillations=True), 2)
-    freezer = loop.freezer
-    assert freezer is not None
-
-    def spoil(*args: Any) -> None:
-        if loop.done == 1:
-            student[-1].weight.detach().mul_(30)
-            for tracker in freezer._trackers.values():
-                tracker.is_frozen.fill_(True)
-
-    loop.optimizer.register_step_post_hook(spoil)
-    loop.run(batches, progress=False)
-    assert set(freezer.frozen().values()) == {0.0}
-
-
-def test_the_end_is_compared_with_the_start_on_the_same_batches() -> None:
-    """A loader that shuffles anew gives others than it began with to a training that is taken up again."""
-    student, teacher, batches = student_and_teacher(bits=8)
-    loop = TrainingLoop(student, teacher, None, Recipe(), 16)
-    handle = loop.optimizer.register_step_post_hook(lambda *args: _interrupt(loop.done == 8))
-    with pytest.raises(KeyboardInterrupt):
-        loop.run(batches, progress=False)
-    handle.remove()
-    start, state = loop.backing_off._start["tensors"], copy.deepcopy(loop.state_dict())  # type: ignore[union-attr]
-    resumed = TrainingLoop(student, teacher, None, Recipe(), 16)
-    resumed.load_state_dict(state)
-    resumed.run([batch * 4 for batch in batches], progress=False)  # which saturate more than any state is worse
-    assert not torch.equal(student[-1].weight, start["5.weight"])
-
-
-def _interrupt(now: bool) -> None:
-    if now:
-        raise KeyboardInterrupt
-
-
-def test_where_a_rate_is_given_or_a_loss_nothing_starts_over() -> None:
-    student, teacher, batches = student_and_teacher(bits=8)
-    growing = [batch * 10**step for step, batch in enumerate(batches * 2)]  # which clip ever more
-    rates = finetune(student, teacher, growing, steps=8, lr=1e-5, recipe=Recipe(warmup=0.0)).learning_rates
-    assert rates == pytest.approx([1e-5 * pace for pace in _expected_pace(8, 0)])
-    pairs = [(batch, torch.zeros(1)) for batch in growing]
-
-    def negative(outputs: Tensor, target: Tensor) -> Tensor:
-        return outputs.sum() * 0 - 5
-
-    rates = finetune(student, teacher, pairs, steps=8, recipe=Recipe(warmup=0.0), loss=negative).learning_rates
-    assert rates == pytest.approx([rates[0] * pace for pace in _expected_pace(8, 0)])
 
 
 def test_an_interruption_of_the_first_step_leaves_the_rates(tmp_path: Path) -> None:
@@ -305,14 +141,6 @@ def test_without_calibration_the_first_batch_sets_ranges_that_stay() -> None:
     finetune(student, model, [batches[0], *(10 * batch for batch in batches)], steps=5, lr=1e-6)
     source = student.get_submodule("0").input_source
     assert source.scale.item() == pytest.approx((batches[0].max() - batches[0].min()).item() / 255, rel=1e-3)
-
-
-def _expected_pace(steps: int, warmup: int) -> Iterator[float]:
-    for step in range(steps):
-        if step < warmup:
-            yield (step + 1) / (warmup + 1)
-        else:
-            yield 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def test_modes_hooks_observers_and_running_statistics_are_left_as_they_were() -> None:

@@ -80,7 +80,8 @@ class BackingOff:
             loss: of the model as it is; the same batches for each.
         """
         least, best = math.inf, self._start  # where no loss is a number
-        for state in (self._snapshot(), self._kept, self._start):
+        earlier = [self._start] if self._kept is self._start else [self._kept, self._start]
+        for state in (self._snapshot(), *earlier):
             self._put(state["tensors"])
             found = loss()
             if found < least:
